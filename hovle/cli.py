@@ -1,0 +1,58 @@
+"""The `hovle` command: a list of subcommands, each imported only when it is called."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "tiles": ("hovle.tiles", "draw how a picture is cut into tiles and count its tokens"),
+    "chat": ("hovle.chat", "talk with a model about pictures in the terminal"),
+    "convert": ("hovle.conversion", "turn a released checkpoint into a hovle model, and back"),
+    "fetch": ("hovle.assets", "download the real model, teacher and data the demo uses"),
+    "train": ("hovle.train.__main__", "run one training stage from a YAML recipe"),
+    "demo": ("hovle.demo", "train a small model on this machine and let it answer questions"),
+}
+"""Subcommand -> (module, one line of help). A module offers `add_arguments(parser)` and `run(args) -> exit code`;
+its docstring is the subcommand's help text."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand.
+
+    Args:
+        argv: Command line without the program's name; by default that of this process.
+
+    Returns:
+        Exit code: 0 done, 1 refused with a message, 2 wrong usage.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        return _run_command(argv[0], argv[1:])
+    parser = argparse.ArgumentParser(
+        prog="hovle",
+        description="HoVLE: a monolithic vision-language model with a holistic embedding, open and trainable.",
+        epilog="`hovle COMMAND --help` explains one command.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (_, summary) in COMMANDS.items():
+        commands.add_parser(name, help=summary)
+    parser.parse_args(argv)
+    return 2  # unreachable: parse_args leaves on help and on errors
+
+
+def _run_command(name: str, argv: Sequence[str]) -> int:
+    module = importlib.import_module(COMMANDS[name][0])
+    parser = argparse.ArgumentParser(
+        prog=f"hovle {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    module.add_arguments(parser)
+    args = parser.parse_args(argv)
+    try:
+        return module.run(args)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"hovle {name}: {error}", file=sys.stderr)  # noqa: T201 - this is the command's output
+        return 1
+    except KeyboardInterrupt:
+        print(f"\nhovle {name}: interrupted", file=sys.stderr)  # noqa: T201 - this is the command's output
+        return 130

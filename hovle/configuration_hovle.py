@@ -1,0 +1,117 @@
+"""Configuration of HoVLE: one stock decoder of N + M layers with a patch stem in front."""
+
+import copy
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlamaConfig
+from transformers.configuration_utils import PreTrainedConfig
+
+PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
+
+
+@strict
+class HoVLEConfig(PreTrainedConfig):
+    r"""Describe a HoVLE model.
+
+    The first `num_embedding_layers` layers of `text_config` are the holistic embedding; the rest is the language
+    model. Both live in one stock decoder, so whatever runs the language model runs HoVLE.
+
+    Args:
+        text_config: Configuration of the whole decoder, `num_hidden_layers` = holistic layers + language model layers.
+            A dict is turned into the class its `model_type` names.
+        num_embedding_layers: Number of holistic layers (N), counted from the bottom of the decoder.
+        embedding_rope_parameters: Rotary parameters of the holistic layers where they differ from the language
+            model's (`rope_type`, `rope_theta`, `factor`, ...; `max_position_embeddings` for dynamic scaling).
+            `None`: the same as `text_config.rope_parameters`.
+        normalize_encoder_output: Divide what the holistic layers hand to the language model by its L2 norm.
+        image_size: Side of one square picture tile in pixels.
+        patch_size: Kernel and stride of the patch convolution in pixels.
+        num_channels: Colour channels of a tile.
+        pixel_shuffle_loc: Where groups of neighbouring patches become one token: `"pre"` before the holistic layers
+            (HoVLE), `"post"` after them (HoVLE-HD), `"none"` nowhere (a plain convolution).
+        downsample_ratio: Tokens per patch along one side after the shuffle; 0.5 joins 2 x 2 patches.
+        image_token_id: Id of the placeholder that marks where image tokens go.
+        initializer_range: Standard deviation of new weights.
+    """
+
+    model_type = "hovle"
+    sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - the base class declares it this way
+
+    text_config: dict | PreTrainedConfig | None = None
+    num_embedding_layers: int = 8
+    embedding_rope_parameters: dict | None = None
+    normalize_encoder_output: bool = False
+    image_size: int = 448
+    patch_size: int = 14
+    num_channels: int = 3
+    pixel_shuffle_loc: str = "pre"
+    downsample_ratio: float = 0.5
+    image_token_id: int = 92546
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None:
+            self.text_config = LlamaConfig()
+        elif isinstance(self.text_config, dict):
+            text_config = copy.deepcopy(self.text_config)
+            self.text_config = AutoConfig.for_model(text_config.pop("model_type", "llama"), **text_config)
+        # The language model decides; a second opinion at the top level is a common source of untied heads.
+        self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Refuse sizes that cannot work together, naming the nearest ones that do."""
+        num_layers = self.text_config.num_hidden_layers
+        if not 0 <= self.num_embedding_layers < num_layers:
+            raise ValueError(
+                f"num_embedding_layers ({self.num_embedding_layers}) must lie between 0 and "
+                f"text_config.num_hidden_layers - 1 ({num_layers - 1}): text_config counts the holistic layers too."
+            )
+        if self.pixel_shuffle_loc not in PIXEL_SHUFFLE_LOCATIONS:
+            raise ValueError(
+                f"pixel_shuffle_loc must be one of {', '.join(PIXEL_SHUFFLE_LOCATIONS)}, got {self.pixel_shuffle_loc!r}."
+            )
+        if not 0 < self.downsample_ratio <= 1 or abs(1 / self.downsample_ratio - self.shuffle_factor) > 1e-6:
+            raise ValueError(
+                f"downsample_ratio ({self.downsample_ratio}) must be 1 divided by a whole number, for instance 0.5."
+            )
+        self.tokens_per_tile(self.image_size)
+
+    @property
+    def shuffle_factor(self) -> int:
+        """Patches joined into one token along one side (1 when nothing is shuffled)."""
+        return 1 if self.pixel_shuffle_loc == "none" else max(1, round(1 / self.downsample_ratio))
+
+    @property
+    def image_seq_length(self) -> int:
+        """Placeholders in the prompt for one tile of `image_size`."""
+        return self.tokens_per_tile(self.image_size)
+
+    def tokens_per_tile(self, tile_size: int) -> int:
+        """Count the tokens the language model sees for one square tile.
+
+        Args:
+            tile_size: Side of the tile in pixels.
+
+        Raises:
+            ValueError: When the tile does not divide into whole tokens; the nearest sizes that do are named.
+        """
+        unit = self.patch_size * self.shuffle_factor
+        if tile_size <= 0 or tile_size % unit:
+            lower = max(tile_size // unit, 1) * unit
+            upper = (max(tile_size, 0) // unit + 1) * unit
+            nearest = f"{lower}" if lower == upper else f"{lower} and {upper}"
+            raise ValueError(
+                f"image_size ({tile_size}) must be a positive multiple of {unit} pixels (patch_size {self.patch_size} x "
+                f"{self.shuffle_factor} patches per token side); the nearest valid sizes: {nearest}."
+            )
+        return (tile_size // unit) ** 2
+
+    @property
+    def num_language_layers(self) -> int:
+        """Layers of the language model (M)."""
+        return self.text_config.num_hidden_layers - self.num_embedding_layers
+
+
+__all__ = ["HoVLEConfig"]

@@ -1,0 +1,804 @@
+"""HoVLE: pixels and words enter one embedding, and the language model sees a single sequence.
+
+Read from top to bottom: pixel shuffle -> placeholder merge -> patch stem -> holistic layers -> language model.
+
+The decoder is one stock stack of N + M layers. The first N are the holistic embedding, the last M the language
+model; no norm stands between them. HoVLE-HD (`pixel_shuffle_loc="post"`) shuffles after the holistic layers, so
+these see a longer sequence than the language model; `HolisticLayout` maps between the two.
+
+Axis legend of this file (logical sizes, never a shard):
+  B prompts in the batch   T tokens of one prompt as the language model sees them   L the same as the holistic
+  layers see them (L = T unless HD)   N image tiles in the batch   S image tokens of one tile   D hidden size
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_hovle import HoVLEConfig
+
+IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+"""Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
+
+IGNORE_INDEX = -100
+"""Label of a position without a loss."""
+
+
+def pixel_shuffle(patches: torch.Tensor, factor: int) -> torch.Tensor:
+    """Join neighbouring patches into one token with more channels, in row-major order.
+
+    Same order as `InternVLModel.pixel_shuffle` in transformers 5.23; a test holds us to it.
+
+    Args:
+        patches: Row-major patches of square tiles, shape `(N, H * H, D)`.
+        factor: Patches joined along each side.
+
+    Returns:
+        Shape `(N, (H / factor) ** 2, D * factor ** 2)`.
+    """
+    num_tiles, num_patches, channels = patches.shape
+    side = int(num_patches**0.5)
+    small = side // factor
+    blocks = patches.view(num_tiles, small, factor, small, factor, channels)
+    blocks = blocks.permute(0, 1, 3, 2, 4, 5)  # (N, row, column, row in block, column in block, D)
+    return blocks.reshape(num_tiles, small * small, channels * factor**2)
+
+
+def merge_image_tokens(
+    inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_mask: torch.Tensor
+) -> torch.Tensor:
+    """Put each image token at the next placeholder of the prompts, in reading order.
+
+    Args:
+        inputs_embeds: Embeddings with throwaway rows at placeholders, shape `(B, T, D)`.
+        image_features: All tiles of the batch in prompt order, shape `(N, S, D)`.
+        image_mask: True at placeholders, shape `(B, T)`, bool.
+
+    Returns:
+        Shape `(B, T, D)`. The input is left untouched.
+    """
+    features = image_features.flatten(0, 1).to(inputs_embeds.dtype)
+    return inputs_embeds.masked_scatter(image_mask[..., None], features)
+
+
+def take_image_tokens(hidden_states: torch.Tensor, image_mask: torch.Tensor, num_tiles: int) -> torch.Tensor:
+    """Collect the outputs at placeholders, tile by tile in reading order.
+
+    Args:
+        hidden_states: Shape `(B, T, D)`.
+        image_mask: True at placeholders, shape `(B, T)`, bool; its True entries divide evenly over the tiles.
+        num_tiles: N.
+
+    Returns:
+        Shape `(N, S, D)`.
+    """
+    flat = hidden_states.flatten(0, 1)
+    return flat[image_mask.flatten()].view(num_tiles, -1, flat.shape[-1])
+
+
+def check_image_tokens(image_mask: torch.Tensor, num_tiles: int, tokens_per_tile: int) -> None:
+    """Raise unless the prompts hold exactly the placeholders that the tiles fill.
+
+    Args:
+        image_mask: True at placeholders, shape `(B, T)`, bool.
+        num_tiles: Tiles in `pixel_values`.
+        tokens_per_tile: Placeholders one tile fills.
+    """
+    if torch.compiler.is_compiling():  # reading a count back would break the graph; the collator has checked it
+        return
+    num_placeholders = int(image_mask.sum())
+    if num_placeholders != num_tiles * tokens_per_tile:
+        raise ValueError(
+            f"The prompts hold {num_placeholders} image tokens but the {num_tiles} tiles fill "
+            f"{num_tiles * tokens_per_tile} ({tokens_per_tile} each). Build both with the same HoVLEProcessor."
+        )
+
+
+@dataclass
+class HolisticLayout:
+    """How the short sequence of the language model spreads into the long one of HoVLE-HD's holistic layers.
+
+    A text token takes one slot, a placeholder `shuffle_factor ** 2`. Rows are aligned at their last token, so the
+    batch gains padding on the left only.
+    """
+
+    source: torch.LongTensor
+    """Short position each long slot belongs to, shape `(B, L)`; 0 where `is_token` is False."""
+
+    is_token: torch.BoolTensor
+    """False at the padding this layout added, shape `(B, L)`."""
+
+    last_slot: torch.LongTensor
+    """Last long slot of each short position, shape `(B, T)`."""
+
+    image_mask: torch.BoolTensor
+    """True at long slots of image patches, shape `(B, L)`."""
+
+    @classmethod
+    def from_image_mask(cls, image_mask: torch.Tensor, slots_per_placeholder: int) -> "HolisticLayout":
+        """Build the layout of a batch from its placeholders, shape `(B, T)`, bool."""
+        lengths = torch.where(image_mask, slots_per_placeholder, 1)
+        ends = lengths.cumsum(dim=1)  # (B, T)
+        long_length = int(ends[:, -1].max())
+        ends = ends + (long_length - ends[:, -1:])
+        slots = torch.arange(long_length, device=image_mask.device).expand(len(image_mask), -1).contiguous()
+        source = torch.searchsorted(ends, slots, right=True)
+        is_token = slots >= (ends[:, :1] - lengths[:, :1])
+        return cls(source, is_token, ends - 1, image_mask.gather(1, source) & is_token)
+
+    def spread(self, values: torch.Tensor) -> torch.Tensor:
+        """Copy per-token values of shape `(B, T, ...)` to every long slot, giving `(B, L, ...)`."""
+        index = self.source.view(*self.source.shape, *[1] * (values.dim() - 2))
+        return values.gather(1, index.expand(*self.source.shape, *values.shape[2:]))
+
+    def collect(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Take the last long slot of each token: `(B, L, D)` to `(B, T, D)`. Rows at placeholders are throwaway."""
+        return hidden_states.gather(1, self.last_slot[..., None].expand(-1, -1, hidden_states.shape[-1]))
+
+
+def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Count the real tokens of each row from 0; padding gets position 0. Shapes `(B, T)`."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+class HoVLEPatchEmbedding(nn.Module):
+    """Turn square tiles into patch vectors: convolution plus learned position embedding."""
+
+    def __init__(self, config: HoVLEConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.patch_size = config.patch_size
+        self.grid_size = config.image_size // config.patch_size
+        self.projection = nn.Conv2d(
+            config.num_channels, hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Parameter(torch.zeros(1, self.grid_size**2, hidden_size))
+
+    def positions_for(self, grid_size: int) -> torch.Tensor:
+        """Resize the position embedding to another square grid, bicubic as in InternViT; `(1, grid_size ** 2, D)`."""
+        if grid_size == self.grid_size:
+            return self.position_embedding
+        grid = self.position_embedding.float().unflatten(1, (self.grid_size, self.grid_size)).permute(0, 3, 1, 2)
+        grid = nn.functional.interpolate(grid, size=(grid_size, grid_size), mode="bicubic", align_corners=False)
+        return grid.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed tiles of shape `(N, C, s, s)` as row-major patches `(N, (s / patch_size) ** 2, D)`."""
+        patches = self.projection(pixel_values.to(self.projection.weight.dtype))  # (N, D, H, W)
+        grid_size = patches.shape[-1]
+        return patches.flatten(2).transpose(1, 2) + self.positions_for(grid_size)
+
+
+class HoVLEPixelShuffleProjector(nn.Module):
+    """Join neighbouring patches into one token of the hidden size."""
+
+    def __init__(self, config: HoVLEConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.factor = config.shuffle_factor
+        self.linear_1 = nn.Linear(hidden_size * self.factor**2, hidden_size)
+        self.act = nn.GELU()
+        self.linear_2 = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """Map `(N, H * H, D)` to `(N, H * H / factor ** 2, D)`."""
+        return self.linear_2(self.act(self.linear_1(pixel_shuffle(patches, self.factor))))
+
+
+@dataclass
+class HoVLEModelOutputWithPast(ModelOutput):
+    """Outputs of `HoVLEModel`."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    """Final hidden states of the language model, shape `(B, T, D)`."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+    """What the language model sees of the pictures, before normalisation, shape `(N, S, D)`."""
+
+
+@dataclass
+class HoVLECausalLMOutputWithPast(ModelOutput):
+    """Outputs of `HoVLEForConditionalGeneration`."""
+
+    loss: torch.FloatTensor | None = None
+    """Mean next-token cross-entropy in nats per supervised token, when `labels` were given."""
+    logits: torch.FloatTensor | None = None
+    """Shape `(B, T, V)`, or the last `logits_to_keep` positions only."""
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_hidden_states: torch.FloatTensor | None = None
+
+
+@dataclass
+class HolisticEmbeddingOutput(ModelOutput):
+    """Outputs of the holistic layers alone."""
+
+    last_hidden_state: torch.FloatTensor | None = None
+    """The residual stream over the whole sequence before normalisation: `(B, T, D)`, or `(B, L, D)` for HD."""
+    image_hidden_states: torch.FloatTensor | None = None
+    """Its image part as the language model will see it (for HD after shuffle and MLP), shape `(N, S, D)`."""
+    inputs_embeds: torch.FloatTensor | None = None
+    """What enters the language model's first layer, shape `(B, T, D)`."""
+
+
+@dataclass
+class PreparedInputs:
+    """One forward pass as the language model's sequence sees it."""
+
+    embeds: torch.Tensor
+    """Text embeddings with throwaway rows at placeholders, shape `(B, T, D)`."""
+    image_features: torch.Tensor | None
+    """Output of the stem, shape `(N, S, D)` or longer for HD."""
+    image_mask: torch.Tensor | None
+    """True at placeholders, shape `(B, T)`."""
+    attention_mask: torch.Tensor | None
+    """The caller's padding mask."""
+    causal_mask: torch.Tensor | None
+    """What the attention function takes."""
+    position_ids: torch.Tensor
+    """Shape `(B, T)` or `(1, T)`."""
+
+
+class HoVLEPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the contracts with transformers."""
+
+    config: HoVLEConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LlamaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LlamaAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if isinstance(module, HoVLEPatchEmbedding):
+            init.normal_(module.position_embedding, mean=0.0, std=self.config.initializer_range)
+
+
+class HoVLEModel(HoVLEPreTrainedModel):
+    """Patch stem and the decoder of holistic layers and language model, without the head."""
+
+    def __init__(self, config: HoVLEConfig):
+        super().__init__(config)
+        self.patch_embedding = HoVLEPatchEmbedding(config)
+        self.projector = None if config.pixel_shuffle_loc == "none" else HoVLEPixelShuffleProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        # Dynamic rope keeps state, and HD's two sequences differ in length: each section has its own table.
+        self.embedding_rotary_emb = type(self.language_model.rotary_emb)(self._embedding_rope_config())
+        if self.is_hd:
+            self._put_language_layers_first_in_cache()
+        self.post_init()
+
+    @property
+    def is_hd(self) -> bool:
+        """Whether the holistic layers see a longer sequence than the language model."""
+        return self.config.pixel_shuffle_loc == "post" and self.config.shuffle_factor > 1
+
+    @property
+    def embedding_layers(self) -> nn.ModuleList:
+        """The holistic layers."""
+        return self.language_model.layers[: self.config.num_embedding_layers]
+
+    @property
+    def language_layers(self) -> nn.ModuleList:
+        """The layers of the language model."""
+        return self.language_model.layers[self.config.num_embedding_layers :]
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model
+
+    def _embedding_rope_config(self):
+        """Text config with the rotary parameters of the holistic layers."""
+        rope_config = copy.deepcopy(self.config.text_config)
+        if self.config.embedding_rope_parameters is not None:
+            rope_parameters = dict(self.config.embedding_rope_parameters)
+            rope_config.max_position_embeddings = rope_parameters.pop(
+                "max_position_embeddings", rope_config.max_position_embeddings
+            )
+            rope_config.rope_parameters = rope_parameters
+        return rope_config
+
+    def _put_language_layers_first_in_cache(self) -> None:
+        """Give the language model cache slots 0..M-1, so whoever asks a cache for its length hears the short one."""
+        num_layers = self.config.text_config.num_hidden_layers
+        for index, layer in enumerate(self.language_model.layers):
+            layer.self_attn.layer_idx = (index - self.config.num_embedding_layers) % num_layers
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Run the patch stem.
+
+        Args:
+            pixel_values: Normalised tiles, shape `(N, C, s, s)`; any `s` that divides into whole tokens.
+
+        Returns:
+            `pooler_output` (and `last_hidden_state`): the tokens that enter the holistic layers, shape `(N, S, D)`;
+            for HD the patches, `(N, S * shuffle_factor ** 2, D)`.
+        """
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values must have shape (tiles, {self.config.num_channels}, size, size), "
+                f"got {tuple(pixel_values.shape)}."
+            )
+        if pixel_values.shape[2] != pixel_values.shape[3]:
+            raise ValueError(f"Tiles must be square, got {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels.")
+        self.config.tokens_per_tile(pixel_values.shape[-1])
+        features = self.patch_embedding(pixel_values)
+        if self.config.pixel_shuffle_loc == "pre":
+            features = self.projector(features)
+        return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
+
+    def _run_layers(
+        self,
+        layers: nn.ModuleList,
+        rotary_emb: nn.Module,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Run one section of the decoder, `(B, T, D)` to `(B, T, D)`."""
+        position_embeddings = rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+        return hidden_states
+
+    def _causal_mask(self, hidden_states, attention_mask, position_ids, past_key_values):
+        # An empty dynamic cache says nothing, but its mere presence switches off the detection of packed documents.
+        if past_key_values is not None and not past_key_values.is_compileable and not past_key_values.get_seq_length():
+            past_key_values = None
+        return create_causal_mask(
+            config=self.config.text_config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+    def _embed_pictures(self, input_ids, pixel_values, past_key_values, image_features):
+        """Run the stem and find the placeholders; `(None, None)` without pictures, ValueError on a mismatch."""
+        if pixel_values is not None:
+            image_features = self.get_image_features(pixel_values).pooler_output
+        image_mask = input_ids == self.config.image_token_id
+        if image_features is not None:
+            slots_per_placeholder = self.config.shuffle_factor**2 if self.is_hd else 1
+            check_image_tokens(image_mask, len(image_features), image_features.shape[1] // slots_per_placeholder)
+            return image_features, image_mask
+        # Once something is cached, a placeholder id is a token the model itself has generated.
+        if past_key_values is None or past_key_values.get_seq_length() == 0:
+            check_image_tokens(image_mask, 0, self.config.image_seq_length)
+        return None, None
+
+    def _prepare(self, input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features):
+        """Embed text and pictures and settle positions and mask of the language model's sequence."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        image_mask = None
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            image_features, image_mask = self._embed_pictures(
+                input_ids, pixel_values, past_key_values, image_features
+            )
+        elif pixel_values is not None or image_features is not None:
+            raise ValueError("Pictures need input_ids, which say where they stand; inputs_embeds do not.")
+        length = inputs_embeds.shape[1]
+        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+            position_ids = positions_from_mask(attention_mask)[:, -length:]
+        elif position_ids is None:
+            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
+        causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+        return PreparedInputs(inputs_embeds, image_features, image_mask, attention_mask, causal_mask, position_ids)
+
+    def _normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.config.normalize_encoder_output:
+            return hidden_states
+        return hidden_states / hidden_states.norm(dim=-1, keepdim=True)
+
+    def _run_holistic_layers(self, inputs, cache: Cache | None, **kwargs) -> HolisticEmbeddingOutput:
+        """Run the holistic layers on the sequence the language model sees."""
+        embeds = inputs.embeds
+        if inputs.image_features is not None:
+            embeds = merge_image_tokens(embeds, inputs.image_features, inputs.image_mask)
+        hidden_states = self._run_layers(
+            self.embedding_layers,
+            self.embedding_rotary_emb,
+            embeds,
+            inputs.causal_mask,
+            inputs.position_ids,
+            cache,
+            **kwargs,
+        )
+        image_hidden_states = None
+        if inputs.image_features is not None:
+            image_hidden_states = take_image_tokens(hidden_states, inputs.image_mask, len(inputs.image_features))
+        return HolisticEmbeddingOutput(hidden_states, image_hidden_states, self._normalize(hidden_states))
+
+    def _run_holistic_layers_hd(self, inputs, cache: Cache | None, **kwargs) -> HolisticEmbeddingOutput:
+        """Run the holistic layers on the long sequence of HoVLE-HD and shorten their output again."""
+        layout, embeds = None, inputs.embeds
+        if inputs.image_features is not None:
+            layout = HolisticLayout.from_image_mask(inputs.image_mask, self.config.shuffle_factor**2)
+            embeds = merge_image_tokens(layout.spread(embeds), inputs.image_features, layout.image_mask)
+        view = self._holistic_cache(cache)
+        long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, cache)
+        long_positions = self._long_positions(embeds, layout, long_mask, inputs, view)
+        causal_mask = self._causal_mask(embeds, long_mask, long_positions, view)
+        hidden_states = self._run_layers(
+            self.embedding_layers, self.embedding_rotary_emb, embeds, causal_mask, long_positions, cache, **kwargs
+        )
+        if cache is not None:
+            cache.holistic_attention_mask = long_mask
+        if layout is None:
+            return HolisticEmbeddingOutput(hidden_states, None, self._normalize(hidden_states))
+        patches = take_image_tokens(hidden_states, layout.image_mask, len(inputs.image_features))
+        image_hidden_states = self.projector(patches)
+        merged = merge_image_tokens(layout.collect(hidden_states), image_hidden_states, inputs.image_mask)
+        return HolisticEmbeddingOutput(hidden_states, image_hidden_states, self._normalize(merged))
+
+    def _holistic_cache(self, cache: Cache | None) -> Cache | None:
+        """View of the cache that speaks for the holistic layers of HD (the slots after the language model's)."""
+        layers = [] if cache is None else cache.layers[self.config.num_language_layers :]
+        return Cache(layers=layers) if layers else None
+
+    def _long_attention_mask(self, embeds, layout, attention_mask, cache):
+        """Padding mask of HD's long sequence including what is cached, `(B, past + L)`; None when nothing is padded.
+
+        A later step sees new tokens only, so the mask of the earlier ones is kept with the cache it describes.
+        """
+        batch_size, length = embeds.shape[:2]
+        past_mask = getattr(cache, "holistic_attention_mask", None)
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError(
+                f"HoVLE-HD builds its own masks and needs a 2-D attention_mask (batch, tokens), got {attention_mask.dim()}-D."
+            )
+        if layout is None and attention_mask is None and past_mask is None:
+            return None
+        if attention_mask is None:
+            new_mask = embeds.new_ones((batch_size, length), dtype=torch.bool)
+        else:
+            num_new = length if layout is None else layout.last_slot.shape[1]
+            new_mask = attention_mask[:, -num_new:].bool()
+            new_mask = new_mask if layout is None else layout.spread(new_mask)
+        if layout is not None:
+            new_mask = new_mask & layout.is_token
+        view = self._holistic_cache(cache)
+        past_length = 0 if view is None else view.get_seq_length()
+        if past_length and past_mask is None:
+            past_mask = embeds.new_ones((batch_size, past_length), dtype=torch.bool)
+        if past_mask is not None:
+            new_mask = torch.cat([past_mask, new_mask], dim=1)
+        return None if bool(new_mask.all()) else new_mask
+
+    def _long_positions(self, embeds, layout, long_mask, inputs, view):
+        """Position ids of HD's long sequence, `(B, L)`: counted per row, restarting where the short ones restart."""
+        length = embeds.shape[1]
+        if long_mask is not None:
+            if inputs.attention_mask is None and bool((inputs.position_ids == 0).sum(dim=1).max() > 1):
+                raise ValueError(
+                    "Packed rows of HoVLE-HD must hold the same number of image tokens each: rows of different long "
+                    "lengths need a padding mask, which would let documents see each other. Pack into one row."
+                )
+            return positions_from_mask(long_mask)[:, -length:]
+        past_length = 0 if view is None else view.get_seq_length()
+        positions = (torch.arange(length, device=embeds.device) + past_length)[None]
+        # Documents packed into one row start again at 0: subtract each document's first long slot.
+        starts = inputs.position_ids == 0
+        if past_length or not bool(starts[:, 1:].any()):
+            return positions
+        last_slot = torch.arange(length, device=embeds.device)[None] if layout is None else layout.last_slot
+        first_slot = torch.cat([torch.zeros_like(last_slot[:, :1]), last_slot[:, :-1] + 1], dim=1)
+        document_start = torch.where(starts, first_slot, 0).cummax(dim=1).values
+        return positions - (document_start if layout is None else layout.spread(document_start))
+
+    def get_holistic_embeddings(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> HolisticEmbeddingOutput:
+        """Run the stem and the holistic layers only; the language model's layers are not touched.
+
+        Args:
+            input_ids: Prompts with `tokens_per_tile` placeholders per tile, shape `(B, T)`.
+            pixel_values: All tiles of the batch in prompt order, shape `(N, C, s, s)`.
+            attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`.
+            position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row.
+            past_key_values: Cache of earlier tokens, extended in place.
+            inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
+            image_features: What `get_image_features` made of the tiles, instead of `pixel_values`.
+
+        Raises:
+            ValueError: When placeholders and tiles do not match, with both counts.
+        """
+        inputs = self._prepare(
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features
+        )
+        run = self._run_holistic_layers_hd if self.is_hd else self._run_holistic_layers
+        return run(inputs, past_key_values, **kwargs)
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        image_features: torch.Tensor | None = None,
+        **kwargs,
+    ) -> HoVLEModelOutputWithPast:
+        """Run stem, holistic layers and language model; arguments as in `get_holistic_embeddings`.
+
+        `use_cache` defaults to the text config's outside training; in training nothing is cached.
+        """
+        if use_cache is None:
+            use_cache = bool(getattr(self.config.text_config, "use_cache", True)) and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        inputs = self._prepare(
+            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features
+        )
+        run = self._run_holistic_layers_hd if self.is_hd else self._run_holistic_layers
+        holistic = run(inputs, past_key_values, **kwargs)
+        hidden_states = self._run_layers(
+            self.language_layers,
+            self.language_model.rotary_emb,
+            holistic.inputs_embeds,
+            inputs.causal_mask,
+            inputs.position_ids,
+            past_key_values,
+            **kwargs,
+        )
+        return HoVLEModelOutputWithPast(
+            last_hidden_state=self.language_model.norm(hidden_states),
+            past_key_values=past_key_values,
+            image_hidden_states=holistic.image_hidden_states,
+        )
+
+
+class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
+    """HoVLE with the language model's head: next-token logits, loss and `generate`."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+
+    def __init__(self, config: HoVLEConfig):
+        super().__init__(config)
+        self.model = HoVLEModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Run the patch stem; see `HoVLEModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def get_holistic_embeddings(self, *args, **kwargs) -> HolisticEmbeddingOutput:
+        """Run stem and holistic layers only; see `HoVLEModel.get_holistic_embeddings`."""
+        return self.model.get_holistic_embeddings(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict | None = None,
+        **kwargs,
+    ) -> HoVLECausalLMOutputWithPast:
+        """Predict the next token.
+
+        Args:
+            input_ids: Prompts with `tokens_per_tile` placeholders per tile, shape `(B, T)`; the short sequence for
+                HD too.
+            pixel_values: All tiles of the batch in prompt order, shape `(N, C, s, s)`.
+            attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`.
+            position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row.
+            past_key_values: Cache of earlier tokens, extended in place.
+            inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
+            labels: Ids to predict, shape `(B, T)`; -100 and every image position are ignored.
+            use_cache: Whether to return a cache; by default outside training only.
+            logits_to_keep: Compute only the last so many logits; 0 for all; a tensor names positions.
+            mm_encoder_outputs: `{"image": get_image_features(...)}`, which `generate` prepares since transformers
+                5.18, instead of `pixel_values`.
+
+        Raises:
+            ValueError: When placeholders and tiles do not match, with both counts.
+        """
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if image_outputs is not None and pixel_values is not None:
+            raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
+        num_items_in_batch = kwargs.pop("num_items_in_batch", None)
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            image_features=None if image_outputs is None else image_outputs.pooler_output,
+            **kwargs,
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        loss = None
+        if labels is not None:
+            if input_ids is not None:
+                labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+        return HoVLECausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+        )
+
+    @classmethod
+    def from_language_model(
+        cls,
+        name_or_path: str | PreTrainedModel,
+        num_embedding_layers: int = 8,
+        *,
+        image_token_id: int | None = None,
+        untie_text_embeddings: bool = False,
+        **kwargs,
+    ) -> "HoVLEForConditionalGeneration":
+        """Build a new HoVLE around a pretrained language model.
+
+        The language model's layers are copied untouched. The new layers start as the identity (their output
+        projections are zero), so text gives the bare model's logits until training begins. Special picture tokens
+        the tokenizer lacks get new rows; no existing row changes.
+
+        Args:
+            name_or_path: Hub id or folder of a Llama-family causal language model, or such a model.
+            num_embedding_layers: Holistic layers to put below it.
+            image_token_id: Id of the placeholder; by default that of `<IMG_CONTEXT>`, which joins the tokenizer's
+                vocabulary as `HoVLEProcessor.from_language_model` adds it. Without a tokenizer beside the model,
+                three new rows follow the vocabulary and the placeholder is the last one.
+            untie_text_embeddings: Give the holistic layers a text table of their own (a copy, as in the paper)
+                where the language model ties its table to its head.
+            **kwargs: Fields of `HoVLEConfig` (`image_size`, `patch_size`, `pixel_shuffle_loc`, ...); all others go
+                to `AutoModelForCausalLM.from_pretrained` (`dtype`, `gguf_file`, ...).
+        """
+        config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__dataclass_fields__}
+        if isinstance(name_or_path, PreTrainedModel):
+            language_model = name_or_path
+        else:
+            language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        vocab_size = language_model.get_input_embeddings().num_embeddings
+        if image_token_id is None:
+            image_token_id, min_vocab_size = _image_token_for(name_or_path, vocab_size, kwargs.get("gguf_file"))
+        else:
+            min_vocab_size = image_token_id + 1
+        text_config = copy.deepcopy(language_model.config)
+        text_config.num_hidden_layers += num_embedding_layers
+        text_config.vocab_size = max(vocab_size, min_vocab_size)
+        if untie_text_embeddings:
+            text_config.tie_word_embeddings = False
+        config = HoVLEConfig(
+            text_config=text_config.to_dict(),
+            num_embedding_layers=num_embedding_layers,
+            image_token_id=image_token_id,
+            **config_kwargs,
+        )
+        model = cls(config).to(language_model.dtype)
+        model._copy_language_model(language_model)
+        model._start_as_identity()
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+        return model
+
+    @torch.no_grad()
+    def _copy_language_model(self, language_model: PreTrainedModel) -> None:
+        """Copy layers, norm, table and head of a bare language model below and above the holistic layers."""
+        num_new = self.config.num_embedding_layers
+        source = language_model.get_decoder().state_dict()
+        target = self.model.language_model.state_dict()
+        for name, tensor in source.items():
+            parts = name.split(".")
+            if parts[0] == "layers":
+                parts[1] = str(int(parts[1]) + num_new)
+            target[".".join(parts)][: len(tensor)].copy_(tensor)
+        table = language_model.get_input_embeddings().weight
+        _fill_new_rows(self.get_input_embeddings().weight, table)
+        if not self.config.tie_word_embeddings:
+            head = language_model.get_output_embeddings().weight
+            self.lm_head.weight[: len(head)].copy_(head)
+            _fill_new_rows(self.lm_head.weight, head)
+
+    @torch.no_grad()
+    def _start_as_identity(self) -> None:
+        """Zero what the holistic layers add to the residual stream."""
+        for layer in self.model.embedding_layers:
+            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                projection.weight.zero_()
+                if projection.bias is not None:
+                    projection.bias.zero_()
+
+
+def add_image_tokens(tokenizer) -> None:
+    """Teach a tokenizer the picture tokens under their transformers names; ids it already has stay.
+
+    Sets `start_image_token`, `end_image_token` and `context_image_token`, which are saved with the tokenizer.
+    """
+    tokenizer.add_special_tokens(dict(IMAGE_TOKENS), replace_extra_special_tokens=False)
+
+
+def _image_token_for(name_or_path, vocab_size: int, gguf_file: str | None) -> tuple[int, int]:
+    """Find the placeholder's id and the vocabulary size it needs, from the tokenizer beside the language model."""
+    if isinstance(name_or_path, PreTrainedModel):
+        return vocab_size + 2, vocab_size + 3
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, gguf_file=gguf_file)
+    except (OSError, ValueError):  # a folder with weights only
+        return vocab_size + 2, vocab_size + 3
+    add_image_tokens(tokenizer)
+    return tokenizer.convert_tokens_to_ids(IMAGE_TOKENS["context_image_token"]), len(tokenizer)
+
+
+def _fill_new_rows(weight: torch.Tensor, known: torch.Tensor) -> None:
+    """Start rows beyond the known vocabulary near the mean row, each a little different, from a fixed seed."""
+    num_new = len(weight) - len(known)
+    if num_new:
+        known = known.float()
+        noise = torch.randn(num_new, known.shape[1], generator=torch.Generator().manual_seed(0))
+        weight[len(known) :] = (known.mean(dim=0) + 0.1 * known.std(dim=0) * noise.to(known.device)).to(weight.dtype)
+
+
+__all__ = ["HoVLEForConditionalGeneration", "HoVLEModel", "HoVLEPreTrainedModel"]
