@@ -3,7 +3,30 @@
 Importing this package needs torch and transformers only and registers HoVLE with transformers' Auto classes.
 """
 
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
 from .configuration_hovle import HoVLEConfig
+from .image_processing_hovle import HoVLEImageProcessor
 from .modeling_hovle import HoVLEForConditionalGeneration, HoVLEModel
+from .processing_hovle import HoVLEProcessor
+
+AutoConfig.register("hovle", HoVLEConfig, exist_ok=True)
+AutoModel.register(HoVLEConfig, HoVLEModel, exist_ok=True)
+AutoModelForImageTextToText.register(HoVLEConfig, HoVLEForConditionalGeneration, exist_ok=True)
+AutoImageProcessor.register(
+    HoVLEConfig,
+    # One class under both names: its pixels do not depend on whether torchvision is installed.
+    image_processor_classes={"pil": HoVLEImageProcessor, "torchvision": HoVLEImageProcessor},
+    exist_ok=True,
+)
+AutoProcessor.register(HoVLEConfig, HoVLEProcessor, exist_ok=True)
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "HoVLEConfig",
+    "HoVLEForConditionalGeneration",
+    "HoVLEImageProcessor",
+    "HoVLEModel",
+    "HoVLEProcessor",
+]

@@ -72,10 +72,15 @@ class HoVLEConfig(PreTrainedConfig):
             raise ValueError(
                 f"pixel_shuffle_loc must be one of {', '.join(PIXEL_SHUFFLE_LOCATIONS)}, got {self.pixel_shuffle_loc!r}."
             )
-        if not 0 < self.downsample_ratio <= 1 or abs(1 / self.downsample_ratio - self.shuffle_factor) > 1e-6:
+        if (
+            not 0 < self.downsample_ratio <= 1
+            or abs(1 / self.downsample_ratio - round(1 / self.downsample_ratio)) > 1e-6
+        ):
             raise ValueError(
                 f"downsample_ratio ({self.downsample_ratio}) must be 1 divided by a whole number, for instance 0.5."
             )
+        if self.patch_size < 1:
+            raise ValueError(f"patch_size ({self.patch_size}) must be positive.")
         self.tokens_per_tile(self.image_size)
 
     @property

@@ -12,15 +12,17 @@ Axis legend of this file (logical sizes, never a shard):
 """
 
 import copy
+import inspect
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
@@ -32,8 +34,22 @@ from .configuration_hovle import HoVLEConfig
 IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 """Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
 
+LOCATION_OPTIONS = (
+    "cache_dir",
+    "gguf_file",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Options of `from_pretrained` that a model shares with its tokenizer."""
+
 IGNORE_INDEX = -100
 """Label of a position without a loss."""
+
+MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+"""Attention patterns a layer may have, under their transformers names."""
 
 
 def pixel_shuffle(patches: torch.Tensor, factor: int) -> torch.Tensor:
@@ -73,19 +89,24 @@ def merge_image_tokens(
     return inputs_embeds.masked_scatter(image_mask[..., None], features)
 
 
-def take_image_tokens(hidden_states: torch.Tensor, image_mask: torch.Tensor, num_tiles: int) -> torch.Tensor:
+def take_image_tokens(
+    hidden_states: torch.Tensor, image_mask: torch.Tensor, num_tiles: int, tokens_per_tile: int
+) -> torch.Tensor:
     """Collect the outputs at placeholders, tile by tile in reading order.
 
     Args:
         hidden_states: Shape `(B, T, D)`.
-        image_mask: True at placeholders, shape `(B, T)`, bool; its True entries divide evenly over the tiles.
+        image_mask: True at placeholders, shape `(B, T)`, bool; `num_tiles * tokens_per_tile` of its entries.
         num_tiles: N.
+        tokens_per_tile: S.
 
     Returns:
         Shape `(N, S, D)`.
     """
     flat = hidden_states.flatten(0, 1)
-    return flat[image_mask.flatten()].view(num_tiles, -1, flat.shape[-1])
+    # A sort instead of boolean indexing: its result has a size known in advance, which torch.compile needs.
+    slots = torch.argsort(image_mask.flatten(), descending=True, stable=True)[: num_tiles * tokens_per_tile]
+    return flat[slots].view(num_tiles, tokens_per_tile, flat.shape[-1])
 
 
 def check_image_tokens(image_mask: torch.Tensor, num_tiles: int, tokens_per_tile: int) -> None:
@@ -127,11 +148,16 @@ class HolisticLayout:
     """True at long slots of image patches, shape `(B, L)`."""
 
     @classmethod
-    def from_image_mask(cls, image_mask: torch.Tensor, slots_per_placeholder: int) -> "HolisticLayout":
-        """Build the layout of a batch from its placeholders, shape `(B, T)`, bool."""
+    def from_image_mask(
+        cls, image_mask: torch.Tensor, slots_per_placeholder: int, num_placeholders: int
+    ) -> "HolisticLayout":
+        """Build the layout of a batch from its placeholders, shape `(B, T)`, bool, and their count."""
         lengths = torch.where(image_mask, slots_per_placeholder, 1)
         ends = lengths.cumsum(dim=1)  # (B, T)
-        long_length = int(ends[:, -1].max())
+        if len(image_mask) == 1:  # a length known in advance keeps the graph of torch.compile whole
+            long_length = image_mask.shape[1] + num_placeholders * (slots_per_placeholder - 1)
+        else:
+            long_length = int(ends[:, -1].max())
         ends = ends + (long_length - ends[:, -1:])
         slots = torch.arange(long_length, device=image_mask.device).expand(len(image_mask), -1).contiguous()
         source = torch.searchsorted(ends, slots, right=True)
@@ -151,6 +177,38 @@ class HolisticLayout:
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """Count the real tokens of each row from 0; padding gets position 0. Shapes `(B, T)`."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def attention_types(text_config: PreTrainedConfig) -> list[str]:
+    """Name the attention pattern of each decoder layer, as transformers' caches read it from the config."""
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None:
+        return list(layer_types)
+    sliding = getattr(text_config, "sliding_window", None) is not None
+    return ["sliding_attention" if sliding else "full_attention"] * text_config.num_hidden_layers
+
+
+def check_backbone(decoder: nn.Module) -> None:
+    """Raise ValueError, with the backbone's name, unless it is a decoder that HoVLE can run section by section."""
+    config = decoder.config
+    name = f"{type(decoder).__name__} (model_type {config.model_type!r})"
+    missing = [part for part in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
+    if missing:
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: it lacks {', '.join(missing)}. HoVLE needs a decoder built like "
+            "Llama's."
+        )
+    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: it has a rotary table per attention pattern, and HoVLE runs one "
+            "for its holistic layers and one for the language model."
+        )
+    unknown = sorted(set(attention_types(config)) - MASK_FUNCTIONS.keys())
+    if unknown:
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: it has layers of type {', '.join(unknown)}; only "
+            f"{' and '.join(MASK_FUNCTIONS)} are supported."
+        )
 
 
 class HoVLEPatchEmbedding(nn.Module):
@@ -248,8 +306,8 @@ class PreparedInputs:
     """True at placeholders, shape `(B, T)`."""
     attention_mask: torch.Tensor | None
     """The caller's padding mask."""
-    causal_mask: torch.Tensor | None
-    """What the attention function takes."""
+    causal_masks: dict[str, torch.Tensor | None]
+    """What the attention function takes, for each attention pattern among the layers."""
     position_ids: torch.Tensor
     """Shape `(B, T)` or `(1, T)`."""
 
@@ -285,6 +343,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         self.patch_embedding = HoVLEPatchEmbedding(config)
         self.projector = None if config.pixel_shuffle_loc == "none" else HoVLEPixelShuffleProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        self.attention_types = attention_types(config.text_config)
+        check_backbone(self.language_model)
         # Dynamic rope keeps state, and HD's two sequences differ in length: each section has its own table.
         self.embedding_rotary_emb = type(self.language_model.rotary_emb)(self._embedding_rope_config())
         if self.is_hd:
@@ -294,7 +354,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
     @property
     def is_hd(self) -> bool:
         """Whether the holistic layers see a longer sequence than the language model."""
-        return self.config.pixel_shuffle_loc == "post" and self.config.shuffle_factor > 1
+        return self.config.pixel_shuffle_loc == "post"
 
     @property
     def embedding_layers(self) -> nn.ModuleList:
@@ -319,7 +379,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """Text config with the rotary parameters of the holistic layers."""
         rope_config = copy.deepcopy(self.config.text_config)
         if self.config.embedding_rope_parameters is not None:
-            rope_parameters = dict(self.config.embedding_rope_parameters)
+            rope_parameters = {"rope_type": "default", **self.config.embedding_rope_parameters}
             rope_config.max_position_embeddings = rope_parameters.pop(
                 "max_position_embeddings", rope_config.max_position_embeddings
             )
@@ -328,6 +388,11 @@ class HoVLEModel(HoVLEPreTrainedModel):
 
     def _put_language_layers_first_in_cache(self) -> None:
         """Give the language model cache slots 0..M-1, so whoever asks a cache for its length hears the short one."""
+        if len(set(self.attention_types)) > 1:
+            raise ValueError(
+                f"HoVLE-HD needs one attention pattern in all layers, but {self.config.text_config.model_type} mixes "
+                f"{' and '.join(sorted(set(self.attention_types)))}."
+            )
         num_layers = self.config.text_config.num_hidden_layers
         for index, layer in enumerate(self.language_model.layers):
             layer.self_attn.layer_idx = (index - self.config.num_embedding_layers) % num_layers
@@ -358,19 +423,20 @@ class HoVLEModel(HoVLEPreTrainedModel):
     def _run_layers(
         self,
         layers: nn.ModuleList,
+        attention_types: list[str],
         rotary_emb: nn.Module,
         hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None,
+        causal_masks: dict[str, torch.Tensor | None],
         position_ids: torch.Tensor,
         past_key_values: Cache | None,
         **kwargs,
     ) -> torch.Tensor:
         """Run one section of the decoder, `(B, T, D)` to `(B, T, D)`."""
         position_embeddings = rotary_emb(hidden_states, position_ids=position_ids)
-        for layer in layers:
+        for layer, attention_type in zip(layers, attention_types, strict=True):
             hidden_states = layer(
                 hidden_states,
-                attention_mask=attention_mask,
+                attention_mask=causal_masks[attention_type],
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
@@ -379,17 +445,23 @@ class HoVLEModel(HoVLEPreTrainedModel):
             )
         return hidden_states
 
-    def _causal_mask(self, hidden_states, attention_mask, position_ids, past_key_values):
+    def _causal_masks(self, hidden_states, attention_mask, position_ids, past_key_values):
+        """Build one mask for each attention pattern among the layers; a mask that `generate` has prepared is kept."""
+        if isinstance(attention_mask, dict):
+            return attention_mask
         # An empty dynamic cache says nothing, but its mere presence switches off the detection of packed documents.
         if past_key_values is not None and not past_key_values.is_compileable and not past_key_values.get_seq_length():
             past_key_values = None
-        return create_causal_mask(
-            config=self.config.text_config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        return {
+            attention_type: MASK_FUNCTIONS[attention_type](
+                config=self.config.text_config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for attention_type in sorted(set(self.attention_types))
+        }
 
     def _embed_pictures(self, input_ids, pixel_values, past_key_values, image_features):
         """Run the stem and find the placeholders; `(None, None)` without pictures, ValueError on a mismatch."""
@@ -405,26 +477,26 @@ class HoVLEModel(HoVLEPreTrainedModel):
             check_image_tokens(image_mask, 0, self.config.image_seq_length)
         return None, None
 
-    def _prepare(self, input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features):
+    def _prepare(
+        self, input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features
+    ):
         """Embed text and pictures and settle positions and mask of the language model's sequence."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         image_mask = None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            image_features, image_mask = self._embed_pictures(
-                input_ids, pixel_values, past_key_values, image_features
-            )
+            image_features, image_mask = self._embed_pictures(input_ids, pixel_values, past_key_values, image_features)
         elif pixel_values is not None or image_features is not None:
             raise ValueError("Pictures need input_ids, which say where they stand; inputs_embeds do not.")
         length = inputs_embeds.shape[1]
-        if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:
+        if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             position_ids = positions_from_mask(attention_mask)[:, -length:]
         elif position_ids is None:
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
-        causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
-        return PreparedInputs(inputs_embeds, image_features, image_mask, attention_mask, causal_mask, position_ids)
+        causal_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        return PreparedInputs(inputs_embeds, image_features, image_mask, attention_mask, causal_masks, position_ids)
 
     def _normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.config.normalize_encoder_output:
@@ -438,36 +510,47 @@ class HoVLEModel(HoVLEPreTrainedModel):
             embeds = merge_image_tokens(embeds, inputs.image_features, inputs.image_mask)
         hidden_states = self._run_layers(
             self.embedding_layers,
+            self.attention_types[: self.config.num_embedding_layers],
             self.embedding_rotary_emb,
             embeds,
-            inputs.causal_mask,
+            inputs.causal_masks,
             inputs.position_ids,
             cache,
             **kwargs,
         )
         image_hidden_states = None
         if inputs.image_features is not None:
-            image_hidden_states = take_image_tokens(hidden_states, inputs.image_mask, len(inputs.image_features))
+            image_hidden_states = take_image_tokens(hidden_states, inputs.image_mask, *inputs.image_features.shape[:2])
         return HolisticEmbeddingOutput(hidden_states, image_hidden_states, self._normalize(hidden_states))
 
     def _run_holistic_layers_hd(self, inputs, cache: Cache | None, **kwargs) -> HolisticEmbeddingOutput:
         """Run the holistic layers on the long sequence of HoVLE-HD and shorten their output again."""
         layout, embeds = None, inputs.embeds
         if inputs.image_features is not None:
-            layout = HolisticLayout.from_image_mask(inputs.image_mask, self.config.shuffle_factor**2)
+            num_tiles, num_patches = inputs.image_features.shape[:2]
+            slots_per_placeholder = self.config.shuffle_factor**2
+            layout = HolisticLayout.from_image_mask(
+                inputs.image_mask, slots_per_placeholder, num_tiles * num_patches // slots_per_placeholder
+            )
             embeds = merge_image_tokens(layout.spread(embeds), inputs.image_features, layout.image_mask)
         view = self._holistic_cache(cache)
         long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, cache)
         long_positions = self._long_positions(embeds, layout, long_mask, inputs, view)
-        causal_mask = self._causal_mask(embeds, long_mask, long_positions, view)
         hidden_states = self._run_layers(
-            self.embedding_layers, self.embedding_rotary_emb, embeds, causal_mask, long_positions, cache, **kwargs
+            self.embedding_layers,
+            self.attention_types[: self.config.num_embedding_layers],
+            self.embedding_rotary_emb,
+            embeds,
+            self._causal_masks(embeds, long_mask, long_positions, view),
+            long_positions,
+            cache,
+            **kwargs,
         )
         if cache is not None:
             cache.holistic_attention_mask = long_mask
         if layout is None:
             return HolisticEmbeddingOutput(hidden_states, None, self._normalize(hidden_states))
-        patches = take_image_tokens(hidden_states, layout.image_mask, len(inputs.image_features))
+        patches = take_image_tokens(hidden_states, layout.image_mask, *inputs.image_features.shape[:2])
         image_hidden_states = self.projector(patches)
         merged = merge_image_tokens(layout.collect(hidden_states), image_hidden_states, inputs.image_mask)
         return HolisticEmbeddingOutput(hidden_states, image_hidden_states, self._normalize(merged))
@@ -484,11 +567,12 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """
         batch_size, length = embeds.shape[:2]
         past_mask = getattr(cache, "holistic_attention_mask", None)
-        if attention_mask is not None and attention_mask.dim() != 2:
+        if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
             raise ValueError(
-                f"HoVLE-HD builds its own masks and needs a 2-D attention_mask (batch, tokens), got {attention_mask.dim()}-D."
+                "HoVLE-HD builds its own masks and needs a 2-D attention_mask (batch, tokens); generate with a "
+                "dynamic cache."
             )
-        if layout is None and attention_mask is None and past_mask is None:
+        if attention_mask is None and past_mask is None and (layout is None or batch_size == 1):
             return None
         if attention_mask is None:
             new_mask = embeds.new_ones((batch_size, length), dtype=torch.bool)
@@ -520,7 +604,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         positions = (torch.arange(length, device=embeds.device) + past_length)[None]
         # Documents packed into one row start again at 0: subtract each document's first long slot.
         starts = inputs.position_ids == 0
-        if past_length or not bool(starts[:, 1:].any()):
+        if past_length:
             return positions
         last_slot = torch.arange(length, device=embeds.device)[None] if layout is None else layout.last_slot
         first_slot = torch.cat([torch.zeros_like(last_slot[:, :1]), last_slot[:, :-1] + 1], dim=1)
@@ -586,9 +670,10 @@ class HoVLEModel(HoVLEPreTrainedModel):
         holistic = run(inputs, past_key_values, **kwargs)
         hidden_states = self._run_layers(
             self.language_layers,
+            self.attention_types[self.config.num_embedding_layers :],
             self.language_model.rotary_emb,
             holistic.inputs_embeds,
-            inputs.causal_mask,
+            inputs.causal_masks,
             inputs.position_ids,
             past_key_values,
             **kwargs,
@@ -690,6 +775,30 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
         )
 
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        # Every copy of a prompt needs all its tiles, in order. The base class would repeat tile after tile, or take
+        # HoVLE-HD's patches for tokens.
+        pixel_values = model_kwargs.pop("pixel_values", None)
+        image_outputs = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
+        prompts, cache = input_ids, model_kwargs.get("past_key_values")
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if pixel_values is None and image_outputs is None:
+            return input_ids, model_kwargs
+        num_cached = 0 if cache is None else cache.get_seq_length()
+        num_placeholders = (prompts[:, num_cached:] == self.config.image_token_id).sum(dim=1)
+        if pixel_values is not None:
+            tokens_per_tile = self.config.tokens_per_tile(pixel_values.shape[-1])
+            model_kwargs["pixel_values"] = _repeat_tiles(pixel_values, num_placeholders, tokens_per_tile, expand_size)
+        if image_outputs is not None:
+            features = image_outputs.pooler_output
+            tokens_per_tile = features.shape[1] // (self.config.shuffle_factor**2 if self.model.is_hd else 1)
+            features = _repeat_tiles(features, num_placeholders, tokens_per_tile, expand_size)
+            outputs = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
+            model_kwargs["mm_encoder_outputs"] = {"image": outputs}
+        return input_ids, model_kwargs
+
     @classmethod
     def from_language_model(
         cls,
@@ -717,18 +826,22 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             **kwargs: Fields of `HoVLEConfig` (`image_size`, `patch_size`, `pixel_shuffle_loc`, ...); all others go
                 to `AutoModelForCausalLM.from_pretrained` (`dtype`, `gguf_file`, ...).
         """
-        config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__dataclass_fields__}
+        # Its own fields only: those it inherits, such as dtype, are options of `from_pretrained` too.
+        config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__annotations__}
         if isinstance(name_or_path, PreTrainedModel):
             language_model = name_or_path
         else:
             language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        check_backbone(language_model.get_decoder())
         vocab_size = language_model.get_input_embeddings().num_embeddings
         if image_token_id is None:
-            image_token_id, min_vocab_size = _image_token_for(name_or_path, vocab_size, kwargs.get("gguf_file"))
+            image_token_id, min_vocab_size = _image_token_for(
+                name_or_path, vocab_size, **{key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs}
+            )
         else:
             min_vocab_size = image_token_id + 1
         text_config = copy.deepcopy(language_model.config)
-        text_config.num_hidden_layers += num_embedding_layers
+        _add_layers_below(text_config, num_embedding_layers)
         text_config.vocab_size = max(vocab_size, min_vocab_size)
         if untie_text_embeddings:
             text_config.tie_word_embeddings = False
@@ -738,9 +851,16 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             image_token_id=image_token_id,
             **config_kwargs,
         )
-        model = cls(config).to(language_model.dtype)
+        # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
+        model = cls._from_config(
+            config,
+            dtype=language_model.dtype,
+            attn_implementation=language_model.config._attn_implementation,
+        ).to(language_model.device)
         model._copy_language_model(language_model)
         model._start_as_identity()
+        if not config.normalize_encoder_output:
+            model._check_same_text_logits(language_model)
         model.generation_config = copy.deepcopy(language_model.generation_config)
         return model
 
@@ -748,14 +868,19 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
     def _copy_language_model(self, language_model: PreTrainedModel) -> None:
         """Copy layers, norm, table and head of a bare language model below and above the holistic layers."""
         num_new = self.config.num_embedding_layers
-        source = language_model.get_decoder().state_dict()
+        decoder = language_model.get_decoder()
         target = self.model.language_model.state_dict()
-        for name, tensor in source.items():
+        for name, tensor in decoder.state_dict().items():
             parts = name.split(".")
             if parts[0] == "layers":
                 parts[1] = str(int(parts[1]) + num_new)
-            target[".".join(parts)][: len(tensor)].copy_(tensor)
+            new_name = ".".join(parts)
+            if new_name not in target:
+                raise ValueError(f"{type(decoder).__name__} cannot be the backbone of HoVLE: no place for its {name}.")
+            if name != "embed_tokens.weight":
+                target[new_name].copy_(tensor)
         table = language_model.get_input_embeddings().weight
+        self.get_input_embeddings().weight[: len(table)].copy_(table)
         _fill_new_rows(self.get_input_embeddings().weight, table)
         if not self.config.tie_word_embeddings:
             head = language_model.get_output_embeddings().weight
@@ -766,10 +891,48 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
     def _start_as_identity(self) -> None:
         """Zero what the holistic layers add to the residual stream."""
         for layer in self.model.embedding_layers:
-            for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            for block, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+                projection = getattr(getattr(layer, block, None), name, None)
+                if not isinstance(projection, nn.Linear):
+                    raise ValueError(
+                        f"{type(self.model.language_model).__name__} cannot be the backbone of HoVLE: "
+                        f"{type(layer).__name__} has no linear {block}.{name} to start from zero."
+                    )
                 projection.weight.zero_()
                 if projection.bias is not None:
                     projection.bias.zero_()
+
+    @torch.no_grad()
+    def _check_same_text_logits(self, language_model: PreTrainedModel) -> None:
+        """Raise unless text gives the bare model's logits; a family may scale or cap what this file does not."""
+        vocab_size = language_model.get_input_embeddings().num_embeddings
+        generator = torch.Generator().manual_seed(0)
+        input_ids = torch.randint(vocab_size, (1, 32), generator=generator)
+        input_ids = input_ids[input_ids != self.config.image_token_id][None].to(language_model.device)
+        training = self.training, language_model.training
+        self.eval()
+        language_model.eval()
+        expected = language_model(input_ids, use_cache=False).logits.float()
+        found = self(input_ids, use_cache=False).logits[..., :vocab_size].float()
+        self.train(training[0])
+        language_model.train(training[1])
+        difference, scale = (found - expected).abs().max(), expected.abs().max().clamp(min=1)
+        if not difference <= (1e-5 if self.dtype == torch.float32 else 2e-2) * scale:
+            raise ValueError(
+                f"{type(language_model).__name__} cannot be the backbone of HoVLE: text logits differ from the bare "
+                f"model's by {difference:.3g}, because its forward does more than Llama's."
+            )
+
+
+def _add_layers_below(text_config: PreTrainedConfig, num_new: int) -> None:
+    """Count `num_new` more layers in a decoder's config, placed below those it has."""
+    text_config.num_hidden_layers += num_new
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None:
+        new_type = "full_attention" if "full_attention" in layer_types else layer_types[0]
+        text_config.layer_types = [new_type] * num_new + list(layer_types)
+    if getattr(text_config, "no_rope_layers", None) is not None:  # SmolLM3; 1 means with rotary positions
+        text_config.no_rope_layers = [1] * num_new + list(text_config.no_rope_layers)
 
 
 def add_image_tokens(tokenizer) -> None:
@@ -777,19 +940,42 @@ def add_image_tokens(tokenizer) -> None:
 
     Sets `start_image_token`, `end_image_token` and `context_image_token`, which are saved with the tokenizer.
     """
-    tokenizer.add_special_tokens(dict(IMAGE_TOKENS), replace_extra_special_tokens=False)
+    tokens = [AddedToken(token, normalized=False, special=True) for token in IMAGE_TOKENS.values()]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    # `add_special_tokens` refuses the names of a model's own tokens, and `from_pretrained` comes too early here.
+    tokenizer._set_model_specific_special_tokens(special_tokens=dict(IMAGE_TOKENS))
 
 
-def _image_token_for(name_or_path, vocab_size: int, gguf_file: str | None) -> tuple[int, int]:
+def _repeat_tiles(
+    tiles: torch.Tensor, num_placeholders: torch.Tensor, tokens_per_tile: int, num_copies: int
+) -> torch.Tensor:
+    """Repeat each prompt's group of tiles: A, B | C becomes A, B, A, B | C, C for two copies.
+
+    Args:
+        tiles: Pixels or features of all tiles in prompt order, shape `(N, ...)`.
+        num_placeholders: Placeholders of each prompt, shape `(B,)`.
+        tokens_per_tile: Placeholders one tile fills.
+        num_copies: Copies of each prompt.
+    """
+    counts = [count // tokens_per_tile for count in num_placeholders.tolist()]
+    if sum(counts) != len(tiles) or num_copies == 1:
+        return tiles  # a mismatch is for the forward pass to report
+    return torch.cat([group for tiles_of_one in tiles.split(counts) for group in [tiles_of_one] * num_copies])
+
+
+def _image_token_for(name_or_path, vocab_size: int, **kwargs) -> tuple[int, int]:
     """Find the placeholder's id and the vocabulary size it needs, from the tokenizer beside the language model."""
     if isinstance(name_or_path, PreTrainedModel):
         return vocab_size + 2, vocab_size + 3
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, gguf_file=gguf_file)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
     except (OSError, ValueError):  # a folder with weights only
         return vocab_size + 2, vocab_size + 3
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # the same, for model types that then get an empty one
+        return vocab_size + 2, vocab_size + 3
     add_image_tokens(tokenizer)
-    return tokenizer.convert_tokens_to_ids(IMAGE_TOKENS["context_image_token"]), len(tokenizer)
+    image_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKENS["context_image_token"]])[0]
+    return image_token_id, len(tokenizer)
 
 
 def _fill_new_rows(weight: torch.Tensor, known: torch.Tensor) -> None:

@@ -1,0 +1,1 @@
+"""Evaluation: answers in free generation, scored."""

@@ -1,0 +1,102 @@
+"""Visual question answering by free generation: answer questions about pictures and compare with the truth."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm.auto import tqdm
+
+from ..modeling_hovle import HoVLEForConditionalGeneration
+from ..pictures import load_picture
+from ..processing_hovle import HoVLEProcessor
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one picture."""
+
+    text: str
+    answer: str
+    """The expected answer, compared as a whole."""
+    picture: Any
+    """Anything the processor reads as a picture: a path, a PIL image, an array."""
+
+
+@torch.inference_mode()
+def answer_questions(
+    model: HoVLEForConditionalGeneration,
+    processor: HoVLEProcessor,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 50,
+    max_new_tokens: int = 8,
+    description: str = "answering",
+) -> list[str]:
+    """Answer questions greedily, in order.
+
+    Args:
+        model: In evaluation mode; its dtype decides the number format.
+        processor: The model's own.
+        questions: What to answer.
+        batch_size: Prompts generated together.
+        max_new_tokens: Longest answer in tokens.
+        description: Shown on the progress bar.
+    """
+    answers: list[str] = []
+    for start in tqdm(range(0, len(questions), batch_size), desc=description, unit="batch"):
+        chats = [
+            [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "image": load_picture(question.picture)}, _text(question.text)],
+                }
+            ]
+            for question in questions[start : start + batch_size]
+        ]
+        inputs = processor.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(model.device, model.dtype)
+        generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers.extend(text.strip() for text in texts)
+    return answers
+
+
+def _text(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def exact_match(answers: Sequence[str], questions: Sequence[Question]) -> float:
+    """Share of answers that equal the expected one up to case and surrounding space."""
+    hits = [_normal(answer) == _normal(question.answer) for answer, question in zip(answers, questions, strict=True)]
+    return sum(hits) / len(hits)
+
+
+def _normal(text: str) -> str:
+    return text.strip().rstrip(".").lower()
+
+
+def with_blank_pictures(questions: Sequence[Question]) -> list[Question]:
+    """The same questions about white pictures of the same size: what can be guessed without looking."""
+    return [
+        Question(item.text, item.answer, Image.new("RGB", load_picture(item.picture).size, "white"))
+        for item in questions
+    ]
+
+
+def with_shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list[Question]:
+    """The same questions, each about another question's picture."""
+    order = list(range(len(questions)))
+    random.Random(seed).shuffle(order)
+    moved = {here: there for here, there in zip(order, order[1:] + order[:1], strict=True)}  # no one keeps its own
+    return [
+        Question(item.text, item.answer, questions[moved[index]].picture) for index, item in enumerate(questions)
+    ]

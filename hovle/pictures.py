@@ -1,0 +1,388 @@
+"""Load a picture from wherever it is, as upright 8-bit RGB, or say which picture is bad and why.
+
+Read from top to bottom: `load_picture` -> where the bytes come from (file, URL, base64) -> decoding -> arrays ->
+colour modes. Whatever is wrong with a picture ends in a `ValueError` that names it; nothing becomes a black or a
+half-decoded picture in silence.
+"""
+
+import base64
+import binascii
+import http.client
+import io
+import os
+import struct
+import threading
+import time
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 178_956_970
+"""Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
+
+MAX_BYTES = 32 * 2**20
+"""Largest download and largest base64 picture, in bytes of the encoded file."""
+
+MAX_SECONDS = 10.0
+"""Total time of one download, from connecting to the last byte."""
+
+MAX_REDIRECTS = 5
+"""Redirects followed by one download."""
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+"""Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
+
+Kind = Literal["url", "path", "base64"]
+"""How a string is to be read."""
+
+_DECODING_ERRORS = (
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    NotImplementedError,
+    RuntimeError,
+    struct.error,
+)
+"""What Pillow's decoders raise on damaged files."""
+
+
+def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = None) -> Image.Image:
+    """Load one picture.
+
+    Args:
+        source: A Pillow image; a path; a URL (http or https); base64 text, bare or as a `data:` URL; the bytes of a
+            picture file or an open binary file; a numpy array or torch tensor. Arrays hold `(H, W)`, `(H, W, C)` or
+            `(C, H, W)` with 1, 3 or 4 channels: uint8 in 0..255, uint16 in 0..65535, bool, or float in 0..1.
+        name: What an error calls the picture, for instance "picture 2 of the request".
+        kind: Read a string only as `"url"`, `"path"` or `"base64"`; by default it is whatever it looks like.
+
+    Returns:
+        The picture in mode RGB, upright by its EXIF orientation; the first frame of an animation; transparency lies
+        on white; 16-bit values are scaled, not clipped.
+
+    Raises:
+        ValueError: When the picture is missing, unreadable, damaged, empty or too large; it names the picture.
+    """
+    if kind is not None and not isinstance(source, str | os.PathLike):
+        kind = None  # a picture object says itself what it is
+    label = _label(source, name, kind)
+    try:
+        if isinstance(source, Image.Image):
+            return _to_upright_rgb(_check_size(source))
+        if isinstance(source, np.ndarray | torch.Tensor):
+            return _to_upright_rgb(_check_size(_from_array(source)))
+        if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
+            return _decode(_open_file(source))
+        if isinstance(source, str):
+            return _decode(_from_text(source, kind))
+        if isinstance(source, bytes | bytearray | memoryview):
+            return _decode(io.BytesIO(source))
+        if hasattr(source, "read"):
+            return _decode(io.BytesIO(source.read()))
+    except _PictureError as error:
+        raise ValueError(f"{label}: {error}") from error.__cause__
+    except _DECODING_ERRORS as error:
+        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
+    raise ValueError(
+        f"{label}: a picture must be a Pillow image, path, URL, base64 text, bytes, numpy array or torch tensor, "
+        f"got {type(source).__name__}."
+    )
+
+
+class _PictureError(Exception):
+    """A fault with a message of our own; `load_picture` adds the picture's name."""
+
+
+def _label(source: Any, name: str | None, kind: Kind | None) -> str:
+    """Name a picture for an error: what the caller calls it, and its file or URL."""
+    where = None
+    if isinstance(source, os.PathLike) or kind == "path":
+        where = os.fspath(source)
+    elif isinstance(source, str) and kind != "base64" and not source.startswith("data:"):
+        where = source if len(source) <= 300 else None  # longer is base64, not a name
+    elif isinstance(source, Image.Image):
+        where = getattr(source, "filename", None)
+    if isinstance(where, bytes):
+        where = os.fsdecode(where)
+    if name and where:
+        return f"{name} ({where})"
+    return name or str(where or "the picture")
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS / 1e6:.0f} megapixels: {text}"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture file of a known format"
+    return text or type(error).__name__
+
+
+# --- where the bytes come from ---------------------------------------------------------------------------------------
+
+
+def _open_file(path: str | os.PathLike) -> io.BytesIO:
+    """Read a regular file; pipes and devices could block for ever."""
+    file = Path(path)
+    try:
+        if file.is_dir():
+            raise _PictureError("is a directory, not a picture file.")
+        if not file.exists():
+            raise _PictureError("no such file.")
+        if not file.is_file():
+            raise _PictureError("is not a regular file.")
+        return io.BytesIO(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise _PictureError(f"cannot be read ({error}).") from error
+
+
+def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
+    """Find the bytes a string stands for: a URL, an existing file, or base64."""
+    if kind == "base64" or text.startswith("data:"):
+        return io.BytesIO(_decode_base64(text))
+    scheme = text.partition("://")[0].lower() if "://" in text[:32] else ""
+    if scheme in ("http", "https"):
+        return io.BytesIO(_download(text))
+    if scheme or kind == "url":
+        raise _PictureError("only http and https URLs are read.")
+    try:
+        if os.path.exists(text):
+            return _open_file(text)
+    except ValueError:  # a null character
+        pass
+    try:
+        data = _decode_base64(text)
+        Image.open(io.BytesIO(data), formats=_known_formats()).close()
+    except (*_DECODING_ERRORS, _PictureError):
+        raise _PictureError("no such file, and not a picture in base64 either.") from None
+    return io.BytesIO(data)
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64, with or without `data:...;base64,`, padding and line breaks; both alphabets."""
+    if len(text) > MAX_BYTES * 4 // 3 + 1024:
+        raise _PictureError(f"the base64 picture is larger than the limit of {_mebibytes(MAX_BYTES)}.")
+    if text.startswith("data:"):
+        header, comma, text = text.partition(",")
+        if not comma:
+            raise _PictureError("the data URL has no comma before its data.")
+        if not header.endswith(";base64"):
+            return urllib.parse.unquote_to_bytes(text)
+    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise _PictureError(f"is not valid base64 ({error}).") from error
+
+
+def _download(url: str) -> bytes:
+    """Read a URL within the limits of time, bytes and redirects.
+
+    The work happens in a thread of its own, so that the time limit holds while a server sends one byte a second.
+    """
+    result: dict[str, Any] = {}
+    deadline = time.monotonic() + MAX_SECONDS
+
+    def work() -> None:
+        try:
+            result["data"] = _read_url(url, deadline)
+        except (OSError, http.client.HTTPException, ValueError, _PictureError) as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=work, name="hovle-download", daemon=True)
+    thread.start()
+    thread.join(MAX_SECONDS)
+    error = result.get("error")
+    if isinstance(error, _PictureError):
+        raise error
+    if isinstance(error, TimeoutError) or not result:
+        raise _PictureError(f"the download took longer than {MAX_SECONDS:g} seconds.")
+    if error is not None:
+        raise _PictureError(f"the download failed ({error}).") from error
+    return result["data"]
+
+
+def _read_url(url: str, deadline: float) -> bytes:
+    # An opener of http and https only: the default one also reads file:, ftp: and data:, and follows redirects there.
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+        opener.add_handler(handler)
+    for _ in range(MAX_REDIRECTS + 1):
+        if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
+            raise _PictureError(f"the server redirects to {url}; only http and https are followed.")
+        request = urllib.request.Request(url, headers={"User-Agent": "hovle (python-urllib)", "Accept": "image/*"})
+        with opener.open(request, timeout=max(deadline - time.monotonic(), 0.01)) as response:
+            if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
+                url = urllib.parse.urljoin(url, response.headers["Location"])
+                continue
+            if response.status != 200:
+                raise _PictureError(f"the server answered {response.status} {response.reason}.")
+            return _read_limited(response, deadline)
+    raise _PictureError(f"more than {MAX_REDIRECTS} redirects.")
+
+
+def _read_limited(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    too_large = f"the download is larger than the limit of {_mebibytes(MAX_BYTES)}."
+    if int(response.headers["Content-Length"] or 0) > MAX_BYTES:
+        raise _PictureError(too_large)
+    data = bytearray()
+    while chunk := response.read1(2**16):
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise _PictureError(too_large)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(data)
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:g} MiB"
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _decode(data: io.BytesIO) -> Image.Image:
+    """Decode the bytes of a picture file after a look at its header."""
+    if not data.getbuffer().nbytes:
+        raise _PictureError("is empty (0 bytes).")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's size warning (our limit follows) and remarks on odd metadata
+        image = Image.open(data, formats=_known_formats())
+        return _to_upright_rgb(_check_size(image))
+
+
+def _check_size(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if width <= 0 or height <= 0:
+        raise _PictureError(f"has no pixels ({width} x {height}).")
+    if width * height > MAX_PIXELS:
+        raise _PictureError(
+            f"{width} x {height} is {width * height / 1e6:.0f} megapixels; the limit is {MAX_PIXELS / 1e6:.0f}."
+        )
+    return image
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    """Turn an array into a Pillow image with 8 bits per channel."""
+    channels_first = isinstance(array, torch.Tensor)
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    array = _channels_last(array, channels_first)
+    return Image.fromarray(np.ascontiguousarray(_to_uint8(array)))
+
+
+def _channels_last(array: np.ndarray, prefer_first: bool) -> np.ndarray:
+    """Find the channel axis: `(H, W)` or `(H, W, C)` of 3 or 4 channels comes out."""
+    shape = array.shape
+    if array.ndim == 3:
+        order = (0, -1) if prefer_first else (-1, 0)
+        axis = next((axis for axis in order if shape[axis] in (1, 3, 4)), None)
+        if axis is not None:
+            array = np.moveaxis(array, axis, -1)
+            return array[..., 0] if array.shape[-1] == 1 else array
+    if array.ndim != 2:
+        raise _PictureError(f"a picture array must be (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4, got {shape}.")
+    return array
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    if array.size == 0:
+        raise _PictureError(f"has no pixels (array of shape {array.shape}).")
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype == np.uint16:
+        return _scaled_to_uint8(array, 65535)
+    low, high = array.min(), array.max()
+    if array.dtype.kind in "iu":
+        if low < 0 or high > 255:
+            raise _PictureError(f"whole-number arrays must lie in 0..255 (uint16: 0..65535), found {low}..{high}.")
+        return array.astype(np.uint8)
+    if array.dtype.kind != "f":
+        raise _PictureError(f"arrays of {array.dtype} are not pictures.")
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # resizing overshoots a little; not-a-number fails here too
+        raise _PictureError(
+            f"float arrays must lie in 0..1, found {low:.4g}..{high:.4g}. Divide by 255, or undo the normalisation."
+        )
+    return _scaled_to_uint8(array, 1)
+
+
+def _scaled_to_uint8(array: np.ndarray, full_scale: float) -> np.ndarray:
+    return np.rint(np.clip(array.astype(np.float32) * (255 / full_scale), 0, 255)).astype(np.uint8)
+
+
+# --- colour modes ----------------------------------------------------------------------------------------------------
+
+
+def _to_upright_rgb(image: Image.Image) -> Image.Image:
+    """Decode the first frame, turn it upright and bring any mode to RGB."""
+    image.load()
+    image = _upright(image)
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_wide_to_uint8(np.asarray(image), image.mode)).convert("RGB")
+    if image.has_transparency_data:
+        return _on_white(image)
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise _PictureError(f"pictures in mode {image.mode} are not read ({error}).") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if is_turned else image
+    except _DECODING_ERRORS:  # damaged metadata of a sound picture
+        return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _wide_to_uint8(values: np.ndarray, mode: str) -> np.ndarray:
+    """Scale 16-bit, 32-bit and float grey values to 8 bits.
+
+    The mode `I;16` is 16 bits by name. `I` and `F` do not tell their range, so the smallest usual one that holds the
+    values is taken: 0..1 (`F`), 0..255, 0..65535.
+    """
+    if mode.startswith("I;16"):
+        return _scaled_to_uint8(values, 65535)
+    low, high = values.min(), values.max()
+    ranges: Iterable[int] = (1, 255, 65535) if mode == "F" else (255, 65535)
+    for full_scale in ranges:
+        if low >= 0 and high <= full_scale:
+            return _scaled_to_uint8(values, full_scale)
+    raise _PictureError(f"values of mode {mode} must lie in 0..65535, found {low:.6g}..{high:.6g}.")

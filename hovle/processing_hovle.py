@@ -1,0 +1,780 @@
+"""Turn chat messages with pictures into what HoVLE reads: `input_ids`, `attention_mask` and `pixel_values`.
+
+Read from top to bottom: the chat (`ChatRenderer`: messages -> one string in the language model's own template, in
+which a user's text cannot pose as a special token) -> the processor (string + pictures -> ids and tiles).
+
+Two ways in:
+
+- `processor.apply_chat_template(messages, tokenize=True, return_dict=True, ...)`: the template's special tokens are
+  special; the same characters typed in a message stay text, token for token.
+- `processor(images=..., text=...)`: the string is a rendered prompt. Special tokens in it are parsed, and one
+  `<IMG_CONTEXT>` stands for one picture. Do not put a stranger's words into such a string.
+"""
+
+import itertools
+import re
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import jinja2
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
+
+from .configuration_hovle import HoVLEConfig
+from .image_processing_hovle import HoVLEImageProcessor
+from .modeling_hovle import IMAGE_TOKENS, add_image_tokens
+from .pictures import Kind, load_picture
+
+TEXT_DEFAULTS = {"padding_side": "left", "add_special_tokens": False, "return_token_type_ids": False}
+"""Arguments of the tokenizer where the caller says nothing. A chat template writes the special tokens itself, so none
+are added; right padding would make a batch generate from padding."""
+
+PICTURE_KEYS: dict[str, Kind | None] = {"image": None, "url": "url", "path": "path", "base64": "base64"}
+"""Where an item `{"type": "image", ...}` of a message may carry its picture, and how a string there is read."""
+
+PRIVATE_RANGES = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
+"""Private-use characters; a chat borrows two that occur nowhere in it."""
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, and how to keep typed ones apart from real ones.
+
+    Args:
+        names: The tokens.
+        strip_left: Those that swallow the white space before them.
+        strip_right: Those that swallow the white space after them.
+    """
+
+    def __init__(self, names: frozenset[str], strip_left: frozenset[str], strip_right: frozenset[str]):
+        self.names = sorted(filter(None, names), key=len, reverse=True)  # the longest match wins
+        self.strip_left, self.strip_right = strip_left, strip_right
+        self.pattern = "|".join(map(re.escape, self.names)) or "(?!)"
+        self.inside = re.compile(f"(?=(?:{self.pattern}))")  # a look-ahead also finds overlapping ones
+        self.heads = {name[:end] for name in self.names for end in range(1, len(name))}
+        self.tails = {name[start:] for name in self.names for start in range(1, len(name))}
+        self.longest = max(map(len, self.names), default=0)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "SpecialTokens":
+        """Collect the special tokens a tokenizer has now; the same ones give the same object."""
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.special]
+        return _special_tokens(
+            frozenset(token.content for token in added) | frozenset(tokenizer.all_special_tokens),
+            frozenset(token.content for token in added if token.lstrip),
+            frozenset(token.content for token in added if token.rstrip),
+        )
+
+    def break_up(self, text: str, breaker: str, at_borders: bool) -> str:
+        """Put `breaker` into whatever the tokenizer could take for a special token.
+
+        Args:
+            text: What a user wrote.
+            breaker: A character that occurs nowhere in the chat; taking it out again gives `text`.
+            at_borders: Also break a piece of a special token at either end, which the surrounding text could
+                complete.
+        """
+        starts = {match.start() + 1 for match in self.inside.finditer(text)}
+        if at_borders and text.strip():
+            lead, trail = len(text) - len(text.lstrip()), len(text.rstrip())  # templates may trim
+            lengths = range(1, self.longest)
+            if any(text[lead : lead + length] in self.tails for length in lengths):
+                starts.add(lead)
+            if any(text[max(trail - length, lead) : trail] in self.heads for length in lengths):
+                starts.add(trail)
+            if any(text[lead:trail] in name for name in self.names):
+                starts.add(trail)
+        cuts = [0, *sorted(starts), len(text)]
+        return breaker.join(text[start:end] for start, end in itertools.pairwise(cuts))
+
+
+@lru_cache(maxsize=16)
+def _special_tokens(*args: frozenset[str]) -> SpecialTokens:
+    return SpecialTokens(*args)
+
+
+class ChatRenderer:
+    """Render chats with a language model's own template and remember which special tokens are the template's.
+
+    User text is broken up (see `SpecialTokens.break_up`) before the template sees it, and a picture becomes a mark of
+    private-use characters. The template gets plain strings, so any text template works; one that reads lists of
+    items only gets a list of one text item.
+
+    Args:
+        tokenizer: Renders the template.
+        template: Jinja source.
+        breaker: Character that breaks up special tokens; it occurs in no string of the chat.
+        mark: Another such character, for pictures.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, breaker: str, mark: str):
+        self.tokenizer = tokenizer
+        self.special_tokens = SpecialTokens.of(tokenizer)
+        self.template = template
+        self.breaker, self.mark = breaker, mark
+
+    def render(self, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs) -> list["Prompt"]:
+        """Render a batch of chats.
+
+        Args:
+            chats: One list of messages per chat. `content` is a string or a list of `{"type": "text"}` and
+                `{"type": "image"}` items.
+            tools: As in `tokenizer.apply_chat_template`.
+            documents: As in `tokenizer.apply_chat_template`.
+            **kwargs: Passed to `tokenizer.apply_chat_template`; template variables are the developer's words, not a
+                user's, and may hold special tokens.
+        """
+        pictures: list[list[dict]] = [[] for _ in chats]
+        prepared = [
+            [self._prepare_message(message, items) for message in chat]
+            for chat, items in zip(chats, pictures, strict=True)
+        ]
+        if self._wants_lists():
+            prepared = [[_as_list_content(message) for message in chat] for chat in prepared]
+        rendered = self.tokenizer.apply_chat_template(
+            prepared,
+            chat_template=self.template,
+            tools=self._protect(tools),
+            documents=self._protect(documents),
+            tokenize=False,
+            **kwargs,
+        )
+        return [self._split(text, items) for text, items in zip(rendered, pictures, strict=True)]
+
+    def _prepare_message(self, message: dict, pictures: list[dict]) -> dict:
+        """Flatten a message's items into one protected string; its picture items join `pictures`."""
+        prepared = {key: self._protect(value) for key, value in message.items() if key != "content"}
+        content = message.get("content")
+        if content is None:
+            return prepared
+        if isinstance(content, str):
+            content = [content]
+        if not isinstance(content, list | tuple):
+            raise ValueError(f"The content of a message must be a string or a list, got {type(content).__name__}.")
+        parts: list[str] = []  # text and marks in turn; neighbouring texts are one text
+        text = ""
+        for item in content:
+            kind = item.get("type") if isinstance(item, dict) else None
+            if isinstance(item, str):
+                text += item
+            elif kind == "text" and isinstance(item.get("text"), str):
+                text += item["text"]
+            elif kind in ("image", "image_url"):
+                parts += [self._protect(text, at_borders=True), f"{self.mark}{len(pictures)}{self.mark}"]
+                pictures.append(item)
+                text = ""
+            else:
+                found = f"an item of type {kind!r}" if isinstance(item, dict) else type(item).__name__
+                raise ValueError(
+                    f'A message holds {found}; items are {{"type": "text", "text": ...}} and {{"type": "image", ...}}.'
+                )
+        prepared["content"] = "".join([*parts, self._protect(text, at_borders=True)])
+        return prepared
+
+    def _protect(self, value: Any, at_borders: bool = False) -> Any:
+        """Break up special tokens in every string of a nested value."""
+        if isinstance(value, str):
+            return self.special_tokens.break_up(value, self.breaker, at_borders)
+        if isinstance(value, dict):
+            return {key: self._protect(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._protect(item) for item in value]
+        return value
+
+    def _wants_lists(self) -> bool:
+        """Whether the template shows a message's content only if it comes as a list of items."""
+        if self._shows(self.mark):
+            return False
+        if self._shows([{"type": "text", "text": self.mark}]):
+            return True
+        raise ValueError("The chat template leaves out what a user message says; HoVLE needs one that shows it.")
+
+    def _shows(self, content: Any) -> bool:
+        """Whether the template writes this content, which holds the mark, of a user message."""
+        messages = [{"role": "user", "content": content}]
+        try:
+            return self.mark in self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False
+            )
+        except (TypeError, jinja2.TemplateError):
+            return False
+
+    def _split(self, text: str, items: list[dict]) -> "Prompt":
+        """Cut a rendered chat at the template's special tokens and at picture marks."""
+        border = re.compile(f"({self.mark}[0-9]+{self.mark}|{self.special_tokens.pattern})")
+        pieces = [piece.replace(self.breaker, "") for piece in border.split(text)]
+        order = [int(piece.strip(self.mark)) for piece in pieces[1::2] if piece.startswith(self.mark)]
+        if sorted(order) != list(range(len(items))):
+            raise ValueError(
+                f"The messages hold {len(items)} pictures but the chat template shows {len(order)}: it drops or "
+                "repeats part of a message."
+            )
+        # Plain: without the breakers just the same tokens would be found.
+        is_plain = self.breaker not in text or border.split("".join(pieces)) == pieces
+        return Prompt(pieces, [items[index] for index in order], is_plain, self.mark)
+
+
+class Prompt:
+    """One rendered chat.
+
+    Attributes:
+        pieces: Text at even places, special tokens and picture marks at odd places.
+        pictures: The picture items of its messages, in prompt order.
+        is_plain: Whether parsing the string for special tokens gives the same as these pieces.
+    """
+
+    def __init__(self, pieces: list[str], pictures: list[dict], is_plain: bool, mark: str):
+        self.pieces = pieces
+        self.pictures = pictures
+        self.is_plain = is_plain
+        self.mark = mark
+
+    def is_mark(self, index: int) -> bool:
+        """Whether the piece at this place stands for a picture."""
+        return index % 2 == 1 and self.pieces[index].startswith(self.mark)
+
+    def text(self, image_token: str) -> str:
+        """Join the pieces, with `image_token` for each picture."""
+        return "".join(image_token if self.is_mark(index) else piece for index, piece in enumerate(self.pieces))
+
+
+class HoVLEProcessor(ProcessorMixin):
+    """Tokenizer and image processor of HoVLE in one.
+
+    Args:
+        image_processor: Cuts pictures into tiles.
+        tokenizer: The language model's tokenizer, with the picture tokens `<img>`, `</img>`, `<IMG_CONTEXT>`.
+        pixels_per_token_side: Side of the square of pixels that becomes one token, `patch_size x shuffle factor`; 28
+            by default.
+        image_seq_length: Tokens of one tile of the default size; another way to give `pixels_per_token_side`.
+        chat_template: Jinja template of conversations; the tokenizer's by default.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        pixels_per_token_side: int | None = None,
+        image_seq_length: int | None = None,
+        chat_template=None,
+    ):
+        if chat_template is None:
+            chat_template = getattr(tokenizer, "chat_template", None)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        if not hasattr(tokenizer, "context_image_token"):
+            known = tokenizer.get_vocab()
+            missing = [token for token in IMAGE_TOKENS.values() if token not in known]
+            if missing:
+                raise ValueError(
+                    f"The tokenizer lacks {', '.join(missing)}. Use HoVLEProcessor.from_language_model, or call "
+                    "hovle.modeling_hovle.add_image_tokens(tokenizer) if the model has rows for them."
+                )
+            add_image_tokens(tokenizer)  # the ids are there already; this only gives them their names
+        tokenizer.padding_side = "left"  # for direct use of the tokenizer; the processor pads so by itself
+        self.start_image_token = tokenizer.start_image_token
+        self.end_image_token = tokenizer.end_image_token
+        self.image_token = tokenizer.context_image_token
+        self.start_image_token_id = tokenizer.convert_tokens_to_ids(self.start_image_token)
+        self.end_image_token_id = tokenizer.convert_tokens_to_ids(self.end_image_token)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.image_token_ids = [self.image_token_id, self.start_image_token_id, self.end_image_token_id]
+        self.pixels_per_token_side = self._side_from(pixels_per_token_side, image_seq_length)
+
+    def _side_from(self, pixels_per_token_side: int | None, image_seq_length: int | None) -> int:
+        tile_size = self.image_processor.size["height"]
+        if image_seq_length is None:
+            return pixels_per_token_side or 28
+        side = max(tile_size // max(round(image_seq_length**0.5), 1), 1)
+        if (tile_size // side) ** 2 != image_seq_length or pixels_per_token_side not in (None, side):
+            raise ValueError(
+                f"image_seq_length ({image_seq_length}) does not fit tiles of {tile_size} pixels"
+                + (f" with {pixels_per_token_side} pixels per token side." if pixels_per_token_side else ".")
+            )
+        return side
+
+    @classmethod
+    def from_language_model(
+        cls,
+        name_or_path: str | PreTrainedTokenizerBase,
+        config: HoVLEConfig | None = None,
+        *,
+        min_tiles: int = 1,
+        max_tiles: int = 12,
+        **kwargs,
+    ) -> "HoVLEProcessor":
+        """Build the processor that goes with `HoVLEForConditionalGeneration.from_language_model`.
+
+        Args:
+            name_or_path: Hub id or folder of the language model's tokenizer, or the tokenizer, which then learns the
+                picture tokens.
+            config: Configuration of the model; it gives tile and patch size, and its `image_token_id` is checked
+                against the tokenizer.
+            min_tiles: Fewest tiles of a picture.
+            max_tiles: Most tiles of a picture, the thumbnail not counted.
+            **kwargs: Without `config`, fields of `HoVLEConfig` that give the geometry (`image_size`, `patch_size`,
+                `pixel_shuffle_loc`, `downsample_ratio`); all others go to `AutoTokenizer.from_pretrained`.
+
+        Raises:
+            ValueError: When the tokenizer gives `<IMG_CONTEXT>` another id than the configuration.
+        """
+        fields = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__dataclass_fields__}
+        if config is not None and fields:
+            raise ValueError(f"Give config or {', '.join(fields)}, not both.")
+        if isinstance(name_or_path, PreTrainedTokenizerBase):
+            tokenizer = name_or_path
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+        add_image_tokens(tokenizer)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        geometry = config or HoVLEConfig(**fields)
+        image_processor = HoVLEImageProcessor(tile_size=geometry.image_size, min_tiles=min_tiles, max_tiles=max_tiles)
+        processor = cls(image_processor, tokenizer, geometry.patch_size * geometry.shuffle_factor)
+        if config is not None and processor.image_token_id != config.image_token_id:
+            raise ValueError(
+                f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, the configuration "
+                f"says image_token_id={config.image_token_id}. Build the model with the tokenizer's id."
+            )
+        return processor
+
+    # --- sizes -------------------------------------------------------------------------------------------------------
+
+    @property
+    def image_seq_length(self) -> int:
+        """Tokens of one tile of the default size."""
+        return self.tokens_per_tile(self.image_processor.size["height"])
+
+    def tokens_per_tile(self, tile_size: int) -> int:
+        """Count the tokens of a square tile with this side in pixels; sizes that leave a rest raise `ValueError`."""
+        unit = self.pixels_per_token_side
+        if tile_size < unit or tile_size % unit:
+            lower = max(tile_size // unit, 1) * unit
+            nearest = str(lower) if tile_size < lower else f"{lower} and {lower + unit}"
+            raise ValueError(
+                f"tile_size ({tile_size}) must be a multiple of {unit} pixels, the side of one token; the nearest "
+                f"valid sizes: {nearest}."
+            )
+        return (tile_size // unit) ** 2
+
+    def to_dict(self) -> dict[str, Any]:
+        """Serialise; `image_seq_length` is written for readers of the file."""
+        return {**super().to_dict(), "image_seq_length": self.image_seq_length}
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Count placeholders and tiles of pictures from their sizes alone.
+
+        Args:
+            image_sizes: Height and width of each upright picture in pixels.
+            **kwargs: Arguments of a call, for instance `max_tiles`.
+
+        Returns:
+            `num_image_tokens` with `<img>` and `</img>`, and `num_image_patches`, the tiles.
+        """
+        if image_sizes is None:
+            return MultiModalData()
+        images_kwargs = self._merge(kwargs)["images_kwargs"]
+        per_tile = self.tokens_per_tile(images_kwargs.get("tile_size") or self.image_processor.size["height"])
+        num_tiles = [
+            self.image_processor.get_number_of_image_patches(height, width, images_kwargs)
+            for height, width in image_sizes
+        ]
+        return MultiModalData(num_image_tokens=[2 + per_tile * num for num in num_tiles], num_image_patches=num_tiles)
+
+    def _merge(self, kwargs: dict) -> dict:
+        """Sort the arguments of a call into `text_kwargs` and `images_kwargs`."""
+        return self._merge_kwargs(self.valid_processor_kwargs, **kwargs)  # type: ignore[arg-type]
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """Write what stands in the prompt for one picture: `<img>`, a placeholder per token of its tiles, `</img>`."""
+        num_tokens = self._num_placeholders(image_inputs)[image_idx]
+        return f"{self.start_image_token}{self.image_token * num_tokens}{self.end_image_token}"
+
+    def _num_placeholders(self, image_inputs: dict) -> list[int]:
+        """Count the placeholders of each picture from the tiles it really has."""
+        per_tile = self.tokens_per_tile(image_inputs["pixel_values"][0].shape[-1])
+        return [int(num_tiles) * per_tile for num_tiles in image_inputs["num_patches"]]
+
+    @property
+    def unused_input_names(self) -> list[str]:
+        """Outputs of the image processor that the model does not take."""
+        return ["num_patches"]
+
+    # --- rendered prompts --------------------------------------------------------------------------------------------
+
+    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+        """Encode rendered prompts and their pictures.
+
+        Args:
+            images: Pictures as in `hovle.pictures.load_picture`, in prompt order: one, a list, or one list per prompt.
+            text: One prompt or a list of prompts. Special tokens in them are parsed; one `<IMG_CONTEXT>` marks one
+                picture.
+            videos: Must be `None`.
+            audio: Must be `None`.
+            **kwargs: `min_tiles`, `max_tiles`, `tile_size` and other arguments of the image processor; arguments of
+                the tokenizer. Prompts are padded on the left as soon as `return_tensors` is given; no special tokens
+                are added unless `add_special_tokens=True`.
+
+        Returns:
+            `input_ids` and `attention_mask` of shape `(B, T)`, and `pixel_values` of shape `(all tiles, 3, s, s)` if
+            there are pictures.
+
+        Raises:
+            ValueError: When pictures and marks do not match, when a picture cannot be read, when `tile_size` does not
+                divide into tokens, or when truncation would cut a picture out.
+        """
+        if videos is not None or audio is not None:
+            raise ValueError("HoVLE reads pictures and text, no videos and no audio.")
+        if text is not None:
+            text = [text] if isinstance(text, str) else list(text)
+            if not all(isinstance(prompt, str) for prompt in text):
+                raise ValueError("text must be a prompt or a list of prompts; messages go to apply_chat_template.")
+        pictures = _flatten_pictures(images)
+        if text is not None:
+            self._check_picture_counts(text, images, len(pictures))
+        kwargs = _with_text_defaults(kwargs)
+        return super().__call__(images=pictures or None, text=text, **kwargs)
+
+    def _check_picture_counts(self, text: list[str], images: Any, num_pictures: int) -> None:
+        """Compare marks and pictures, prompt by prompt where the pictures come that way."""
+        num_marks = [prompt.count(self.image_token) for prompt in text]
+        if isinstance(images, list | tuple) and len(images) == len(text) and all(map(_is_sequence, images)):
+            for number, (marks, given) in enumerate(zip(num_marks, images, strict=True), start=1):
+                if marks != len(_flatten_pictures(given)):
+                    raise ValueError(
+                        f"Prompt {number} marks {marks} pictures with {self.image_token} but "
+                        f"{len(_flatten_pictures(given))} are given for it."
+                    )
+        elif sum(num_marks) != num_pictures:
+            raise ValueError(
+                f"The prompts mark {sum(num_marks)} pictures with {self.image_token} but {num_pictures} are given."
+            )
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        """Refuse ids in which truncation has cut a picture; the base class calls this after tokenising."""
+        expected = [[prompt.count(token) for token in self._picture_tokens] for prompt in text]
+        self._check_picture_ids(expected, text_inputs["input_ids"])
+
+    @property
+    def _picture_tokens(self) -> list[str]:
+        return [self.image_token, self.start_image_token, self.end_image_token]
+
+    def _check_picture_ids(self, expected: list[list[int]], input_ids: Any) -> None:
+        for number, (counts, ids) in enumerate(zip(expected, input_ids, strict=False), start=1):
+            ids = ids.tolist() if hasattr(ids, "tolist") else ids
+            found = [ids.count(token_id) for token_id in self.image_token_ids]
+            if found != counts:
+                raise ValueError(
+                    f"Truncation would cut a picture out of prompt {number}: {found[0]} of {counts[0]} image tokens "
+                    "would be left. Raise max_length, or use fewer tiles (max_tiles)."
+                )
+
+    # --- chats -------------------------------------------------------------------------------------------------------
+
+    def apply_chat_template(  # type: ignore[override]
+        self,
+        conversation,
+        chat_template: str | None = None,
+        tools=None,
+        documents=None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool | str = False,
+        return_assistant_tokens_mask: bool = False,
+        tokenize: bool = False,
+        return_tensors=None,
+        return_dict: bool = False,
+        processor_kwargs: dict | None = None,
+        **kwargs,
+    ):
+        """Render conversations with the language model's chat template and, with `tokenize`, encode them.
+
+        Args:
+            conversation: A list of messages, or a list of such lists. `content` is a string or a list of items:
+                `{"type": "text", "text": ...}` and `{"type": "image", KEY: ...}` with KEY `image` (anything
+                `load_picture` reads), `url` (http, https or `data:`), `path` or `base64`; OpenAI's `image_url` too.
+                A picture stands in the prompt exactly where its item stands, with nothing around it.
+            chat_template: Another template, or the name of one of several.
+            tools: As in `tokenizer.apply_chat_template`.
+            documents: As in `tokenizer.apply_chat_template`.
+            add_generation_prompt: End with the start of an assistant message.
+            continue_final_message: Leave the last message open.
+            return_assistant_tokens_mask: Not supported.
+            tokenize: Return ids; without it, the prompt as a string with one `<IMG_CONTEXT>` per picture, in which
+                typed special tokens are no longer told apart.
+            return_tensors: "pt" or "np".
+            return_dict: Return everything the model needs instead of the ids alone.
+            processor_kwargs: Arguments of a call (`min_tiles`, `max_tiles`, `tile_size`, `padding`, ...); `images`
+                gives the pictures of items that carry none.
+            **kwargs: The same arguments, and variables of the template.
+
+        Returns:
+            A string (or one per conversation), ids, or a `BatchFeature` as `__call__` gives.
+
+        Raises:
+            ValueError: As in `__call__`; also for unknown items, and for picture items without a picture.
+        """
+        if return_assistant_tokens_mask:
+            raise ValueError(
+                "return_assistant_tokens_mask is not supported: compare the ids with and without the answer instead."
+            )
+        template = self._resolve_template(chat_template, tools)
+        call_kwargs, template_kwargs = self._split_chat_kwargs(template, kwargs)
+        call_kwargs = {**call_kwargs, **(processor_kwargs or {})}
+        chats, is_batched = _as_batch(conversation)
+        prompts = self._render(
+            template,
+            chats,
+            tools,
+            documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            **template_kwargs,
+        )
+        if not tokenize:
+            texts = [prompt.text(self.image_token) for prompt in prompts]
+            return texts if is_batched else texts[0]
+        if return_tensors not in (None, "auto"):
+            call_kwargs["return_tensors"] = return_tensors
+        pictures = _pictures_of(prompts, call_kwargs.pop("images", None))
+        if all(prompt.is_plain for prompt in prompts):
+            texts = [prompt.text(self.image_token) for prompt in prompts]
+            batch = self(images=pictures or None, text=texts, **call_kwargs)
+        else:
+            batch = self._encode_pieces_batch(prompts, pictures, **call_kwargs)
+        return batch if return_dict else batch["input_ids"]
+
+    def _render(self, template: str, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs):
+        """Render chats with characters for breaking up and marking that none of their strings contains."""
+        unused = _unused_characters([chats, tools, documents, template, kwargs])
+        return ChatRenderer(self.tokenizer, template, *unused).render(chats, tools, documents, **kwargs)
+
+    def _resolve_template(self, chat_template: str | None, tools: Any) -> str:
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        name = "tool_use" if tools and "tool_use" in templates else "default"
+        template = templates.get(chat_template or name, chat_template)
+        if template is None:
+            raise ValueError(
+                "The tokenizer has no chat template. Pass chat_template=..., or set processor.chat_template."
+            )
+        return template
+
+    def _split_chat_kwargs(self, template: str, kwargs: dict) -> tuple[dict, dict]:
+        """Tell arguments of a call from variables of the template; the call warns of what neither knows."""
+        known = {"images", *TextKwargs.__annotations__, *self.image_processor.valid_kwargs.__annotations__}
+        call_kwargs: dict[str, Any] = {}
+        template_kwargs: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name in ("sanitize_control_tokens", "load_audio_from_video"):
+                continue  # the first is always on here, the second without meaning
+            is_variable = name not in known and re.search(rf"\b{re.escape(name)}\b", template)
+            (template_kwargs if is_variable else call_kwargs)[name] = value
+        return call_kwargs, template_kwargs
+
+    def encode_chats(self, chats: Sequence[Sequence[dict]], num_tiles: Sequence[int], **kwargs) -> list[list[int]]:
+        """Encode conversations without touching their pictures, as `apply_chat_template` would with them.
+
+        Args:
+            chats: Conversations; their picture items need no picture.
+            num_tiles: Tiles of each picture of a conversation, in order; the same for all (a conversation may end
+                early and use fewer).
+            **kwargs: `add_generation_prompt` and variables of the template.
+        """
+        prompts = self._render(self._resolve_template(None, None), chats, **kwargs)
+        num_placeholders = [self.image_seq_length * count for count in num_tiles]
+        return [self._encode_pieces(prompt, num_placeholders) for prompt in prompts]
+
+    # --- prompts in which special tokens were typed ------------------------------------------------------------------
+
+    def _encode_pieces_batch(self, prompts: list[Prompt], pictures: list, **kwargs) -> BatchFeature:
+        """Encode prompts piece by piece, as `__call__` would if typed special tokens were ordinary words."""
+        options = self._merge(_with_text_defaults(kwargs))
+        text_kwargs = options["text_kwargs"]
+        refused = [
+            name
+            for name in ("return_offsets_mapping", "return_overflowing_tokens", "return_special_tokens_mask", "stride")
+            if text_kwargs.get(name)
+        ]
+        if refused:
+            raise ValueError(f"{', '.join(refused)}: not available while a message contains special tokens as text.")
+        with_type_ids = options.get("return_mm_token_type_ids") or text_kwargs.get("return_mm_token_type_ids")
+        image_inputs: dict = {}
+        num_placeholders: list[int] = []
+        if pictures:
+            image_inputs = dict(self.image_processor(pictures, **options["images_kwargs"]))
+            num_placeholders = self._num_placeholders(image_inputs)
+        input_ids = []
+        remaining = iter(num_placeholders)
+        for prompt in prompts:
+            ids = self._encode_pieces(prompt, [next(remaining) for _ in prompt.pictures])
+            input_ids.append(ids)
+        expected = [[prompt_ids.count(token_id) for token_id in self.image_token_ids] for prompt_ids in input_ids]
+        input_ids = [self._truncate(ids, text_kwargs) for ids in input_ids]
+        self._check_picture_ids(expected, input_ids)
+        padding = {
+            name: text_kwargs[name]
+            for name in ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
+            if name in text_kwargs
+        }
+        data = {**self.tokenizer.pad({"input_ids": input_ids}, **padding), **image_inputs}
+        data.pop("num_patches", None)
+        if with_type_ids:
+            data["mm_token_type_ids"] = self.create_mm_token_type_ids(data["input_ids"])
+        return BatchFeature(data, tensor_type=text_kwargs.get("return_tensors"))
+
+    def _encode_pieces(self, prompt: Prompt, num_placeholders: list[int]) -> list[int]:
+        """Encode the text between the template's special tokens without looking for special tokens in it."""
+        special = SpecialTokens.of(self.tokenizer)
+        remaining = iter(num_placeholders)
+        ids: list[int] = []
+        for index, piece in enumerate(prompt.pieces):
+            if prompt.is_mark(index):
+                ids += [self.start_image_token_id, *[self.image_token_id] * next(remaining), self.end_image_token_id]
+            elif index % 2:
+                ids.append(self.tokenizer.convert_tokens_to_ids(piece))
+            else:
+                before = prompt.pieces[index - 1] if index else None
+                after = prompt.pieces[index + 1] if index + 1 < len(prompt.pieces) else None
+                piece = piece.lstrip() if before in special.strip_right else piece
+                piece = piece.rstrip() if after in special.strip_left else piece
+                ids += self._encode_text(piece, at_start=index == 0)
+        return ids
+
+    def _encode_text(self, text: str, at_start: bool) -> list[int]:
+        """Encode a stretch of text in which nothing is special."""
+
+        def encode(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+        if not text:
+            return []
+        ids = encode(text)
+        if not at_start and self._needs_context:
+            # This tokenizer marks the start of a string. Put something before the text that merges with nothing.
+            for prefix in ("\x01", "\n"):
+                prefix_ids, joint_ids = encode(prefix), encode(prefix + text)
+                if joint_ids[: len(prefix_ids)] == prefix_ids:
+                    ids = joint_ids[len(prefix_ids) :]
+                    break
+        forbidden = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
+        if forbidden.intersection(ids):
+            raise ValueError("The tokenizer turns plain text into special tokens; it cannot keep them apart.")
+        return ids
+
+    @cached_property
+    def _needs_context(self) -> bool:
+        """Whether text after a special token is encoded unlike text at the start of a string."""
+        probe = "a b"
+        alone = self.tokenizer(probe, add_special_tokens=False)["input_ids"]
+        after = self.tokenizer(self.end_image_token + probe, add_special_tokens=False)["input_ids"]
+        return after[-len(alone) :] != alone or len(after) != len(alone) + 1
+
+    def _truncate(self, ids: list[int], text_kwargs: dict) -> list[int]:
+        truncation = text_kwargs.get("truncation")
+        if truncation in (None, False, "do_not_truncate"):
+            return ids
+        max_length = text_kwargs.get("max_length") or self.tokenizer.model_max_length
+        if len(ids) <= max_length:
+            return ids
+        return ids[-max_length:] if self.tokenizer.truncation_side == "left" else ids[:max_length]
+
+
+def _unused_characters(values: Any) -> tuple[str, str]:
+    """Find two private-use characters that occur in no string of a nested value."""
+    used: set[str] = set()
+
+    def visit(value: Any) -> None:
+        if isinstance(value, str):
+            if not value.isascii():  # pictures in base64 are long
+                used.update(value)
+        elif isinstance(value, dict):
+            visit(list(value))
+            visit(list(value.values()))
+        elif isinstance(value, list | tuple):
+            for item in value:
+                visit(item)
+
+    visit(values)
+    unused = (chr(code) for codes in PRIVATE_RANGES for code in codes if chr(code) not in used)
+    try:
+        return next(unused), next(unused)
+    except StopIteration:
+        raise ValueError("The messages use up every private-use character of Unicode.") from None
+
+
+def _as_list_content(message: dict) -> dict:
+    """Give a message's string as a list of one text item, for templates that read only lists."""
+    if not isinstance(message.get("content"), str):
+        return message
+    return {**message, "content": [{"type": "text", "text": message["content"]}]}
+
+
+def _as_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
+    """Return a list of chats, and whether the caller gave several."""
+    conversation = getattr(conversation, "messages", conversation)
+    if not conversation:
+        raise ValueError("The conversation is empty; give at least one message.")
+    if isinstance(conversation[0], dict):
+        return [list(conversation)], False
+    return [list(getattr(chat, "messages", chat)) for chat in conversation], True
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, list | tuple) or getattr(value, "ndim", None) == 4
+
+
+def _flatten_pictures(images: Any) -> list:
+    """List pictures in order; lists and 4-dimensional arrays hold several."""
+    if images is None:
+        return []
+    if _is_sequence(images):
+        return [picture for part in images for picture in _flatten_pictures(part)]
+    return [images]
+
+
+def _pictures_of(prompts: list[Prompt], images: Any) -> list:
+    """Collect the pictures of all chats in prompt order, from their items or, if these carry none, from `images`."""
+    items = [item for prompt in prompts for item in prompt.pictures]
+    carried = [_picture_of(item) for item in items]
+    if images is not None:
+        given = _flatten_pictures(images)
+        if any(source is not None for source in carried) or len(given) != len(items):
+            num_carried = sum(source is not None for source in carried)
+            raise ValueError(
+                f"The messages hold {len(items)} picture items, {num_carried} of them with a picture, and "
+                f"{len(given)} pictures are given besides. Give each picture once."
+            )
+        return given
+    missing = sum(source is None for source in carried)
+    if missing:
+        raise ValueError(
+            f"The messages hold {len(items)} picture items but only {len(items) - missing} pictures: an item needs "
+            f"one of the keys {', '.join(PICTURE_KEYS)}."
+        )
+    pictures = []
+    for number, (kind, source) in enumerate(filter(None, carried), start=1):
+        pictures.append(load_picture(source, f"picture {number} of the request", kind=kind))
+    return pictures
+
+
+def _picture_of(item: dict) -> tuple[Kind | None, Any] | None:
+    """Take the picture out of an item, with how to read it if it is a string."""
+    if item["type"] == "image_url":
+        url = item.get("image_url")
+        item = {"url": url.get("url") if isinstance(url, dict) else url}
+    for key, kind in PICTURE_KEYS.items():
+        if item.get(key) is not None:
+            return kind, item[key]
+    return None
+
+
+def _with_text_defaults(kwargs: dict) -> dict:
+    """Add the defaults of this processor where the caller, flat or nested, says nothing.
+
+    They are passed as arguments because a tokenizer's saved settings (`padding_side`) would overrule class defaults.
+    """
+    said = {**kwargs, **(kwargs.get("common_kwargs") or {}), **(kwargs.get("text_kwargs") or {})}
+    defaults = {**TEXT_DEFAULTS, "padding": said.get("return_tensors") is not None}
+    return {**{name: value for name, value in defaults.items() if name not in said}, **kwargs}
+
+
+__all__ = ["HoVLEProcessor"]

@@ -1,0 +1,37 @@
+"""Run one training stage from a YAML recipe.
+
+examples:
+  hovle train demo/distillation                         a recipe that ships with the package
+  hovle train my_stage.yaml                             your own file
+  hovle train demo/alignment num_steps=20 model.checkpoint=runs/demo/distillation/model
+  hovle train my_stage.yaml --dry-run                   show what would be trained on what
+  hovle train my_stage.yaml --resume                    continue the newest checkpoint, exactly
+  torchrun --nproc-per-node 2 -m hovle.train my_stage.yaml
+"""
+
+import argparse
+import sys
+
+from ..cli import main
+from .config import load_stage
+from .stage import run_stage
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hovle train`."""
+    parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe such as demo/alignment")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields; dots reach nested ones")
+    parser.add_argument("--resume", action="store_true", help="continue the newest checkpoint in the output folder")
+    parser.add_argument("--dry-run", action="store_true", help="set up, show model and data, take no step")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train one stage; return the exit code."""
+    folder = run_stage(load_stage(args.recipe, args.overrides), resume=args.resume, dry_run=args.dry_run)
+    if not args.dry_run:
+        print(f"Model saved in {folder}")  # noqa: T201 - this is the command's output
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,49 @@
+"""LoRA on the language model's layers: adapters that load with peft and merge into plain weights."""
+
+import torch
+from torch import nn
+
+from ..modeling_hovle import HoVLEForConditionalGeneration
+from .config import LoraConfig
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def add_lora(model: HoVLEForConditionalGeneration, config: LoraConfig) -> nn.Module:
+    """Inject adapters into the language model's layers, in place.
+
+    Returns:
+        The `PeftModel` around `model`, whose `save_pretrained` writes the adapters alone.
+    """
+    import peft  # an extra: only LoRA needs it
+
+    first = model.config.num_embedding_layers
+    indices = "|".join(str(index) for index in range(first, model.config.text_config.num_hidden_layers))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    wrapped = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=rf".*language_model\.layers\.({indices})\..*\.({'|'.join(TARGETS)})",
+        ),
+    )
+    for parameter in trained:  # peft freezes everything but its adapters
+        parameter.requires_grad_(True)
+    return wrapped
+
+
+@torch.no_grad()
+def merged_state_dict(model: HoVLEForConditionalGeneration) -> dict[str, torch.Tensor]:
+    """State dict of a plain HoVLE: adapters, if any, added to the weights they adapt; the model stays as it is."""
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        plain = name.replace(".base_layer.", ".")
+        if plain != name and name.endswith(".weight"):
+            layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
+            tensor = tensor.float() + sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
+        state[plain] = tensor
+    return state

@@ -1,0 +1,145 @@
+"""Save and resume: a checkpoint is a `from_pretrained` folder plus the state of the optimizer and the data.
+
+Everything is written to a temporary folder beside its place and renamed, so what exists is complete.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..modeling_hovle import HoVLEForConditionalGeneration
+from .config import StageConfig
+
+TRAINING_STATE = "training_state.pt"
+HANDOFF_PROBE = "handoff_probe.safetensors"
+
+RESUMABLE_CHANGES = ("num_workers", "log_every", "checkpoint_every")
+"""Fields a resumed run may change: they move no number."""
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` write into a temporary folder, then put it in place in one step, replacing an older one."""
+    temporary = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def save_checkpoint(output: Path, step: int, save: Callable[[Path], None], state: dict) -> None:
+    """Write `checkpoint-STEP` and drop older checkpoints once it is complete."""
+
+    def fill(temporary: Path) -> None:
+        save(temporary)
+        torch.save(state, temporary / TRAINING_STATE)
+
+    folder = output / f"checkpoint-{step:06d}"
+    write_folder(folder, fill)
+    for older in sorted(output.glob("checkpoint-*")):
+        if older != folder:
+            shutil.rmtree(older)
+
+
+def find_checkpoint(output: Path) -> Path | None:
+    """Newest checkpoint of a run, or None."""
+    return max(output.glob("checkpoint-*"), default=None)
+
+
+def load_training_state(checkpoint: Path) -> dict:
+    """Read optimizer, random and data state; tensors and plain values only, nothing is unpickled."""
+    return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True)
+
+
+def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> None:
+    """Refuse to resume a run whose recipe or data changed, naming what differs."""
+    old, new = state["config"], config.to_dict()
+    changed = [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
+    if changed:
+        details = "; ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
+        raise ValueError(f"Cannot resume: the recipe changed ({details}). Restore it, or start in a new output folder.")
+    if state["data_fingerprint"] != data_fingerprint:
+        raise ValueError(
+            f"Cannot resume: the data changed (fingerprint {state['data_fingerprint']} -> {data_fingerprint})."
+        )
+
+
+@torch.no_grad()
+def make_probe(model: HoVLEForConditionalGeneration, batch: dict, num_tokens: int = 64) -> dict[str, torch.Tensor]:
+    """Record what a trained model says of the start of a batch, for the next stage to compare itself with.
+
+    Returns:
+        `input_ids`, `position_ids` of the batch's first row and `pixel_values`, with `last_hidden_state` of the
+        language model in float32 and without a compiler.
+    """
+    is_image = batch["input_ids"] == model.config.image_token_id
+    tokens_per_tile = model.config.tokens_per_tile(batch["pixel_values"].shape[-1])
+    num_tiles = int(is_image[0].sum()) // tokens_per_tile
+    probe = {
+        "input_ids": batch["input_ids"][:1].clone(),
+        "position_ids": batch["position_ids"][:1].clone(),
+        "pixel_values": batch["pixel_values"][:num_tiles].float().clone(),
+    }
+    probe["last_hidden_state"] = probe_output(model, probe)[:, -num_tokens:].clone()
+    return probe
+
+
+def write_probe(folder: Path, probe: dict[str, torch.Tensor]) -> None:
+    """Save a probe beside the weights it was made with."""
+    save_file(probe, folder / HANDOFF_PROBE)
+
+
+@torch.no_grad()
+def probe_output(model: HoVLEForConditionalGeneration, probe: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Final hidden states of a probe's prompt, shape `(1, T, D)`, float32."""
+    was_training = model.training
+    model.eval()
+    with torch.compiler.set_stance("force_eager"):
+        outputs = model.model(
+            input_ids=probe["input_ids"].to(model.device),
+            pixel_values=probe["pixel_values"].to(model.device),
+            position_ids=probe["position_ids"].to(model.device),
+            use_cache=False,
+        )
+    model.train(was_training)
+    return outputs.last_hidden_state.float().cpu()
+
+
+def check_handoff(model: HoVLEForConditionalGeneration, checkpoint: Path, tolerance: float = 1e-3) -> float | None:
+    """Compare a loaded model with what it said when its stage ended.
+
+    Returns:
+        Largest difference relative to the largest magnitude, or None when the folder holds no probe.
+
+    Raises:
+        ValueError: When the difference exceeds `tolerance`: the stage would start from other weights than it should.
+    """
+    path = checkpoint / HANDOFF_PROBE
+    if not path.is_file():
+        return None
+    probe = load_file(path)
+    expected = probe["last_hidden_state"]
+    found = probe_output(model, probe)[:, -expected.shape[1] :]
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    if not difference <= tolerance:
+        raise ValueError(
+            f"Hand-off check failed: the model loaded from {checkpoint} differs from the one its stage ended with by "
+            f"{difference:.2e} of the largest output (allowed {tolerance:.0e}). Its files are damaged or changed."
+        )
+    return difference
+
+
+def append_log(path: Path, entry: dict) -> None:
+    """Append one JSON line."""
+    with path.open("a") as file:
+        file.write(json.dumps(entry) + "\n")

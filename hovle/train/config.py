@@ -1,0 +1,275 @@
+"""StageConfig: one training stage as a frozen value, loaded from YAML; unknown keys are refused."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+"""Recipes that ship with the package; `hovle train demo/alignment` finds `demo/alignment.yaml` here."""
+
+PARAMETER_GROUPS = ("stem", "holistic_layers", "text_embeddings", "language_model")
+"""What a stage can train: patch stem; the first N layers; the text table; the LLM's layers, norm and head."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where the stage starts: an existing HoVLE, or a new one around a language model."""
+
+    checkpoint: str | None = None
+    """HoVLE folder or Hub id, usually the `model` folder of the previous stage's output."""
+    language_model: str | None = None
+    """Hub id or folder of a causal language model to build a new HoVLE around; `asset:NAME` is fetched."""
+    num_embedding_layers: int = 8
+    """New holistic layers below the language model."""
+    image_size: int = 448
+    """Side of one picture tile in pixels."""
+    patch_size: int = 14
+    """Side of one patch in pixels."""
+    pixel_shuffle_loc: str = "pre"
+    """`pre` (HoVLE), `post` (HoVLE-HD) or `none` (plain convolution)."""
+    untie_text_embeddings: bool = False
+    """Give the holistic layers a text table of their own, as the paper does."""
+    max_tiles: int = 12
+    """Most tiles a picture is cut into."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """One source of training samples."""
+
+    source: str
+    """`easy_vqa` (the asset), `chat` (JSON lines of messages) or `pictures` (a folder, for distillation)."""
+    path: str | None = None
+    """File or folder of the source; the easy_vqa asset needs none."""
+    split: str = "train"
+    """Part of the asset to read."""
+    questions_per_sample: int = 1
+    """Questions about one picture asked in one conversation (easy_vqa)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The image teacher of distillation."""
+
+    name: str
+    """timm model name, for instance `tf_efficientnet_lite0`."""
+    checkpoint: str | None = None
+    """Local weights file; `asset:NAME` is fetched. None: timm's own pretrained weights from the Hub."""
+    image_size: int
+    """Side in pixels at which the teacher sees a tile; its feature grid is pooled to the student's."""
+    feature_index: int = -1
+    """Which of timm's feature maps to match; the last has the largest stride."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the stage minimises."""
+
+    name: typing.Literal["distillation", "next_token"]
+    """`distillation`: negative cosine to teacher features and text table. `next_token`: cross-entropy of replies."""
+    num_random_tokens: int = 50
+    """Random ordinary tokens after the picture, and as many again in the reply (distillation)."""
+    text_weight: float = 1.0
+    """Weight of the text cosine beside the image cosine (distillation)."""
+    scale_weight: float = 0.1
+    """Weight of the squared log ratio of output norms to text-embedding norms; a cosine alone leaves image outputs
+    far too long for the LLM (distillation)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters on the language model's layers instead of full updates (needs peft)."""
+
+    rank: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout before the adapter."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One training stage."""
+
+    output: str
+    """Run folder: log, checkpoints and, at the end, `model`. One run per folder."""
+    model: ModelConfig
+    """Where the stage starts."""
+    objective: ObjectiveConfig
+    """What it minimises."""
+    data: DataConfig
+    """What it reads."""
+    validation: DataConfig | None = None
+    """Held-out data, measured before the first step and after the last."""
+    num_validation_batches: int = 4
+    """Packed batches of it."""
+    trainable: tuple[str, ...]
+    """Parameter groups that receive gradients: stem, holistic_layers, text_embeddings, language_model."""
+    teacher: TeacherConfig | None = None
+    """Image teacher, for distillation."""
+    lora: LoraConfig | None = None
+    """Adapters on the language model; then `language_model` must not be in `trainable`."""
+
+    num_steps: int
+    """Optimizer steps, not micro-batches."""
+    rows_per_batch: int
+    """Packed rows of one micro-batch on one process."""
+    row_length: int
+    """Tokens of one packed row; samples are packed, never cut."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    learning_rate: float
+    """Peak learning rate."""
+    final_learning_rate_ratio: float = 0.1
+    """Learning rate at the last step over the peak, reached by a cosine."""
+    warmup_ratio: float = 0.03
+    """Share of the steps with a linear warm-up."""
+    adam_betas: tuple[float, ...] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.05
+    """AdamW's weight decay, on matrices only."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm."""
+    seed: int = 0
+    """Seeds new weights, sample order and random text."""
+
+    dtype: typing.Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of matrix products; `auto` takes bfloat16 where this machine is faster with it."""
+    compile: typing.Literal["auto", "on", "off"] = "auto"
+    """Compile decoder layers; `auto` runs eager, and says so, where there is no C++ compiler."""
+    num_workers: int = 0
+    """Processes that prepare batches beside the training process."""
+    log_every: int = 10
+    """Steps between log lines."""
+    checkpoint_every: int = 0
+    """Steps between resumable checkpoints; 0 for none."""
+
+    def __post_init__(self):
+        unknown = sorted(set(self.trainable) - set(PARAMETER_GROUPS))
+        if unknown:
+            raise ValueError(f"trainable names {unknown}; known parameter groups: {', '.join(PARAMETER_GROUPS)}.")
+        if not self.trainable and self.lora is None:
+            raise ValueError("trainable is empty and lora is not set: nothing would learn.")
+        if self.lora is not None and "language_model" in self.trainable:
+            raise ValueError("lora adapts a frozen language model: take language_model out of trainable.")
+        if (self.model.checkpoint is None) == (self.model.language_model is None):
+            raise ValueError("model needs exactly one of checkpoint (an existing HoVLE) and language_model (a new one).")
+        if (self.objective.name == "distillation") != (self.teacher is not None):
+            raise ValueError("A teacher goes with the distillation objective, and only with it.")
+        for name in ("num_steps", "rows_per_batch", "row_length", "gradient_accumulation_steps", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
+        if len(self.adam_betas) != 2:
+            raise ValueError(f"adam_betas needs two numbers, got {list(self.adam_betas)}.")
+
+    def to_dict(self) -> dict:
+        """Plain values, as written to the run folder's `recipe.yaml`."""
+        return _plain(dataclasses.asdict(self))
+
+
+def find_recipe(name_or_path: str) -> Path:
+    """Locate a recipe: a YAML file, or the name of one that ships with the package."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{name_or_path.removesuffix('.yaml')}.yaml"
+    if shipped.is_file():
+        return shipped
+    names = ", ".join(sorted(str(file.relative_to(RECIPES).with_suffix("")) for file in RECIPES.rglob("*.yaml")))
+    raise ValueError(f"No recipe {name_or_path!r}: it is neither a file nor one of the shipped recipes ({names}).")
+
+
+def load_stage(name_or_path: str, overrides: typing.Sequence[str] = ()) -> StageConfig:
+    """Read one stage from YAML.
+
+    Args:
+        name_or_path: YAML file or the name of a shipped recipe.
+        overrides: `key=value` strings that replace fields, dots for nested ones: `model.image_size=224`.
+
+    Raises:
+        ValueError: For unknown or missing keys and values of the wrong type, naming the key.
+    """
+    path = find_recipe(name_or_path)
+    values = yaml.safe_load(path.read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of fields to values.")
+    for override in overrides:
+        _override(values, override)
+    return _build(StageConfig, values, str(path))
+
+
+def _override(values: dict, override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator:
+        raise ValueError(f"Overrides read key=value, got {override!r}.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        if values.get(parent) is None:
+            values[parent] = {}
+        values = values[parent]
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}: {parent} has no fields to override.")
+    values[last] = yaml.safe_load(text)
+
+
+def _build(cls, values: dict, where: str):
+    """Make a config dataclass from a mapping, checking names and types of its fields."""
+    fields = {item.name: item for item in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(fields)}."
+            raise ValueError(f"{where}: unknown key {key!r}{hint}")
+    missing = [name for name, item in fields.items() if name not in values and _is_required(item)]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(missing)}.")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _convert(hints[key], value, f"{where}: {key}") for key, value in values.items()})
+
+
+def _is_required(item: dataclasses.Field) -> bool:
+    return item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+
+
+def _convert(hint, value, where: str):
+    """Check a YAML value against a field's annotation and give it the annotated type."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _convert(next(item for item in arguments if item is not type(None)), value, where)
+    if origin is typing.Literal:
+        value = {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
+        if value not in arguments:
+            raise ValueError(f"{where} must be one of {', '.join(arguments)}, got {value!r}.")
+        return value
+    if origin is tuple:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError(f"{where} must be a list, got {value!r}.")
+        return tuple(_convert(arguments[0], item, where) for item in value)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be a mapping, got {value!r}.")
+        return _build(hint, value, where)
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML reads 3e-4 as text
+        except ValueError:
+            pass
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ValueError(f"{where} must be {hint.__name__}, got {value!r}.")
+    return value
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

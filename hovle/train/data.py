@@ -1,0 +1,292 @@
+"""Samples, packing and the batch the objectives receive.
+
+A source is an endless, seeded stream: sample `i` depends on the seed and on `i` alone, so resuming a run needs one
+number. Samples are packed whole into rows of fixed length; positions restart at each sample, which keeps packed
+samples apart (attention_mask stays None).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import IterableDataset
+
+from ..assets import easy_vqa
+from ..modeling_hovle import IGNORE_INDEX
+from ..pictures import load_picture
+from ..processing_hovle import HoVLEProcessor
+from .config import DataConfig, StageConfig
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation as the source holds it."""
+
+    name: str
+    """Where it comes from, for messages."""
+    messages: list[dict]
+    """Chat messages with picture paths."""
+
+
+@dataclass
+class Sample:
+    """One conversation ready for packing."""
+
+    name: str
+    input_ids: torch.Tensor
+    """Shape `(T,)`."""
+    labels: torch.Tensor
+    """Ids to predict at their own position, -100 elsewhere, shape `(T,)`."""
+    pixel_values: torch.Tensor
+    """Normalised tiles, shape `(N, 3, s, s)`."""
+
+
+def load_records(config: DataConfig) -> list[Record]:
+    """Read the list of conversations of a source; pictures stay on disk."""
+    if config.source == "easy_vqa":
+        folder = Path(config.path) if config.path else easy_vqa()
+        return _easy_vqa_records(folder / config.split, config.questions_per_sample)
+    if config.path is None:
+        raise ValueError(f"data.path is missing: the source {config.source!r} needs a file or folder.")
+    if config.source == "chat":
+        return _chat_records(Path(config.path))
+    if config.source == "pictures":
+        return _picture_records(Path(config.path))
+    raise ValueError(f"Unknown data.source {config.source!r}; known: easy_vqa, chat, pictures.")
+
+
+def load_easy_vqa_questions(folder: Path) -> list[tuple[str, str, Path]]:
+    """Read one easy-VQA split as (question, answer, picture) triples."""
+    rows = json.loads((folder / "questions.json").read_text())
+    return [(question, answer, folder / "images" / f"{image}.png") for question, answer, image in rows]
+
+
+def _easy_vqa_records(folder: Path, questions_per_sample: int) -> list[Record]:
+    by_picture: dict[Path, list[tuple[str, str]]] = {}
+    for question, answer, picture in load_easy_vqa_questions(folder):
+        by_picture.setdefault(picture, []).append((question, answer))
+    records = []
+    for picture, turns in by_picture.items():
+        for start in range(0, len(turns), questions_per_sample):
+            chosen = turns[start : start + questions_per_sample]
+            records.append(Record(f"{picture.name}[{start}]", conversation(picture, chosen)))
+    return records
+
+
+def conversation(picture: Path, turns: list[tuple[str, str]]) -> list[dict]:
+    """Messages that ask questions about one picture, the picture in the first turn."""
+    messages = []
+    for index, (question, answer) in enumerate(turns):
+        content = [{"type": "text", "text": question}]
+        if index == 0:
+            content.insert(0, {"type": "image", "path": str(picture)})
+        messages.append({"role": "user", "content": content})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def _chat_records(path: Path) -> list[Record]:
+    """Read JSON lines `{"messages": [...]}`; relative picture paths are relative to the file and stay beside it."""
+    records = []
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            name = f"{path.name}:{number}"
+            try:
+                messages = json.loads(line)["messages"]
+                for message in messages:
+                    for item in message["content"] if isinstance(message["content"], list) else ():
+                        if item["type"] == "image":
+                            item["path"] = str(_inside(path.parent, item["path"]))
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{name}: expected {{"messages": [{{"role": ..., "content": [{{"type": "image", "path": ...}}, '
+                    f'{{"type": "text", "text": ...}}]}}]}}, found {line[:80]!r} ({error!r}).'
+                ) from error
+            records.append(Record(name, messages))
+    if not records:
+        raise ValueError(f"{path} holds no conversations.")
+    return records
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"Picture {name!r} lies outside {folder}; keep pictures beside the data file.")
+    return path
+
+
+def _picture_records(folder: Path) -> list[Record]:
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+    if not paths:
+        raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).")
+    return [Record(path.name, conversation(path, [("", "")])) for path in paths]
+
+
+class ReplySamples:
+    """Conversations with a loss on every reply (`next_token`)."""
+
+    def __init__(self, processor: HoVLEProcessor):
+        self.processor = processor
+
+    def make(self, record: Record, index: int) -> Sample:
+        """Tokenise one conversation; its replies, end-of-turn tokens included, are supervised."""
+        messages = record.messages
+        pixel_values, num_tiles = load_tiles(self.processor, messages)
+        replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not replies:
+            raise ValueError(f"{record.name}: no reply to learn from.")
+        prompts = [messages[:number] for number in replies]
+        answered = [messages[: number + 1] for number in replies]
+        starts = self.processor.encode_chats(prompts, num_tiles, add_generation_prompt=True)
+        ends = self.processor.encode_chats(answered, num_tiles)
+        input_ids = ends[-1]  # what follows the last reply teaches nothing
+        labels = [IGNORE_INDEX] * len(input_ids)
+        for start, end in zip(starts, ends, strict=True):
+            if input_ids[: len(end)] != end or end[: len(start)] != start:
+                raise ValueError(f"{record.name}: the chat template rewrites earlier turns; replies cannot be located.")
+            labels[len(start) : len(end)] = end[len(start) :]
+        return Sample(record.name, torch.tensor(input_ids), torch.tensor(labels), pixel_values)
+
+
+def load_tiles(processor: HoVLEProcessor, messages: list[dict]) -> tuple[torch.Tensor, list[int]]:
+    """Read and tile the pictures of a conversation: `(N, 3, s, s)`, and the tile count of each picture."""
+    paths = [
+        item["path"]
+        for message in messages
+        if isinstance(message["content"], list)
+        for item in message["content"]
+        if item["type"] == "image"
+    ]
+    if not paths:
+        size = processor.image_processor.size["height"]
+        return torch.zeros(0, 3, size, size), []
+    pictures = [load_picture(path) for path in paths]
+    tiles = processor.image_processor(pictures, return_tensors="pt")
+    return tiles["pixel_values"], [int(count) for count in tiles["num_patches"]]
+
+
+class RandomTextSamples:
+    """Pictures with unrelated random tokens (`distillation`): the whole vocabulary is covered, no pairs are needed."""
+
+    STAND_IN = "\uf8ff"
+    """Marks in the rendered chat where random tokens go: a private character no template contains."""
+
+    def __init__(self, processor: HoVLEProcessor, num_random_tokens: int, seed: int):
+        self.processor = processor
+        self.num_random_tokens = num_random_tokens
+        self.seed = seed
+        tokenizer = processor.tokenizer
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        self.ordinary_ids = torch.tensor([index for index in range(len(tokenizer)) if index not in special])
+        self.stand_in_ids = tokenizer(self.STAND_IN, add_special_tokens=False)["input_ids"]
+
+    def make(self, record: Record, index: int) -> Sample:
+        """Place a picture in a user turn, random ordinary tokens after it and as many again in the reply."""
+        picture = next(item for message in record.messages for item in message["content"] if item["type"] == "image")
+        messages = conversation(Path(picture["path"]), [(self.STAND_IN, self.STAND_IN)])
+        pixel_values, num_tiles = load_tiles(self.processor, messages)
+        [ids] = self.processor.encode_chats([messages], num_tiles)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        input_ids = torch.tensor(self._with_random_tokens(ids, generator))
+        return Sample(record.name, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pixel_values)
+
+    def _with_random_tokens(self, ids: list[int], generator: torch.Generator) -> list[int]:
+        length = len(self.stand_in_ids)
+        places = [start for start in range(len(ids)) if ids[start : start + length] == self.stand_in_ids]
+        if len(places) != 2:
+            raise ValueError(f"The chat template shows {len(places)} of 2 turns; random text has no place in it.")
+        for place in reversed(places):
+            chosen = torch.randint(len(self.ordinary_ids), (self.num_random_tokens,), generator=generator)
+            ids[place : place + length] = self.ordinary_ids[chosen].tolist()
+        return ids
+
+
+class PackedBatches(IterableDataset):
+    """Endless packed batches of one rank.
+
+    Args:
+        records: The source.
+        maker: Turns a record and its stream index into a `Sample`.
+        config: Row count, row length and seed.
+        start: Stream index of the first sample, for resuming.
+        rank: This process.
+        world_size: Processes that share the stream; each takes every `world_size`-th sample.
+        pad_token_id: Fills row ends.
+    """
+
+    def __init__(self, records, maker, config: StageConfig, start: int, rank: int, world_size: int, pad_token_id: int):
+        self.records = records
+        self.maker = maker
+        self.num_rows = config.rows_per_batch
+        self.row_length = config.row_length
+        self.seed = config.seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+        self.pad_token_id = pad_token_id
+
+    def record_at(self, index: int) -> Record:
+        """Record of a stream index: every epoch visits each record once, in an order of its own."""
+        epoch, position = divmod(index, len(self.records))
+        generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
+        order = self._order if self._order_epoch == epoch else torch.randperm(len(self.records), generator=generator)
+        self._order, self._order_epoch = order, epoch
+        return self.records[order[position]]
+
+    _order: torch.Tensor | None = None
+    _order_epoch = -1
+
+    def __iter__(self) -> Iterator[dict]:
+        """Yield batches; `next_index` of a batch is where a resumed stream continues."""
+        index = self.start + self.rank
+        rows: list[list[Sample]] = [[] for _ in range(self.num_rows)]
+        free = [self.row_length] * self.num_rows
+        while True:
+            sample = self.maker.make(self.record_at(index), index)
+            length = len(sample.input_ids)
+            if length > self.row_length:
+                raise ValueError(
+                    f"{sample.name} has {length} tokens, more than row_length ({self.row_length}); samples are never "
+                    "cut: raise row_length, or ask fewer questions or use fewer tiles per sample."
+                )
+            # Best fit: the fullest row that still has room.
+            fitting = [row for row in range(self.num_rows) if free[row] >= length]
+            if not fitting:
+                yield self._batch(rows, index - self.rank)
+                rows, free = [[] for _ in range(self.num_rows)], [self.row_length] * self.num_rows
+                fitting = [0]
+            row = min(fitting, key=lambda candidate: free[candidate])
+            rows[row].append(sample)
+            free[row] -= length
+            index += self.world_size
+
+    def _batch(self, rows: list[list[Sample]], next_index: int) -> dict:
+        shape = (self.num_rows, self.row_length)
+        input_ids = torch.full(shape, self.pad_token_id)
+        labels = torch.full(shape, IGNORE_INDEX)
+        position_ids = torch.zeros(shape, dtype=torch.long)
+        is_sample = torch.zeros(shape, dtype=torch.bool)
+        for row, samples in enumerate(rows):
+            end = 0
+            for sample in samples:
+                start, end = end, end + len(sample.input_ids)
+                input_ids[row, start:end] = sample.input_ids
+                labels[row, start:end] = sample.labels
+                labels[row, start] = IGNORE_INDEX  # nothing before a sample may predict its first token
+                position_ids[row, start:end] = torch.arange(end - start)
+                is_sample[row, start:end] = True
+            position_ids[row, end:] = torch.arange(self.row_length - end)  # padding is a document of its own
+        samples = [sample for row in rows for sample in row]
+        return {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": position_ids,
+            "is_sample": is_sample,
+            "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
+            "names": [sample.name for sample in samples],
+            "next_index": next_index,
+        }

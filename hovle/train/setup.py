@@ -1,0 +1,169 @@
+"""What a stage needs before its first step: model, frozen and trainable parts, number format, compiled layers."""
+
+import os
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy
+import torch
+from torch import nn
+
+from .. import assets
+from ..modeling_hovle import HoVLEForConditionalGeneration
+from ..processing_hovle import HoVLEProcessor
+from .config import StageConfig
+from .data import RandomTextSamples, ReplySamples
+from .objectives import DistillationObjective, NextTokenObjective
+from .teachers import ImageTeacher
+
+
+def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
+    """Load the model a stage starts from, in float32, with its processor."""
+    start = config.model
+    if start.checkpoint is not None:
+        model = HoVLEForConditionalGeneration.from_pretrained(start.checkpoint, dtype=torch.float32)
+        return model, HoVLEProcessor.from_pretrained(start.checkpoint)
+    name = resolve_asset(start.language_model)
+    model = HoVLEForConditionalGeneration.from_language_model(
+        name,
+        start.num_embedding_layers,
+        untie_text_embeddings=start.untie_text_embeddings,
+        image_size=start.image_size,
+        patch_size=start.patch_size,
+        pixel_shuffle_loc=start.pixel_shuffle_loc,
+        dtype=torch.float32,
+    )
+    return model, HoVLEProcessor.from_language_model(name, model.config, max_tiles=start.max_tiles)
+
+
+def resolve_asset(name: str) -> str:
+    """Turn `asset:NAME` into the folder or file the asset was fetched to; anything else stays."""
+    if not name.startswith("asset:"):
+        return name
+    kind = name.removeprefix("asset:")
+    known = {"smollm2-135m-instruct": assets.language_model, "efficientnet-lite0": assets.teacher}
+    if kind not in known:
+        raise ValueError(f"Unknown asset {kind!r}; known here: {', '.join(known)}.")
+    return str(known[kind]())
+
+
+def parameter_groups(model: HoVLEForConditionalGeneration) -> dict[str, list[nn.Parameter]]:
+    """Parameters by the names recipes use; a tied table belongs to the language model, whose head it is."""
+    base = model.model
+    stem = list(base.patch_embedding.parameters())
+    if base.projector is not None:
+        stem += list(base.projector.parameters())
+    table = model.get_input_embeddings().weight
+    language_model = [*base.language_layers.parameters(), *base.language_model.norm.parameters()]
+    groups = {
+        "stem": stem,
+        "holistic_layers": list(base.embedding_layers.parameters()),
+        "text_embeddings": [] if model.config.tie_word_embeddings else [table],
+        "language_model": [*language_model, model.lm_head.weight],
+    }
+    return groups
+
+
+def select_trainable(model: HoVLEForConditionalGeneration, config: StageConfig) -> None:
+    """Freeze everything, then open the groups the stage trains."""
+    model.requires_grad_(False)
+    groups = parameter_groups(model)
+    for name in config.trainable:
+        if not groups[name]:
+            raise ValueError(
+                f"trainable names {name}, but this model has none of its own: its text table is tied to the head and "
+                "stays the language model's. Use model.untie_text_embeddings=true to train a separate one."
+            )
+        for parameter in groups[name]:
+            parameter.requires_grad_(True)
+
+
+@torch.no_grad()
+def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep trainable weights in float32; store frozen ones in `dtype` where that rounds nothing."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        elif torch.equal(parameter.data.to(dtype).to(parameter.dtype), parameter.data):
+            parameter.data = parameter.data.to(dtype)
+
+
+def make_objective(config: StageConfig, model: HoVLEForConditionalGeneration, text_table: torch.Tensor) -> nn.Module:
+    """Build the objective a config names."""
+    if config.objective.name == "next_token":
+        return NextTokenObjective(model)
+    weights = resolve_asset(config.teacher.checkpoint) if config.teacher.checkpoint else None
+    teacher = ImageTeacher(config.teacher, Path(weights) if weights else None)
+    return DistillationObjective(
+        model, teacher, text_table, config.objective.text_weight, config.objective.scale_weight
+    )
+
+
+def make_sampler(config: StageConfig, processor: HoVLEProcessor):
+    """What turns records into samples for the objective."""
+    if config.objective.name == "distillation":
+        return RandomTextSamples(processor, config.objective.num_random_tokens, config.seed)
+    return ReplySamples(processor)
+
+
+def make_optimizer(objective: nn.Module, config: StageConfig) -> torch.optim.AdamW:
+    """AdamW over what is trainable; only matrices decay."""
+    parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [item for item in parameters if item.dim() > 1], "weight_decay": config.weight_decay},
+        {"params": [item for item in parameters if item.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Number format of matrix products: as named, or for `auto` the one this machine multiplies faster in."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    left, right = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
+    left @ right
+    times = []
+    for _ in range(5):
+        started_at = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - started_at)
+    return min(times)
+
+
+def compile_layers(model: HoVLEForConditionalGeneration, mode: str) -> bool:
+    """Compile the decoder layers, which share one graph, unless told not to or there is no C++ compiler."""
+    if mode == "off":
+        return False
+    if not has_cpp_compiler():
+        if mode == "on":
+            raise ValueError("compile is on, but no C++ compiler was found (install g++ or clang++, or set CXX).")
+        print("No C++ compiler found: decoder layers run uncompiled, about half as fast.")  # noqa: T201
+        return False
+    if model.device.type == "cpu":
+        # The fused CPU attention has a slow backward pass; spelt out, the compiler fuses all but its matrix products.
+        model.set_attn_implementation("eager")
+    for layer in model.model.language_model.layers:
+        layer.compile()
+    return True
+
+
+def has_cpp_compiler() -> bool:
+    """Whether a C++ compiler that torch.compile can use is on the path."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return any(shutil.which(name) for name in names)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch, numpy and random."""
+    torch.manual_seed(seed)
+    numpy.random.seed(seed)  # noqa: NPY002 - libraries below use the global generator
+    random.seed(seed)

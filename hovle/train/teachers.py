@@ -1,0 +1,85 @@
+"""Image teachers: pretrained vision models whose features the holistic layers learn to reproduce."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from .config import TeacherConfig
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class ImageTeacher(nn.Module):
+    """A frozen timm model that gives features on the student's token grid.
+
+    Args:
+        config: Name, weights and picture size of the teacher.
+        weights: Local weights file, or None for timm's own.
+    """
+
+    def __init__(self, config: TeacherConfig, weights: Path | None = None):
+        super().__init__()
+        import timm  # an extra: only distillation needs it
+
+        self.image_size = config.image_size
+        full = timm.create_model(config.name, pretrained=weights is None)
+        if weights is not None:
+            _load_in_order(full, weights)
+        self.backbone = timm.create_model(
+            config.name, pretrained=False, features_only=True, out_indices=(config.feature_index,)
+        )
+        known = full.state_dict()
+        missing = [name for name in self.backbone.state_dict() if name not in known]
+        if missing:
+            raise ValueError(f"{config.name} cannot serve as a feature teacher: no weights for {missing[:3]}.")
+        self.backbone.load_state_dict({name: known[name] for name in self.backbone.state_dict()})
+        self.backbone.eval().requires_grad_(False)
+        self.width = self.backbone.feature_info.channels()[-1]
+        mean, std = full.default_cfg["mean"], full.default_cfg["std"]
+        # The student's tiles are normalised with ImageNet statistics; the teacher wants its own.
+        self.register_buffer("scale", _per_channel(IMAGENET_STD) / _per_channel(std), persistent=False)
+        self.register_buffer(
+            "shift", (_per_channel(IMAGENET_MEAN) - _per_channel(mean)) / _per_channel(std), persistent=False
+        )
+
+    @torch.no_grad()
+    def features(self, pixel_values: torch.Tensor, grid_size: int) -> torch.Tensor:
+        """Describe tiles on a square grid.
+
+        Args:
+            pixel_values: ImageNet-normalised tiles, shape `(N, 3, s, s)`.
+            grid_size: Tokens along one side of the student's grid.
+
+        Returns:
+            Row-major features, shape `(N, grid_size ** 2, width)`, float32.
+        """
+        pixels = pixel_values * self.scale + self.shift
+        if pixels.shape[-1] != self.image_size:
+            pixels = nn.functional.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
+        features = self.backbone(pixels)[-1].float()
+        return nn.functional.adaptive_avg_pool2d(features, grid_size).flatten(2).transpose(1, 2)
+
+    def train(self, mode: bool = True) -> "ImageTeacher":
+        """Stay in evaluation mode: batch statistics of a frozen teacher must not move."""
+        return super().train(False)
+
+
+def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
+    return torch.tensor(values).view(1, 3, 1, 1)
+
+
+def _load_in_order(model: nn.Module, weights: Path) -> None:
+    """Load a state dict whose tensors match the model's one to one in order, whatever their names."""
+    source = torch.load(weights, map_location="cpu", weights_only=True)
+    target = model.state_dict()
+    if set(source) == set(target):
+        model.load_state_dict(source)
+        return
+    if [tensor.shape for tensor in source.values()] != [tensor.shape for tensor in target.values()]:
+        raise ValueError(
+            f"{weights.name} holds {len(source)} tensors that do not match the {len(target)} of the teacher in order "
+            "and shape: are weights and teacher.name of the same model?"
+        )
+    model.load_state_dict(dict(zip(target, source.values(), strict=True)))

@@ -1,0 +1,443 @@
+"""Every kind of picture source, every colour mode, and every way a picture can be bad."""
+
+import base64
+import http.server
+import io
+import os
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hovle import pictures
+from hovle.pictures import load_picture
+
+WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
+
+
+def sample(width: int = 40, height: int = 30) -> Image.Image:
+    """A smooth picture with three different channels."""
+    y, x = np.mgrid[0:height, 0:width]
+    channels = [x * 255 // (width - 1), y * 255 // (height - 1), (x + y) * 255 // (width + height - 2)]
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def encoded(image: Image.Image, name: str = "PNG", **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, name, **kwargs)
+    return buffer.getvalue()
+
+
+def pixels(source, **kwargs) -> np.ndarray:
+    image = load_picture(source, **kwargs)
+    assert image.mode == "RGB"
+    return np.asarray(image)
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_source_gives_the_same_picture(tmp_path: Path):
+    image, data = sample(), encoded(sample())
+    path = tmp_path / "picture.png"
+    path.write_bytes(data)
+    text = base64.b64encode(data).decode()
+    array = np.asarray(image)
+    sources = [
+        image,
+        path,
+        str(path),
+        data,
+        bytearray(data),
+        io.BytesIO(data),
+        text,
+        "\n".join(text[start : start + 60] for start in range(0, len(text), 60)),
+        text.rstrip("="),
+        text.replace("+", "-").replace("/", "_"),
+        "data:image/png;base64," + text,
+        array,
+        array.astype(np.float32) / 255,
+        array.astype(np.float64) / 255,
+        array.astype(np.int64),
+        array.transpose(2, 0, 1),
+        torch.from_numpy(array.transpose(2, 0, 1).copy()),
+        torch.from_numpy(array.transpose(2, 0, 1) / 255).to(torch.float32),
+        torch.from_numpy(array.copy()),
+    ]
+    for source in sources:
+        assert np.array_equal(pixels(source), array), type(source)
+    assert np.array_equal(pixels(text, kind="base64"), array)
+    assert np.array_equal(pixels(str(path), kind="path"), array)
+
+
+def test_a_torch_picture_three_pixels_wide_has_its_channels_first():
+    array = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
+    assert np.array_equal(pixels(array), array)
+    assert np.array_equal(pixels(torch.from_numpy(array)), array.transpose(1, 2, 0))
+
+
+def test_bfloat16_and_gradients_do_not_matter():
+    picture = torch.full((3, 4, 5), 0.5, dtype=torch.bfloat16, requires_grad=True)
+    assert (pixels(picture) == 128).all()
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (np.full((4, 4, 3), 200.0), "0..1"),
+        (np.full((4, 4, 3), -1.5), "0..1"),
+        (np.full((4, 4, 3), np.nan), "0..1"),
+        (np.full((4, 4, 3), 300), "0..255"),
+        (np.full((4, 4, 3), -1), "0..255"),
+        (np.zeros((4, 4, 2), dtype=np.uint8), "(H, W)"),
+        (np.zeros((2, 4, 4, 3), dtype=np.uint8), "(H, W)"),
+        (np.zeros((0, 4, 3), dtype=np.uint8), "no pixels"),
+        (np.zeros((4, 4), dtype=np.complex64), "complex64"),
+        (np.array([["a", "b"]]), "not pictures"),
+    ],
+)
+def test_arrays_that_are_no_pictures_are_refused(array, words):
+    with pytest.raises(ValueError, match=r"^picture 7: ") as caught:
+        load_picture(array, "picture 7")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("source", [None, 3, 2.5, [1], {"type": "image"}, object()])
+def test_other_objects_are_refused(source):
+    with pytest.raises(ValueError, match="must be a Pillow image, path"):
+        load_picture(source)
+
+
+# --- colour modes ----------------------------------------------------------------------------------------------------
+
+
+def test_transparency_lies_on_white():
+    clear = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    assert (pixels(clear) == 255).all()
+    assert (pixels(encoded(clear)) == 255).all()
+    assert (pixels(Image.new("LA", (4, 4), (0, 0))) == 255).all()
+    assert (pixels(np.zeros((4, 4, 4), dtype=np.uint8)) == 255).all()
+    half = pixels(Image.new("RGBA", (4, 4), (0, 0, 0, 128)))
+    assert ((half > 120) & (half < 135)).all()
+
+
+def test_palette_pictures_keep_their_colours_and_lose_their_transparency():
+    image = sample().convert("P", palette=Image.Palette.ADAPTIVE)
+    assert np.array_equal(pixels(encoded(image)), np.asarray(image.convert("RGB")))
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([10, 20, 30, 255, 0, 0])
+    assert (pixels(encoded(image, transparency=0)) == 255).all()
+    assert (pixels(encoded(image, transparency=1)) == (10, 20, 30)).all()
+    grey = Image.new("L", (4, 4), 7)
+    assert (pixels(encoded(grey, transparency=7)) == 255).all()
+
+
+def test_sixteen_bit_pictures_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 256).astype(np.uint16).reshape(16, 16)
+    expected = np.rint(ramp / 257).astype(np.uint8)
+    for source in (
+        Image.fromarray(ramp),
+        encoded(Image.fromarray(ramp)),
+        encoded(Image.fromarray(ramp), "TIFF"),
+        ramp,
+    ):
+        assert np.array_equal(pixels(source)[..., 0], expected)
+    dark = np.full((4, 4), 200, dtype=np.uint16)  # nearly black in 16 bits, and must stay so
+    assert (pixels(encoded(Image.fromarray(dark))) == 1).all()
+
+
+def test_integer_and_float_modes_find_their_range():
+    grey = sample().convert("L")
+    expected = np.asarray(grey.convert("RGB"))
+    assert np.array_equal(pixels(grey.convert("I")), expected)
+    assert np.array_equal(pixels(grey.convert("F")), expected)
+    values = np.asarray(grey, dtype=np.float32)
+    assert np.array_equal(pixels(Image.fromarray(values / 255)), expected)
+    assert np.array_equal(pixels(Image.fromarray(values * 257)), expected)
+    assert np.array_equal(pixels(Image.fromarray(values.astype(np.int32) * 257)), expected)
+    for bad in (values - 500, values * 1e6, values * np.nan):
+        with pytest.raises(ValueError, match=r"0\.\.65535"):
+            load_picture(Image.fromarray(bad))
+
+
+def test_other_modes_become_rgb():
+    assert (pixels(Image.new("1", (4, 4), 1)) == 255).all()
+    assert (pixels(np.ones((4, 4), dtype=bool)) == 255).all()
+    assert (pixels(Image.new("CMYK", (4, 4), (0, 255, 255, 0))) == RED).all()
+    red = pixels(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)).astype(int)
+    assert abs(red - RED).max() < 8
+    assert np.abs(pixels(sample().convert("YCbCr")).astype(int) - np.asarray(sample())).max() < 4
+    assert np.abs(pixels(sample().convert("HSV")).astype(int) - np.asarray(sample())).max() < 12
+    with pytest.raises(ValueError, match="LAB"):
+        load_picture(Image.new("LAB", (4, 4)))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_stands_upright(orientation: int):
+    image = sample()
+    turns = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = image.transpose(turns[orientation]) if orientation > 1 else image
+    loaded = load_picture(encoded(image, exif=exif))
+    assert np.array_equal(np.asarray(loaded), np.asarray(upright))
+    assert load_picture(loaded).size == upright.size  # turned once, not twice
+
+
+def test_animations_give_their_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]
+    for name in ("GIF", "PNG", "WEBP", "TIFF"):
+        kwargs = {"lossless": True} if name == "WEBP" else {}
+        data = encoded(frames[0], name, save_all=True, append_images=frames[1:], **kwargs)
+        assert (pixels(data) == RED).all(), name
+
+
+# --- bad files -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a picture", b"\x00" * 4096, b"%PDF-1.7 ...", b"<svg></svg>", b"\x89PNG"]
+)
+def test_files_that_are_no_pictures_are_named(tmp_path: Path, content: bytes):
+    path = tmp_path / "notes.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"notes\.png"):
+        load_picture(path)
+    with pytest.raises(ValueError, match=r"^picture 2 of the request \(.*notes\.png\): "):
+        load_picture(str(path), "picture 2 of the request")
+
+
+def test_missing_files_directories_and_pipes_are_named(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, words in (("gone.png", "no such file"), ("", "directory"), ("pipe", "not a regular file")):
+        for source in (tmp_path / name, str(tmp_path / name)):
+            with pytest.raises(ValueError, match=words) as caught:
+                load_picture(source)
+            assert str(tmp_path / name) in str(caught.value)
+    for source in ("", "cats", "a\x00b.png", "x" * 10_000):
+        with pytest.raises(ValueError, match="no such file"):
+            load_picture(source)
+    with pytest.raises(ValueError, match="no such file"):
+        load_picture(base64.b64encode(encoded(sample())).decode(), kind="path")
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO"])
+def test_truncated_files_never_become_pictures(name: str):
+    data = encoded(sample(64, 64), name)
+    assert load_picture(data).size == (64, 64)
+    for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9):
+        with pytest.raises(ValueError, match="picture 3"):
+            load_picture(data[: int(len(data) * share)], "picture 3")
+
+
+def test_damaged_files_give_a_picture_or_a_value_error():
+    rng = np.random.default_rng(0)
+    for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "ICO"):
+        data = encoded(sample(32, 32), name)
+        for _ in range(60):
+            damaged = bytearray(data)
+            for place in rng.integers(0, len(data), size=4):
+                damaged[place] = rng.integers(256)
+            try:
+                assert load_picture(bytes(damaged)).mode == "RGB"
+            except ValueError as error:
+                assert str(error).startswith("the picture: ")
+
+
+def test_huge_pictures_are_refused_by_their_header():
+    header = bytearray(encoded(Image.new("1", (8, 8))))
+    header[16:24] = (60_000).to_bytes(4, "big") * 2
+    started = time.monotonic()
+    for limit in (Image.MAX_IMAGE_PIXELS, None):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            with pytest.raises(ValueError, match=r"bomb|megapixels|decoded"):
+                load_picture(bytes(header))
+    assert time.monotonic() - started < 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "MAX_PIXELS", 1000)
+        with pytest.raises(ValueError, match="40 x 30"):
+            load_picture(sample())
+    bitmap = encoded(Image.new("1", (11_000, 10_000)))  # Pillow warns from 89 megapixels on; this is within our limit
+    assert load_picture(bitmap).size == (11_000, 10_000)
+
+
+def test_pictures_without_pixels_are_refused():
+    for size in ((0, 5), (5, 0), (0, 0)):
+        with pytest.raises(ValueError, match="no pixels"):
+            load_picture(Image.new("RGB", size))
+
+
+def test_formats_that_run_programs_are_not_read():
+    data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
+    with pytest.raises(ValueError, match="not a picture file"):
+        load_picture(data)
+
+
+def test_base64_is_limited_and_checked(monkeypatch: pytest.MonkeyPatch):
+    for text in ("data:image/png;base64,@@@@", "data:image/png;base64", "data:image/png,hello", "data:,"):
+        with pytest.raises(ValueError, match="the picture: "):
+            load_picture(text)
+    with pytest.raises(ValueError, match="not valid base64"):
+        load_picture("A", kind="base64")
+    text = base64.b64encode(encoded(sample())).decode()
+    monkeypatch.setattr(pictures, "MAX_BYTES", 100)
+    with pytest.raises(ValueError, match="limit"):
+        load_picture("data:image/png;base64," + text * 4)
+    assert len(str(pytest.raises(ValueError, load_picture, text * 1000).value)) < 300
+
+
+# --- URLs ------------------------------------------------------------------------------------------------------------
+
+
+class PictureServer(http.server.BaseHTTPRequestHandler):
+    """A server with good and bad manners, by path."""
+
+    def log_message(self, *args) -> None:
+        pass
+
+    def do_GET(self) -> None:  # noqa: N802 - the base class calls it so
+        try:
+            getattr(self, "get_" + self.path.split("?")[0].strip("/").replace(".", "_"))()
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # the client has had enough
+
+    def reply(self, body: bytes, status: int = 200, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def get_picture_png(self) -> None:
+        self.reply(encoded(sample()), Content_Type="image/png")
+
+    def get_page(self) -> None:
+        self.reply(b"<html>hello</html>")
+
+    def get_missing(self) -> None:
+        self.reply(b"no", status=404)
+
+    def get_redirect(self) -> None:
+        self.reply(b"", status=302, Location="/picture.png")
+
+    def get_loop(self) -> None:
+        self.reply(b"", status=302, Location=f"/loop?{time.monotonic_ns()}")
+
+    def get_to_file(self) -> None:
+        self.reply(b"", status=302, Location="file:///etc/hostname")
+
+    def get_to_ftp(self) -> None:
+        self.reply(b"", status=301, Location="ftp://127.0.0.1/x.png")
+
+    def get_announced(self) -> None:
+        self.reply(b"", Content_Length=str(10**12))
+
+    def get_endless(self) -> None:
+        self.reply(b"")
+        for _ in range(10_000):
+            self.wfile.write(b"x" * 65536)
+
+    def get_slow(self) -> None:
+        self.reply(b"")
+        for _ in range(100):
+            self.wfile.write(b"x")
+            self.wfile.flush()
+            if self.server.stopping.wait(0.05):
+                return
+
+    def get_silent(self) -> None:
+        self.server.stopping.wait(5)
+
+    def get_cut(self) -> None:
+        data = encoded(sample())
+        self.reply(data[: len(data) // 2], Content_Length=str(len(data)))
+
+
+@pytest.fixture(scope="module")
+def server():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), PictureServer) as server:
+        server.daemon_threads = True
+        server.stopping = threading.Event()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.stopping.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_a_url_is_read_and_redirects_are_followed(server: str):
+    for path in ("picture.png", "redirect"):
+        assert np.array_equal(pixels(f"{server}/{path}"), np.asarray(sample()))
+    assert np.array_equal(pixels(f"{server}/picture.png?a=1", kind="url"), np.asarray(sample()))
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("page", "not a picture"),
+        ("missing", "404"),
+        ("loop", "5 redirects"),
+        ("to_file", "only http and https"),
+        ("to_ftp", "only http and https"),
+        ("announced", "limit of 1 MiB"),
+        ("endless", "limit of 1 MiB"),
+        ("slow", "longer than 0.5 seconds"),
+        ("silent", "longer than 0.5 seconds"),
+        ("cut", "failed|decoded"),
+    ],
+)
+def test_bad_servers_end_in_a_value_error_with_the_url(
+    server: str, path: str, words: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(pictures, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(pictures, "MAX_SECONDS", 0.5)
+    started = time.monotonic()
+    with pytest.raises(ValueError, match=words) as caught:
+        load_picture(f"{server}/{path}", "picture 1")
+    assert f"picture 1 ({server}/{path}): " in str(caught.value)
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/hostname",
+        "ftp://127.0.0.1/x.png",
+        "gopher://x/",
+        "http://",
+        "http://127.0.0.1:1/x",
+        "https://a b/",
+    ],
+)
+def test_other_urls_are_refused(url: str):
+    for kind in (None, "url"):
+        with pytest.raises(ValueError, match="the download failed|only http"):
+            load_picture(url, kind=kind)
+
+
+def test_a_url_item_cannot_read_a_local_file(tmp_path: Path):
+    sample().save(tmp_path / "secret.png")
+    with pytest.raises(ValueError, match="only http and https"):
+        load_picture(str(tmp_path / "secret.png"), kind="url")
