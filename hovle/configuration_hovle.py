@@ -1,6 +1,7 @@
 """Configuration of HoVLE: one stock decoder of N + M layers with a patch stem in front."""
 
 import copy
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig
@@ -37,7 +38,7 @@ class HoVLEConfig(PreTrainedConfig):
     model_type = "hovle"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - the base class declares it this way
 
-    text_config: dict | PreTrainedConfig | None = None
+    text_config: Any = None  # a dict or a config; type checkers cannot know that it is a config once built
     num_embedding_layers: int = 8
     embedding_rope_parameters: dict | None = None
     normalize_encoder_output: bool = False

@@ -176,7 +176,7 @@ def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
 
 def _decode_base64(text: str) -> bytes:
     """Decode base64, with or without `data:...;base64,`, padding and line breaks; both alphabets."""
-    if len(text) > MAX_BYTES * 4 // 3 + 1024:
+    if len(text) > MAX_BYTES * 3 // 2 + 128:  # base64 takes 4 characters for 3 bytes, and line breaks
         raise _PictureError(f"the base64 picture is larger than the limit of {_mebibytes(MAX_BYTES)}.")
     if text.startswith("data:"):
         header, comma, text = text.partition(",")
@@ -320,13 +320,13 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         return array.astype(np.uint8) * 255
     if array.dtype == np.uint16:
         return _scaled_to_uint8(array, 65535)
+    if array.dtype.kind not in "iuf":
+        raise _PictureError(f"arrays of {array.dtype} are not pictures.")
     low, high = array.min(), array.max()
     if array.dtype.kind in "iu":
         if low < 0 or high > 255:
             raise _PictureError(f"whole-number arrays must lie in 0..255 (uint16: 0..65535), found {low}..{high}.")
         return array.astype(np.uint8)
-    if array.dtype.kind != "f":
-        raise _PictureError(f"arrays of {array.dtype} are not pictures.")
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # resizing overshoots a little; not-a-number fails here too
         raise _PictureError(
             f"float arrays must lie in 0..1, found {low:.4g}..{high:.4g}. Divide by 255, or undo the normalisation."

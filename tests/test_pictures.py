@@ -1,6 +1,7 @@
 """Every kind of picture source, every colour mode, and every way a picture can be bad."""
 
 import base64
+import contextlib
 import http.server
 import io
 import os
@@ -93,7 +94,7 @@ def test_bfloat16_and_gradients_do_not_matter():
         (np.full((4, 4, 3), np.nan), "0..1"),
         (np.full((4, 4, 3), 300), "0..255"),
         (np.full((4, 4, 3), -1), "0..255"),
-        (np.zeros((4, 4, 2), dtype=np.uint8), "(H, W)"),
+        (np.zeros((5, 6, 2), dtype=np.uint8), "(H, W)"),
         (np.zeros((2, 4, 4, 3), dtype=np.uint8), "(H, W)"),
         (np.zeros((0, 4, 3), dtype=np.uint8), "no pixels"),
         (np.zeros((4, 4), dtype=np.complex64), "complex64"),
@@ -172,8 +173,6 @@ def test_other_modes_become_rgb():
     assert abs(red - RED).max() < 8
     assert np.abs(pixels(sample().convert("YCbCr")).astype(int) - np.asarray(sample())).max() < 4
     assert np.abs(pixels(sample().convert("HSV")).astype(int) - np.asarray(sample())).max() < 12
-    with pytest.raises(ValueError, match="LAB"):
-        load_picture(Image.new("LAB", (4, 4)))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -251,9 +250,10 @@ def test_damaged_files_give_a_picture_or_a_value_error():
             for place in rng.integers(0, len(data), size=4):
                 damaged[place] = rng.integers(256)
             try:
-                assert load_picture(bytes(damaged)).mode == "RGB"
+                mode = load_picture(bytes(damaged)).mode
             except ValueError as error:
-                assert str(error).startswith("the picture: ")
+                mode = str(error)
+            assert mode == "RGB" or mode.startswith("the picture: ")
 
 
 def test_huge_pictures_are_refused_by_their_header():
@@ -270,8 +270,9 @@ def test_huge_pictures_are_refused_by_their_header():
         patch.setattr(pictures, "MAX_PIXELS", 1000)
         with pytest.raises(ValueError, match="40 x 30"):
             load_picture(sample())
-    bitmap = encoded(Image.new("1", (11_000, 10_000)))  # Pillow warns from 89 megapixels on; this is within our limit
-    assert load_picture(bitmap).size == (11_000, 10_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns up to twice that; our own limit counts
+        assert load_picture(encoded(sample())).size == (40, 30)
 
 
 def test_pictures_without_pixels_are_refused():
@@ -293,10 +294,14 @@ def test_base64_is_limited_and_checked(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="not valid base64"):
         load_picture("A", kind="base64")
     text = base64.b64encode(encoded(sample())).decode()
-    monkeypatch.setattr(pictures, "MAX_BYTES", 100)
+    monkeypatch.setattr(pictures, "MAX_BYTES", 10)
     with pytest.raises(ValueError, match="limit"):
-        load_picture("data:image/png;base64," + text * 4)
-    assert len(str(pytest.raises(ValueError, load_picture, text * 1000).value)) < 300
+        load_picture("data:image/png;base64," + text)
+    with pytest.raises(ValueError, match="limit"):
+        load_picture(text, kind="base64")
+    with pytest.raises(ValueError, match="no such file") as caught:
+        load_picture(text * 1000)
+    assert len(str(caught.value)) < 300
 
 
 # --- URLs ------------------------------------------------------------------------------------------------------------
@@ -308,11 +313,9 @@ class PictureServer(http.server.BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         pass
 
-    def do_GET(self) -> None:  # noqa: N802 - the base class calls it so
-        try:
+    def do_GET(self) -> None:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has had enough
             getattr(self, "get_" + self.path.split("?")[0].strip("/").replace(".", "_"))()
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the client has had enough
 
     def reply(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
@@ -433,7 +436,7 @@ def test_bad_servers_end_in_a_value_error_with_the_url(
 )
 def test_other_urls_are_refused(url: str):
     for kind in (None, "url"):
-        with pytest.raises(ValueError, match="the download failed|only http"):
+        with pytest.raises(ValueError, match=r"the download failed|only http"):
             load_picture(url, kind=kind)
 
 

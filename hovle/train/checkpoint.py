@@ -67,7 +67,9 @@ def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> N
     changed = [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
     if changed:
         details = "; ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
-        raise ValueError(f"Cannot resume: the recipe changed ({details}). Restore it, or start in a new output folder.")
+        raise ValueError(
+            f"Cannot resume: the recipe changed ({details}). Restore it, or start in a new output folder."
+        )
     if state["data_fingerprint"] != data_fingerprint:
         raise ValueError(
             f"Cannot resume: the data changed (fingerprint {state['data_fingerprint']} -> {data_fingerprint})."

@@ -159,7 +159,9 @@ class StageConfig:
         if self.lora is not None and "language_model" in self.trainable:
             raise ValueError("lora adapts a frozen language model: take language_model out of trainable.")
         if (self.model.checkpoint is None) == (self.model.language_model is None):
-            raise ValueError("model needs exactly one of checkpoint (an existing HoVLE) and language_model (a new one).")
+            raise ValueError(
+                "model needs exactly one of checkpoint (an existing HoVLE) and language_model (a new one)."
+            )
         if (self.objective.name == "distillation") != (self.teacher is not None):
             raise ValueError("A teacher goes with the distillation objective, and only with it.")
         for name in ("num_steps", "rows_per_batch", "row_length", "gradient_accumulation_steps", "log_every"):

@@ -147,7 +147,9 @@ class ReplySamples:
         labels = [IGNORE_INDEX] * len(input_ids)
         for start, end in zip(starts, ends, strict=True):
             if input_ids[: len(end)] != end or end[: len(start)] != start:
-                raise ValueError(f"{record.name}: the chat template rewrites earlier turns; replies cannot be located.")
+                raise ValueError(
+                    f"{record.name}: the chat template rewrites earlier turns; replies cannot be located."
+                )
             labels[len(start) : len(end)] = end[len(start) :]
         return Sample(record.name, torch.tensor(input_ids), torch.tensor(labels), pixel_values)
 
@@ -218,7 +220,16 @@ class PackedBatches(IterableDataset):
         pad_token_id: Fills row ends.
     """
 
-    def __init__(self, records, maker, config: StageConfig, start: int, rank: int, world_size: int, pad_token_id: int):
+    def __init__(
+        self,
+        records: list[Record],
+        maker: "ReplySamples | RandomTextSamples",
+        config: StageConfig,
+        start: int,
+        rank: int,
+        world_size: int,
+        pad_token_id: int,
+    ):
         self.records = records
         self.maker = maker
         self.num_rows = config.rows_per_batch
@@ -228,17 +239,16 @@ class PackedBatches(IterableDataset):
         self.rank = rank
         self.world_size = world_size
         self.pad_token_id = pad_token_id
+        self._epoch = -1
+        self._order: list[int] = []
 
     def record_at(self, index: int) -> Record:
         """Record of a stream index: every epoch visits each record once, in an order of its own."""
         epoch, position = divmod(index, len(self.records))
-        generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
-        order = self._order if self._order_epoch == epoch else torch.randperm(len(self.records), generator=generator)
-        self._order, self._order_epoch = order, epoch
-        return self.records[order[position]]
-
-    _order: torch.Tensor | None = None
-    _order_epoch = -1
+        if self._epoch != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
+            self._epoch, self._order = epoch, torch.randperm(len(self.records), generator=generator).tolist()
+        return self.records[self._order[position]]
 
     def __iter__(self) -> Iterator[dict]:
         """Yield batches; `next_index` of a batch is where a resumed stream continues."""

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import StageConfig
-from .objectives import learning_rate_factor
+from .objectives import Objective, learning_rate_factor
 
 
 @dataclass
@@ -54,7 +54,7 @@ def train_step(
     Raises:
         NonFiniteLossError: When the loss is not a number; weights are left as they were.
     """
-    inner = getattr(objective, "module", objective)
+    inner = unwrap(objective)
     weights = inner.weights
     counts = [inner.counts(batch) for batch in micro_batches]
     totals = {name: reduce_sum(torch.stack([count[name] for count in counts]).sum()).clamp(min=1) for name in weights}
@@ -62,11 +62,11 @@ def train_step(
     for batch in micro_batches:
         with autocast:
             terms = objective(batch).terms
-        loss = sum(weights[name] * terms[name] / totals[name] for name in weights)
+        loss = torch.stack([weights[name] * terms[name] / totals[name] for name in weights]).sum()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
                 f"Loss is {float(loss)} on the batch of {', '.join(batch['names'][:8])} ({len(batch['names'])} samples; "
-                f"terms {({name: float(term) for name, term in terms.items()})}). "
+                f"terms { ({name: float(term) for name, term in terms.items()}) }). "
                 "Weights are as before this step; lower the learning rate or look at these samples."
             )
         (loss * num_processes).backward()
@@ -80,10 +80,17 @@ def train_step(
     return StepResult(sum(weights[name] * means[name] for name in weights), means, float(gradient_norm))
 
 
+def unwrap(objective: nn.Module) -> Objective:
+    """The objective inside a data-parallel wrapper."""
+    return objective.module if hasattr(objective, "module") else objective  # type: ignore[return-value]
+
+
 @torch.no_grad()
-def validate(objective: nn.Module, batches: list[dict], autocast: contextlib.AbstractContextManager) -> dict[str, float]:
+def validate(
+    objective: nn.Module, batches: list[dict], autocast: contextlib.AbstractContextManager
+) -> dict[str, float]:
     """Mean of every term over some batches, without training."""
-    inner = getattr(objective, "module", objective)
+    inner = unwrap(objective)
     sums: dict[str, float] = {}
     counts: dict[str, int] = {}
     inner.eval()
@@ -135,9 +142,7 @@ def train(
         waiting_since = time.perf_counter()
         micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         data_seconds += time.perf_counter() - waiting_since
-        factor = learning_rate_factor(
-            step, config.num_steps, config.warmup_ratio, config.final_learning_rate_ratio
-        )
+        factor = learning_rate_factor(step, config.num_steps, config.warmup_ratio, config.final_learning_rate_ratio)
         for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
             group["lr"] = peak * factor
         result = train_step(

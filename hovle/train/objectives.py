@@ -24,7 +24,18 @@ class ObjectiveOutput:
     """Name -> number of positions the term is summed over."""
 
 
-class NextTokenObjective(nn.Module):
+class Objective(nn.Module):
+    """Maps a packed batch to summed terms."""
+
+    weights: dict[str, float]
+    """Weight of each mean term in the total loss; 0 for what is only watched."""
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Positions each term is summed over, known before the forward pass."""
+        raise NotImplementedError  # subclasses say
+
+
+class NextTokenObjective(Objective):
     """Cross-entropy of reply tokens; logits exist only where there are labels."""
 
     def __init__(self, model: HoVLEForConditionalGeneration):
@@ -32,7 +43,6 @@ class NextTokenObjective(nn.Module):
         self.model = model
 
     weights = {"reply_nats": 1.0, "reply_accuracy": 0.0}  # noqa: RUF012 - a constant
-    """Weight of each mean term in the total loss; the accuracy of single tokens is only watched."""
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Supervised tokens of a batch."""
@@ -57,7 +67,7 @@ class NextTokenObjective(nn.Module):
         return ObjectiveOutput(terms, self.counts(batch))
 
 
-class DistillationObjective(nn.Module):
+class DistillationObjective(Objective):
     """Negative cosine to the teacher at image positions and to the LLM's text table elsewhere, plus scale control.
 
     Args:
@@ -90,6 +100,8 @@ class DistillationObjective(nn.Module):
         self.projection = (
             nn.Identity() if teacher.width == hidden_size else nn.Linear(hidden_size, teacher.width, bias=False)
         )
+        self.text_table: torch.Tensor
+        self.text_norm: torch.Tensor
         self.register_buffer("text_table", text_table, persistent=False)
         self.register_buffer("text_norm", text_table.float().norm(dim=-1).mean(), persistent=False)
 
@@ -105,6 +117,7 @@ class DistillationObjective(nn.Module):
             input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], position_ids=batch["position_ids"]
         )
         image = outputs.image_hidden_states
+        assert image is not None and outputs.inputs_embeds is not None  # every sample has a picture
         targets = self.teacher.features(batch["pixel_values"], round(image.shape[1] ** 0.5))
         is_text = batch["is_sample"] & (batch["input_ids"] != self.model.config.image_token_id)
         text = outputs.inputs_embeds[is_text]

@@ -25,6 +25,7 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
     if start.checkpoint is not None:
         model = HoVLEForConditionalGeneration.from_pretrained(start.checkpoint, dtype=torch.float32)
         return model, HoVLEProcessor.from_pretrained(start.checkpoint)
+    assert start.language_model is not None  # StageConfig wants one of the two
     name = resolve_asset(start.language_model)
     model = HoVLEForConditionalGeneration.from_language_model(
         name,
@@ -57,13 +58,12 @@ def parameter_groups(model: HoVLEForConditionalGeneration) -> dict[str, list[nn.
         stem += list(base.projector.parameters())
     table = model.get_input_embeddings().weight
     language_model = [*base.language_layers.parameters(), *base.language_model.norm.parameters()]
-    groups = {
+    return {
         "stem": stem,
         "holistic_layers": list(base.embedding_layers.parameters()),
         "text_embeddings": [] if model.config.tie_word_embeddings else [table],
         "language_model": [*language_model, model.lm_head.weight],
     }
-    return groups
 
 
 def select_trainable(model: HoVLEForConditionalGeneration, config: StageConfig) -> None:
@@ -94,6 +94,7 @@ def make_objective(config: StageConfig, model: HoVLEForConditionalGeneration, te
     """Build the objective a config names."""
     if config.objective.name == "next_token":
         return NextTokenObjective(model)
+    assert config.teacher is not None  # StageConfig wants one with this objective
     weights = resolve_asset(config.teacher.checkpoint) if config.teacher.checkpoint else None
     teacher = ImageTeacher(config.teacher, Path(weights) if weights else None)
     return DistillationObjective(
@@ -115,7 +116,9 @@ def make_optimizer(objective: nn.Module, config: StageConfig) -> torch.optim.Ada
         {"params": [item for item in parameters if item.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [item for item in parameters if item.dim() <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.adam_betas, fused=True)
+    return torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=(config.adam_betas[0], config.adam_betas[1]), fused=True
+    )
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

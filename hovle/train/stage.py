@@ -237,7 +237,9 @@ def environment(dtype: torch.dtype, is_compiled: bool, accelerator) -> dict:
     }
 
 
-def describe(objective: nn.Module, batch: dict, processor: HoVLEProcessor, num_records: int, config: StageConfig) -> str:
+def describe(
+    objective: nn.Module, batch: dict, processor: HoVLEProcessor, num_records: int, config: StageConfig
+) -> str:
     """What a stage would train on what, in a few lines, with one decoded sample."""
     trained = sum(item.numel() for item in objective.parameters() if item.requires_grad)
     total = sum(item.numel() for item in objective.parameters())

@@ -1,0 +1,30 @@
+# `make demo` and `make test` set everything up by themselves: python3 (3.11), make and a package index suffice.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: demo test check setup
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $(READY)
+
+setup: $(READY)
+
+# Train a small model on this machine in three stages and let it answer questions about unseen pictures.
+demo: $(READY)
+	$(BIN)/hovle fetch
+	$(BIN)/hovle demo
+
+test: $(READY)
+	$(BIN)/hovle fetch
+	$(BIN)/python -m pytest -q
+
+check: $(READY)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python dev/check_models.py

@@ -1,0 +1,120 @@
+"""Talk with a model about pictures in the terminal.
+
+examples:
+  hovle chat --model runs/demo/instruction_tuning/model --image a.png
+  hovle chat --model DIR --image a.png --image b.png -q "what differs?"     one answer, for scripts
+
+In a conversation: /image PATH adds a picture to the next question, /new starts over, /quit leaves.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from .modeling_hovle import HoVLEForConditionalGeneration
+from .pictures import load_picture
+from .processing_hovle import HoVLEProcessor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hovle chat`."""
+    parser.add_argument("--model", required=True, help="model folder or Hub id")
+    parser.add_argument("--image", action="append", default=[], metavar="PICTURE", help="path or URL; repeatable")
+    parser.add_argument("-q", "--question", help="answer this one question and exit")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
+    parser.add_argument("--max-tiles", type=int, help="most tiles of a picture; the model's own limit by default")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Answer one question, or hold a conversation."""
+    conversation = Conversation(args.model, args.max_new_tokens, args.max_tiles)
+    conversation.add_pictures(args.image)
+    if args.question is not None:
+        _say(conversation.answer(args.question))
+        return 0
+    _say("Ask away. /image PATH adds a picture, /new starts over, /quit leaves.")
+    while (line := _read_line()) is not None:
+        try:
+            if line == "/quit":
+                break
+            if line == "/new":
+                conversation.restart()
+            elif line.startswith("/image "):
+                conversation.add_pictures([line.removeprefix("/image ").strip()])
+            elif line:
+                conversation.answer(line, stream=True)
+        except ValueError as error:  # an unreadable picture must not end the conversation
+            _say(f"! {error}")
+    return 0
+
+
+class Conversation:
+    """A model, what was said so far, and pictures waiting for the next question.
+
+    Args:
+        model: Model folder or Hub id.
+        max_new_tokens: Longest answer in tokens.
+        max_tiles: Most tiles of a picture, or None for the model's own limit.
+    """
+
+    def __init__(self, model: str, max_new_tokens: int, max_tiles: int | None = None):
+        _refuse_missing_folder(model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.processor = HoVLEProcessor.from_pretrained(model)
+        self.model = HoVLEForConditionalGeneration.from_pretrained(model).to(device).eval()
+        self.max_new_tokens = max_new_tokens
+        self.picture_kwargs = {} if max_tiles is None else {"max_tiles": max_tiles}
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was said and shown."""
+        self.messages: list[dict] = []
+        self.pictures: list = []
+
+    def add_pictures(self, sources: list[str]) -> None:
+        """Read pictures now, so that a broken one is refused at once, and show them with the next question."""
+        self.pictures += [load_picture(source) for source in sources]
+
+    def answer(self, question: str, stream: bool = False) -> str:
+        """Ask a question after all that was said before; `stream` prints the answer as it comes."""
+        content = [{"type": "image", "image": picture} for picture in self.pictures]
+        messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+        inputs = self.processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=self.picture_kwargs,
+        ).to(self.model.device, self.model.dtype)
+        streamer = None
+        if stream:
+            streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        generated = self.model.generate(
+            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer
+        )
+        reply = self.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        self.pictures = []
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": reply}]}]
+        return reply
+
+
+def _refuse_missing_folder(model: str) -> None:
+    """A mistyped path would be taken for a Hub id, whose error message misleads."""
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    if looks_like_path and not (Path(model) / "config.json").is_file():
+        raise ValueError(f"No model in {model}: expected a folder with config.json, or a Hub id such as owner/name.")
+
+
+def _read_line() -> str | None:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return None
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")

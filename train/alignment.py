@@ -1,0 +1,23 @@
+"""Stage II, alignment: next-token prediction through the frozen language model.
+
+Starts from the model folder distillation wrote. Trains the patch stem and the holistic layers, so pictures come to
+mean something to a language model that does not change by a bit.
+
+  python train/alignment.py                           the miniature recipe, on any machine
+  python train/alignment.py my_stage.yaml num_steps=5000
+  torchrun --nproc-per-node 8 train/alignment.py my_stage.yaml
+  accelerate launch train/alignment.py my_stage.yaml --resume
+
+The same as `hovle train RECIPE`. The recipe (hovle/recipes/demo/alignment.yaml) says what trains, on which data, towards
+which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
+"""
+
+import sys
+
+from hovle.cli import main
+
+DEFAULT_RECIPE = "demo/alignment"
+
+if __name__ == "__main__":
+    has_recipe = any(not argument.startswith("-") and "=" not in argument for argument in sys.argv[1:])
+    sys.exit(main(["train", *([] if has_recipe else [DEFAULT_RECIPE]), *sys.argv[1:]]))

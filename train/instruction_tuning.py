@@ -1,0 +1,23 @@
+"""Stage III, instruction tuning: next-token prediction, everything learns.
+
+Starts from the model folder alignment wrote. With `lora` in the recipe the language model learns through low-rank
+adapters instead, which are saved alone and merged.
+
+  python train/instruction_tuning.py                           the miniature recipe, on any machine
+  python train/instruction_tuning.py my_stage.yaml num_steps=5000
+  torchrun --nproc-per-node 8 train/instruction_tuning.py my_stage.yaml
+  accelerate launch train/instruction_tuning.py my_stage.yaml --resume
+
+The same as `hovle train RECIPE`. The recipe (hovle/recipes/demo/instruction_tuning.yaml) says what trains, on which data, towards
+which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
+"""
+
+import sys
+
+from hovle.cli import main
+
+DEFAULT_RECIPE = "demo/instruction_tuning"
+
+if __name__ == "__main__":
+    has_recipe = any(not argument.startswith("-") and "=" not in argument for argument in sys.argv[1:])
+    sys.exit(main(["train", *([] if has_recipe else [DEFAULT_RECIPE]), *sys.argv[1:]]))
