@@ -3,7 +3,10 @@
 Importing this package needs torch and transformers only and registers HoVLE with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+# From its own module: without torchvision, transformers 5.16 offers only a stand-in at the top level.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from .configuration_hovle import HoVLEConfig
 from .image_processing_hovle import HoVLEImageProcessor

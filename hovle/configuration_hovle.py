@@ -71,7 +71,8 @@ class HoVLEConfig(PreTrainedConfig):
             )
         if self.pixel_shuffle_loc not in PIXEL_SHUFFLE_LOCATIONS:
             raise ValueError(
-                f"pixel_shuffle_loc must be one of {', '.join(PIXEL_SHUFFLE_LOCATIONS)}, got {self.pixel_shuffle_loc!r}."
+                f"pixel_shuffle_loc must be one of {', '.join(PIXEL_SHUFFLE_LOCATIONS)}, "
+                f"got {self.pixel_shuffle_loc!r}."
             )
         if (
             not 0 < self.downsample_ratio <= 1
@@ -109,8 +110,8 @@ class HoVLEConfig(PreTrainedConfig):
             upper = (max(tile_size, 0) // unit + 1) * unit
             nearest = f"{lower}" if lower == upper else f"{lower} and {upper}"
             raise ValueError(
-                f"image_size ({tile_size}) must be a positive multiple of {unit} pixels (patch_size {self.patch_size} x "
-                f"{self.shuffle_factor} patches per token side); the nearest valid sizes: {nearest}."
+                f"image_size ({tile_size}) must be a positive multiple of {unit} pixels (patch_size {self.patch_size} "
+                f"x {self.shuffle_factor} patches per token side); the nearest valid sizes: {nearest}."
             )
         return (tile_size // unit) ** 2
 

@@ -7,7 +7,6 @@ what the released model saw, torchvision's differs by a grey level, and pixels d
 """
 
 import itertools
-from typing import Unpack
 
 import numpy as np
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -20,7 +19,7 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 from .pictures import load_picture
 
 
-class HoVLEImageProcessorKwargs(GotOcr2ImageProcessorKwargs, total=False):
+class HoVLEImageProcessorKwargs(GotOcr2ImageProcessorKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of one call, beside those of every transformers image processor.
 
     tile_size (`int`):
@@ -49,9 +48,9 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
     size = {"height": 448, "width": 448}  # noqa: RUF012 - the base class declares it this way
     crop_to_patches = True
 
-    def __init__(self, **kwargs: Unpack[HoVLEImageProcessorKwargs]):
+    def __init__(self, **kwargs):
         # Kept under the base class's names only: an attribute `tile_size` would overrule a later `size`.
-        super().__init__(**_base_names(dict(kwargs)))
+        super().__init__(**_base_names(kwargs))
 
     def fetch_images(self, image_url_or_urls):
         """Load pictures, in the nesting they came in, as upright RGB; an error tells the picture's number."""

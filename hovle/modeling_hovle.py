@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.configuration_utils import PreTrainedConfig
@@ -30,20 +30,6 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_hovle import HoVLEConfig
-
-IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
-"""Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
-
-LOCATION_OPTIONS = (
-    "cache_dir",
-    "gguf_file",
-    "local_files_only",
-    "revision",
-    "subfolder",
-    "token",
-    "trust_remote_code",
-)
-"""Options of `from_pretrained` that a model shares with its tokenizer."""
 
 IGNORE_INDEX = -100
 """Label of a position without a loss."""
@@ -135,16 +121,16 @@ class HolisticLayout:
     batch gains padding on the left only.
     """
 
-    source: torch.LongTensor
+    source: torch.Tensor
     """Short position each long slot belongs to, shape `(B, L)`; 0 where `is_token` is False."""
 
-    is_token: torch.BoolTensor
+    is_token: torch.Tensor
     """False at the padding this layout added, shape `(B, L)`."""
 
-    last_slot: torch.LongTensor
+    last_slot: torch.Tensor
     """Last long slot of each short position, shape `(B, T)`."""
 
-    image_mask: torch.BoolTensor
+    image_mask: torch.Tensor
     """True at long slots of image patches, shape `(B, L)`."""
 
     @classmethod
@@ -188,7 +174,7 @@ def attention_types(text_config: PreTrainedConfig) -> list[str]:
     return ["sliding_attention" if sliding else "full_attention"] * text_config.num_hidden_layers
 
 
-def check_backbone(decoder: nn.Module) -> None:
+def check_backbone(decoder: PreTrainedModel) -> None:
     """Raise ValueError, with the backbone's name, unless it is a decoder that HoVLE can run section by section."""
     config = decoder.config
     name = f"{type(decoder).__name__} (model_type {config.model_type!r})"
@@ -319,14 +305,14 @@ class HoVLEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LlamaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 - the base class declares these as plain attributes
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LlamaAttention}
+    _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -402,6 +388,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
 
         Args:
             pixel_values: Normalised tiles, shape `(N, C, s, s)`; any `s` that divides into whole tokens.
+            **kwargs: Ignored; `generate` passes `return_dict`.
 
         Returns:
             `pooler_output` (and `last_hidden_state`): the tokens that enter the holistic layers, shape `(N, S, D)`;
@@ -417,6 +404,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         self.config.tokens_per_tile(pixel_values.shape[-1])
         features = self.patch_embedding(pixel_values)
         if self.config.pixel_shuffle_loc == "pre":
+            assert self.projector is not None
             features = self.projector(features)
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
 
@@ -551,6 +539,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         if layout is None:
             return HolisticEmbeddingOutput(hidden_states, None, self._normalize(hidden_states))
         patches = take_image_tokens(hidden_states, layout.image_mask, *inputs.image_features.shape[:2])
+        assert self.projector is not None
         image_hidden_states = self.projector(patches)
         merged = merge_image_tokens(layout.collect(hidden_states), image_hidden_states, inputs.image_mask)
         return HolisticEmbeddingOutput(hidden_states, image_hidden_states, self._normalize(merged))
@@ -628,10 +617,12 @@ class HoVLEModel(HoVLEPreTrainedModel):
             input_ids: Prompts with `tokens_per_tile` placeholders per tile, shape `(B, T)`.
             pixel_values: All tiles of the batch in prompt order, shape `(N, C, s, s)`.
             attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`.
-            position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row.
+            position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
+                `attention_mask=None`: any mask lets them see each other.
             past_key_values: Cache of earlier tokens, extended in place.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             image_features: What `get_image_features` made of the tiles, instead of `pixel_values`.
+            **kwargs: Handed down to the attention function.
 
         Raises:
             ValueError: When placeholders and tiles do not match, with both counts.
@@ -668,6 +659,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         )
         run = self._run_holistic_layers_hd if self.is_hd else self._run_holistic_layers
         holistic = run(inputs, past_key_values, **kwargs)
+        assert holistic.inputs_embeds is not None
         hidden_states = self._run_layers(
             self.language_layers,
             self.attention_types[self.config.num_embedding_layers :],
@@ -727,7 +719,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
                 HD too.
             pixel_values: All tiles of the batch in prompt order, shape `(N, C, s, s)`.
             attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`.
-            position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row.
+            position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
+                `attention_mask=None`: any mask lets them see each other.
             past_key_values: Cache of earlier tokens, extended in place.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             labels: Ids to predict, shape `(B, T)`; -100 and every image position are ignored.
@@ -735,6 +728,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             logits_to_keep: Compute only the last so many logits; 0 for all; a tensor names positions.
             mm_encoder_outputs: `{"image": get_image_features(...)}`, which `generate` prepares since transformers
                 5.18, instead of `pixel_values`.
+            **kwargs: `num_items_in_batch` divides the loss; the rest is handed down to the attention function.
 
         Raises:
             ValueError: When placeholders and tiles do not match, with both counts.
@@ -758,11 +752,10 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            if input_ids is not None:
-                labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
+            is_image = None if input_ids is None else input_ids == self.config.image_token_id
             loss = self.loss_function(
                 logits=logits,
-                labels=labels,
+                labels=labels if is_image is None else labels.masked_fill(is_image, IGNORE_INDEX),
                 vocab_size=self.config.text_config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
             )
@@ -826,124 +819,16 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             **kwargs: Fields of `HoVLEConfig` (`image_size`, `patch_size`, `pixel_shuffle_loc`, ...); all others go
                 to `AutoModelForCausalLM.from_pretrained` (`dtype`, `gguf_file`, ...).
         """
-        # Its own fields only: those it inherits, such as dtype, are options of `from_pretrained` too.
-        config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__annotations__}
-        if isinstance(name_or_path, PreTrainedModel):
-            language_model = name_or_path
-        else:
-            language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
-        check_backbone(language_model.get_decoder())
-        vocab_size = language_model.get_input_embeddings().num_embeddings
-        if image_token_id is None:
-            image_token_id, min_vocab_size = _image_token_for(
-                name_or_path, vocab_size, **{key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs}
-            )
-        else:
-            min_vocab_size = image_token_id + 1
-        text_config = copy.deepcopy(language_model.config)
-        _add_layers_below(text_config, num_embedding_layers)
-        text_config.vocab_size = max(vocab_size, min_vocab_size)
-        if untie_text_embeddings:
-            text_config.tie_word_embeddings = False
-        config = HoVLEConfig(
-            text_config=text_config.to_dict(),
-            num_embedding_layers=num_embedding_layers,
+        from .language_model import build_around_language_model  # it needs this module
+
+        return build_around_language_model(
+            cls,
+            name_or_path,
+            num_embedding_layers,
             image_token_id=image_token_id,
-            **config_kwargs,
+            untie_text_embeddings=untie_text_embeddings,
+            **kwargs,
         )
-        # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
-        model = cls._from_config(
-            config,
-            dtype=language_model.dtype,
-            attn_implementation=language_model.config._attn_implementation,
-        ).to(language_model.device)
-        model._copy_language_model(language_model)
-        model._start_as_identity()
-        if not config.normalize_encoder_output:
-            model._check_same_text_logits(language_model)
-        model.generation_config = copy.deepcopy(language_model.generation_config)
-        return model
-
-    @torch.no_grad()
-    def _copy_language_model(self, language_model: PreTrainedModel) -> None:
-        """Copy layers, norm, table and head of a bare language model below and above the holistic layers."""
-        num_new = self.config.num_embedding_layers
-        decoder = language_model.get_decoder()
-        target = self.model.language_model.state_dict()
-        for name, tensor in decoder.state_dict().items():
-            parts = name.split(".")
-            if parts[0] == "layers":
-                parts[1] = str(int(parts[1]) + num_new)
-            new_name = ".".join(parts)
-            if new_name not in target:
-                raise ValueError(f"{type(decoder).__name__} cannot be the backbone of HoVLE: no place for its {name}.")
-            if name != "embed_tokens.weight":
-                target[new_name].copy_(tensor)
-        table = language_model.get_input_embeddings().weight
-        self.get_input_embeddings().weight[: len(table)].copy_(table)
-        _fill_new_rows(self.get_input_embeddings().weight, table)
-        if not self.config.tie_word_embeddings:
-            head = language_model.get_output_embeddings().weight
-            self.lm_head.weight[: len(head)].copy_(head)
-            _fill_new_rows(self.lm_head.weight, head)
-
-    @torch.no_grad()
-    def _start_as_identity(self) -> None:
-        """Zero what the holistic layers add to the residual stream."""
-        for layer in self.model.embedding_layers:
-            for block, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
-                projection = getattr(getattr(layer, block, None), name, None)
-                if not isinstance(projection, nn.Linear):
-                    raise ValueError(
-                        f"{type(self.model.language_model).__name__} cannot be the backbone of HoVLE: "
-                        f"{type(layer).__name__} has no linear {block}.{name} to start from zero."
-                    )
-                projection.weight.zero_()
-                if projection.bias is not None:
-                    projection.bias.zero_()
-
-    @torch.no_grad()
-    def _check_same_text_logits(self, language_model: PreTrainedModel) -> None:
-        """Raise unless text gives the bare model's logits; a family may scale or cap what this file does not."""
-        vocab_size = language_model.get_input_embeddings().num_embeddings
-        generator = torch.Generator().manual_seed(0)
-        input_ids = torch.randint(vocab_size, (1, 32), generator=generator)
-        input_ids = input_ids[input_ids != self.config.image_token_id][None].to(language_model.device)
-        training = self.training, language_model.training
-        self.eval()
-        language_model.eval()
-        expected = language_model(input_ids, use_cache=False).logits.float()
-        found = self(input_ids, use_cache=False).logits[..., :vocab_size].float()
-        self.train(training[0])
-        language_model.train(training[1])
-        difference, scale = (found - expected).abs().max(), expected.abs().max().clamp(min=1)
-        if not difference <= (1e-5 if self.dtype == torch.float32 else 2e-2) * scale:
-            raise ValueError(
-                f"{type(language_model).__name__} cannot be the backbone of HoVLE: text logits differ from the bare "
-                f"model's by {difference:.3g}, because its forward does more than Llama's."
-            )
-
-
-def _add_layers_below(text_config: PreTrainedConfig, num_new: int) -> None:
-    """Count `num_new` more layers in a decoder's config, placed below those it has."""
-    text_config.num_hidden_layers += num_new
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is not None:
-        new_type = "full_attention" if "full_attention" in layer_types else layer_types[0]
-        text_config.layer_types = [new_type] * num_new + list(layer_types)
-    if getattr(text_config, "no_rope_layers", None) is not None:  # SmolLM3; 1 means with rotary positions
-        text_config.no_rope_layers = [1] * num_new + list(text_config.no_rope_layers)
-
-
-def add_image_tokens(tokenizer) -> None:
-    """Teach a tokenizer the picture tokens under their transformers names; ids it already has stay.
-
-    Sets `start_image_token`, `end_image_token` and `context_image_token`, which are saved with the tokenizer.
-    """
-    tokens = [AddedToken(token, normalized=False, special=True) for token in IMAGE_TOKENS.values()]
-    tokenizer.add_tokens(tokens, special_tokens=True)
-    # `add_special_tokens` refuses the names of a model's own tokens, and `from_pretrained` comes too early here.
-    tokenizer._set_model_specific_special_tokens(special_tokens=dict(IMAGE_TOKENS))
 
 
 def _repeat_tiles(
@@ -961,30 +846,6 @@ def _repeat_tiles(
     if sum(counts) != len(tiles) or num_copies == 1:
         return tiles  # a mismatch is for the forward pass to report
     return torch.cat([group for tiles_of_one in tiles.split(counts) for group in [tiles_of_one] * num_copies])
-
-
-def _image_token_for(name_or_path, vocab_size: int, **kwargs) -> tuple[int, int]:
-    """Find the placeholder's id and the vocabulary size it needs, from the tokenizer beside the language model."""
-    if isinstance(name_or_path, PreTrainedModel):
-        return vocab_size + 2, vocab_size + 3
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError):  # a folder with weights only
-        return vocab_size + 2, vocab_size + 3
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # the same, for model types that then get an empty one
-        return vocab_size + 2, vocab_size + 3
-    add_image_tokens(tokenizer)
-    image_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKENS["context_image_token"]])[0]
-    return image_token_id, len(tokenizer)
-
-
-def _fill_new_rows(weight: torch.Tensor, known: torch.Tensor) -> None:
-    """Start rows beyond the known vocabulary near the mean row, each a little different, from a fixed seed."""
-    num_new = len(weight) - len(known)
-    if num_new:
-        known = known.float()
-        noise = torch.randn(num_new, known.shape[1], generator=torch.Generator().manual_seed(0))
-        weight[len(known) :] = (known.mean(dim=0) + 0.1 * known.std(dim=0) * noise.to(known.device)).to(weight.dtype)
 
 
 __all__ = ["HoVLEForConditionalGeneration", "HoVLEModel", "HoVLEPreTrainedModel"]

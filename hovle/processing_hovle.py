@@ -24,7 +24,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKw
 
 from .configuration_hovle import HoVLEConfig
 from .image_processing_hovle import HoVLEImageProcessor
-from .modeling_hovle import IMAGE_TOKENS, add_image_tokens
+from .language_model import IMAGE_TOKENS, add_image_tokens
 from .pictures import Kind, load_picture
 
 TEXT_DEFAULTS = {"padding_side": "left", "add_special_tokens": False, "return_token_type_ids": False}
@@ -184,21 +184,23 @@ class ChatRenderer:
 
     def _wants_lists(self) -> bool:
         """Whether the template shows a message's content only if it comes as a list of items."""
-        if self._shows(self.mark):
+        if shows_string := self._shows(self.mark):
             return False
-        if self._shows([{"type": "text", "text": self.mark}]):
+        if shows_list := self._shows([{"type": "text", "text": self.mark}]):
             return True
+        if shows_string is None or shows_list is None:
+            return False  # it refuses this chat; what it says to the real one is for the caller
         raise ValueError("The chat template leaves out what a user message says; HoVLE needs one that shows it.")
 
-    def _shows(self, content: Any) -> bool:
-        """Whether the template writes this content, which holds the mark, of a user message."""
+    def _shows(self, content: Any) -> bool | None:
+        """Whether the template writes this content, which holds the mark, of a user message; None if it fails."""
         messages = [{"role": "user", "content": content}]
         try:
             return self.mark in self.tokenizer.apply_chat_template(
                 messages, chat_template=self.template, tokenize=False
             )
         except (TypeError, jinja2.TemplateError):
-            return False
+            return None
 
     def _split(self, text: str, items: list[dict]) -> "Prompt":
         """Cut a rendered chat at the template's special tokens and at picture marks."""
@@ -268,7 +270,7 @@ class HoVLEProcessor(ProcessorMixin):
             if missing:
                 raise ValueError(
                     f"The tokenizer lacks {', '.join(missing)}. Use HoVLEProcessor.from_language_model, or call "
-                    "hovle.modeling_hovle.add_image_tokens(tokenizer) if the model has rows for them."
+                    "hovle.language_model.add_image_tokens(tokenizer) if the model has rows for them."
                 )
             add_image_tokens(tokenizer)  # the ids are there already; this only gives them their names
         tokenizer.padding_side = "left"  # for direct use of the tokenizer; the processor pads so by itself
@@ -337,6 +339,14 @@ class HoVLEProcessor(ProcessorMixin):
                 f"says image_token_id={config.image_token_id}. Build the model with the tokenizer's id."
             )
         return processor
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
+        """Load both parts by name; through `AutoImageProcessor`, transformers 5.16 would ask for torchvision."""
+        return [
+            HoVLEImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
+            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
+        ]
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
@@ -610,11 +620,10 @@ class HoVLEProcessor(ProcessorMixin):
         expected = [[prompt_ids.count(token_id) for token_id in self.image_token_ids] for prompt_ids in input_ids]
         input_ids = [self._truncate(ids, text_kwargs) for ids in input_ids]
         self._check_picture_ids(expected, input_ids)
-        padding = {
-            name: text_kwargs[name]
-            for name in ("padding", "max_length", "pad_to_multiple_of", "padding_side", "return_attention_mask")
-            if name in text_kwargs
-        }
+        names = ["padding", "pad_to_multiple_of", "padding_side", "return_attention_mask"]
+        if text_kwargs.get("padding") == "max_length":
+            names.append("max_length")
+        padding = {name: text_kwargs[name] for name in names if name in text_kwargs}
         data = {**self.tokenizer.pad({"input_ids": input_ids}, **padding), **image_inputs}
         data.pop("num_patches", None)
         if with_type_ids:
@@ -636,7 +645,11 @@ class HoVLEProcessor(ProcessorMixin):
                 after = prompt.pieces[index + 1] if index + 1 < len(prompt.pieces) else None
                 piece = piece.lstrip() if before in special.strip_right else piece
                 piece = piece.rstrip() if after in special.strip_left else piece
-                ids += self._encode_text(piece, at_start=index == 0)
+                text_ids = self._encode_text(piece, at_start=index == 0)
+                for name in special.names:
+                    if name in piece and self.tokenizer.convert_tokens_to_ids(name) in text_ids:
+                        raise ValueError(f"The tokenizer cannot encode {name} as text; take it out of the messages.")
+                ids += text_ids
         return ids
 
     def _encode_text(self, text: str, at_start: bool) -> list[int]:
@@ -655,9 +668,6 @@ class HoVLEProcessor(ProcessorMixin):
                 if joint_ids[: len(prefix_ids)] == prefix_ids:
                     ids = joint_ids[len(prefix_ids) :]
                     break
-        forbidden = set(self.tokenizer.all_special_ids) - {self.tokenizer.unk_token_id}
-        if forbidden.intersection(ids):
-            raise ValueError("The tokenizer turns plain text into special tokens; it cannot keep them apart.")
         return ids
 
     @cached_property

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor
 
-from hovle import HoVLEConfig, HoVLEImageProcessor
+from hovle import HoVLEConfig, HoVLEImageProcessor, HoVLEProcessor
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -103,7 +103,7 @@ def test_counts_agree_with_the_real_tiles():
 
 def test_several_pictures_keep_their_order():
     processor = HoVLEImageProcessor(tile_size=28)
-    pictures = [noise(40, 40, 1), noise(120, 40, 2), noise(40, 40, 3)]
+    pictures = [noise(30, 30, 1), noise(90, 30, 2), noise(30, 30, 3)]
     outputs = processor(pictures, return_tensors="pt")
     single = [processor(picture, return_tensors="pt") for picture in pictures]
     assert torch.equal(outputs["pixel_values"], torch.cat([one["pixel_values"] for one in single]))
@@ -161,7 +161,7 @@ def test_save_and_load_with_the_auto_class(tmp_path: Path):
     assert HoVLEConfig in AutoImageProcessor.__init__.__globals__["IMAGE_PROCESSOR_MAPPING"]
 
 
-def test_nothing_needs_torchvision():
+def test_nothing_needs_torchvision(make_tokenizer, tmp_path: Path):
     """Hide torchvision from a fresh interpreter: the package imports and gives the same pixels."""
     program = """
 import importlib.util, sys
@@ -169,10 +169,16 @@ find_spec = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name.startswith("torchvision") else find_spec(name, *rest)
 sys.modules["torchvision"] = None
 import numpy as np, hovle
-outputs = hovle.HoVLEImageProcessor(tile_size=28)(np.arange(4800, dtype=np.uint8).reshape(40, 40, 3), return_tensors="pt")
+array = np.arange(4800, dtype=np.uint8).reshape(40, 40, 3)
+outputs = hovle.HoVLEImageProcessor(tile_size=28)(array, return_tensors="pt")
 print(float(outputs["pixel_values"].double().sum()))
+print(type(hovle.HoVLEProcessor.from_pretrained(sys.argv[1]).image_processor).__name__)
 """
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    HoVLEProcessor.from_language_model(make_tokenizer(), image_size=56).save_pretrained(tmp_path)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     array = np.arange(4800, dtype=np.uint8).reshape(40, 40, 3)
     here = HoVLEImageProcessor(tile_size=28)(array, return_tensors="pt")["pixel_values"].double().sum()
-    assert float(result.stdout) == float(here)
+    total, name = result.stdout.split()
+    assert float(total) == float(here)
+    assert name == "HoVLEImageProcessor"

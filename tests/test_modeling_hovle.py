@@ -32,13 +32,8 @@ from transformers import (
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
-from hovle.modeling_hovle import (
-    HolisticLayout,
-    HoVLEPatchEmbedding,
-    add_image_tokens,
-    pixel_shuffle,
-    take_image_tokens,
-)
+from hovle.language_model import add_image_tokens
+from hovle.modeling_hovle import HolisticLayout, HoVLEPatchEmbedding, pixel_shuffle, take_image_tokens
 
 IMAGE = 60  # placeholder id of the tiny models
 TOKENS = 4  # placeholders of one tile: 56 px give 2 x 2 tokens in all three stems

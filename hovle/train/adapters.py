@@ -24,7 +24,7 @@ def add_lora(model: HoVLEForConditionalGeneration, config: LoraConfig) -> nn.Mod
         model,
         peft.LoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type] - fractions work
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # fractions work too
             lora_dropout=config.dropout,
             target_modules=rf".*language_model\.layers\.({indices})\..*\.({'|'.join(TARGETS)})",
         ),

@@ -18,7 +18,7 @@ from .config import StageConfig
 TRAINING_STATE = "training_state.pt"
 HANDOFF_PROBE = "handoff_probe.safetensors"
 
-RESUMABLE_CHANGES = ("num_workers", "log_every", "checkpoint_every")
+RESUMABLE_CHANGES = ("output", "num_workers", "log_every", "checkpoint_every")
 """Fields a resumed run may change: they move no number."""
 
 
@@ -53,7 +53,7 @@ def save_checkpoint(output: Path, step: int, save: Callable[[Path], None], state
 
 def find_checkpoint(output: Path) -> Path | None:
     """Newest checkpoint of a run, or None."""
-    return max(output.glob("checkpoint-*"), default=None)
+    return max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
 
 def load_training_state(checkpoint: Path) -> dict:
@@ -77,22 +77,23 @@ def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> N
 
 
 @torch.no_grad()
-def make_probe(model: HoVLEForConditionalGeneration, batch: dict, num_tokens: int = 64) -> dict[str, torch.Tensor]:
+def make_probe(model: HoVLEForConditionalGeneration, batch: dict) -> dict[str, torch.Tensor]:
     """Record what a trained model says of the start of a batch, for the next stage to compare itself with.
 
     Returns:
-        `input_ids`, `position_ids` of the batch's first row and `pixel_values`, with `last_hidden_state` of the
-        language model in float32 and without a compiler.
+        `input_ids`, `position_ids` of the batch's first row without its padding and `pixel_values`, with the `logits`
+        of its last tokens in float32 and without a compiler.
     """
-    is_image = batch["input_ids"] == model.config.image_token_id
+    length = int(batch["is_sample"][0].sum())
+    input_ids = batch["input_ids"][:1, :length].clone()
     tokens_per_tile = model.config.tokens_per_tile(batch["pixel_values"].shape[-1])
-    num_tiles = int(is_image[0].sum()) // tokens_per_tile
+    num_tiles = int((input_ids == model.config.image_token_id).sum()) // tokens_per_tile
     probe = {
-        "input_ids": batch["input_ids"][:1].clone(),
-        "position_ids": batch["position_ids"][:1].clone(),
+        "input_ids": input_ids,
+        "position_ids": batch["position_ids"][:1, :length].clone(),
         "pixel_values": batch["pixel_values"][:num_tiles].float().clone(),
     }
-    probe["last_hidden_state"] = probe_output(model, probe)[:, -num_tokens:].clone()
+    probe["logits"] = probe_logits(model, probe)
     return probe
 
 
@@ -102,19 +103,22 @@ def write_probe(folder: Path, probe: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def probe_output(model: HoVLEForConditionalGeneration, probe: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Final hidden states of a probe's prompt, shape `(1, T, D)`, float32."""
+def probe_logits(
+    model: HoVLEForConditionalGeneration, probe: dict[str, torch.Tensor], num_tokens: int = 8
+) -> torch.Tensor:
+    """Logits of the last tokens of a probe's prompt, shape `(1, num_tokens, V)`, float32."""
     was_training = model.training
     model.eval()
     with torch.compiler.set_stance("force_eager"):
-        outputs = model.model(
+        outputs = model(
             input_ids=probe["input_ids"].to(model.device),
             pixel_values=probe["pixel_values"].to(model.device),
             position_ids=probe["position_ids"].to(model.device),
             use_cache=False,
+            logits_to_keep=num_tokens,
         )
     model.train(was_training)
-    return outputs.last_hidden_state.float().cpu()
+    return outputs.logits.float().cpu()
 
 
 def check_handoff(model: HoVLEForConditionalGeneration, checkpoint: Path, tolerance: float = 1e-3) -> float | None:
@@ -130,8 +134,8 @@ def check_handoff(model: HoVLEForConditionalGeneration, checkpoint: Path, tolera
     if not path.is_file():
         return None
     probe = load_file(path)
-    expected = probe["last_hidden_state"]
-    found = probe_output(model, probe)[:, -expected.shape[1] :]
+    expected = probe["logits"]
+    found = probe_logits(model, probe)
     difference = float((found - expected).abs().max() / expected.abs().max())
     if not difference <= tolerance:
         raise ValueError(

@@ -15,6 +15,19 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 PARAMETER_GROUPS = ("stem", "holistic_layers", "text_embeddings", "language_model")
 """What a stage can train: patch stem; the first N layers; the text table; the LLM's layers, norm and head."""
 
+SMALLEST = {
+    "num_steps": 1,
+    "rows_per_batch": 1,
+    "row_length": 1,
+    "packing_window": 1,
+    "gradient_accumulation_steps": 1,
+    "log_every": 1,
+    "num_validation_batches": 1,
+    "checkpoint_every": 0,
+    "num_workers": 0,
+}
+"""Smallest value of each whole-number field of a stage."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -50,6 +63,10 @@ class DataConfig:
     """Part of the asset to read."""
     questions_per_sample: int = 1
     """Questions about one picture asked in one conversation (easy_vqa)."""
+
+    def __post_init__(self):
+        if self.questions_per_sample < 1:
+            raise ValueError(f"questions_per_sample must be at least 1, got {self.questions_per_sample}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +139,8 @@ class StageConfig:
     """Packed rows of one micro-batch on one process."""
     row_length: int
     """Tokens of one packed row; samples are packed, never cut."""
+    packing_window: int = 64
+    """Samples drawn ahead to choose from when rows are packed; more of them waste less padding."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     learning_rate: float
@@ -144,7 +163,7 @@ class StageConfig:
     compile: typing.Literal["auto", "on", "off"] = "auto"
     """Compile decoder layers; `auto` runs eager, and says so, where there is no C++ compiler."""
     num_workers: int = 0
-    """Processes that prepare batches beside the training process."""
+    """1: a process of its own prepares the batches; 0: the training process does."""
     log_every: int = 10
     """Steps between log lines."""
     checkpoint_every: int = 0
@@ -164,9 +183,13 @@ class StageConfig:
             )
         if (self.objective.name == "distillation") != (self.teacher is not None):
             raise ValueError("A teacher goes with the distillation objective, and only with it.")
-        for name in ("num_steps", "rows_per_batch", "row_length", "gradient_accumulation_steps", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.objective.name == "distillation" and (self.lora is not None or "language_model" in self.trainable):
+            raise ValueError("Distillation does not run the language model: it can train neither it nor lora.")
+        for name, smallest in SMALLEST.items():
+            if getattr(self, name) < smallest:
+                raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}.")
+        if self.num_workers > 1:
+            raise ValueError(f"num_workers must be 0 or 1, got {self.num_workers}: packing is one after another.")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
         if len(self.adam_betas) != 2:

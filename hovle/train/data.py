@@ -7,7 +7,7 @@ samples apart (attention_mask stays None).
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -37,6 +37,8 @@ class Sample:
     """One conversation ready for packing."""
 
     name: str
+    index: int
+    """Stream index."""
     input_ids: torch.Tensor
     """Shape `(T,)`."""
     labels: torch.Tensor
@@ -151,7 +153,7 @@ class ReplySamples:
                     f"{record.name}: the chat template rewrites earlier turns; replies cannot be located."
                 )
             labels[len(start) : len(end)] = end[len(start) :]
-        return Sample(record.name, torch.tensor(input_ids), torch.tensor(labels), pixel_values)
+        return Sample(record.name, index, torch.tensor(input_ids), torch.tensor(labels), pixel_values)
 
 
 def load_tiles(processor: HoVLEProcessor, messages: list[dict]) -> tuple[torch.Tensor, list[int]]:
@@ -194,7 +196,7 @@ class RandomTextSamples:
         [ids] = self.processor.encode_chats([messages], num_tiles)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         input_ids = torch.tensor(self._with_random_tokens(ids, generator))
-        return Sample(record.name, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pixel_values)
+        return Sample(record.name, index, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pixel_values)
 
     def _with_random_tokens(self, ids: list[int], generator: torch.Generator) -> list[int]:
         length = len(self.stand_in_ids)
@@ -207,6 +209,43 @@ class RandomTextSamples:
         return ids
 
 
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a stream of samples stands between two batches; plain numbers, so that a checkpoint can hold them."""
+
+    next_index: int = 0
+    """Stream index no rank has drawn yet."""
+    pending: list[int] = field(default_factory=list)
+    """Indices this rank has drawn but not packed."""
+
+
+def pack_rows(window: list[Sample], num_rows: int, row_length: int) -> tuple[list[list[Sample]], list[Sample]]:
+    """Pack whole samples into rows: the oldest first, so that none waits for ever, then the longest that fit.
+
+    Args:
+        window: Samples in the order they were drawn, none longer than a row.
+        num_rows: Rows to fill.
+        row_length: Tokens of a row.
+
+    Returns:
+        The rows, and the samples that found no place, in their order.
+    """
+    rows: list[list[Sample]] = [[] for _ in range(num_rows)]
+    free = [row_length] * num_rows
+    oldest, *others = window
+    left = []
+    for sample in [oldest, *sorted(others, key=lambda item: -len(item.input_ids))]:
+        length = len(sample.input_ids)
+        fitting = [row for row in range(num_rows) if free[row] >= length]
+        if not fitting:
+            left.append(sample)
+            continue
+        row = min(fitting, key=lambda candidate: free[candidate])  # best fit: the fullest row that has room
+        rows[row].append(sample)
+        free[row] -= length
+    return rows, sorted(left, key=lambda sample: sample.index)
+
+
 class PackedBatches(IterableDataset):
     """Endless packed batches of one rank.
 
@@ -214,7 +253,7 @@ class PackedBatches(IterableDataset):
         records: The source.
         maker: Turns a record and its stream index into a `Sample`.
         config: Row count, row length and seed.
-        start: Stream index of the first sample, for resuming.
+        start: Where the stream continues, for resuming.
         rank: This process.
         world_size: Processes that share the stream; each takes every `world_size`-th sample.
         pad_token_id: Fills row ends.
@@ -225,7 +264,7 @@ class PackedBatches(IterableDataset):
         records: list[Record],
         maker: "ReplySamples | RandomTextSamples",
         config: StageConfig,
-        start: int,
+        start: StreamPosition,
         rank: int,
         world_size: int,
         pad_token_id: int,
@@ -239,6 +278,7 @@ class PackedBatches(IterableDataset):
         self.rank = rank
         self.world_size = world_size
         self.pad_token_id = pad_token_id
+        self.window_size = config.packing_window
         self._epoch = -1
         self._order: list[int] = []
 
@@ -251,30 +291,27 @@ class PackedBatches(IterableDataset):
         return self.records[self._order[position]]
 
     def __iter__(self) -> Iterator[dict]:
-        """Yield batches; `next_index` of a batch is where a resumed stream continues."""
-        index = self.start + self.rank
-        rows: list[list[Sample]] = [[] for _ in range(self.num_rows)]
-        free = [self.row_length] * self.num_rows
+        """Yield batches; `position` of a batch is where a resumed stream continues."""
+        position = self.start
+        window = [self._sample(index) for index in position.pending]
+        next_index = position.next_index
         while True:
-            sample = self.maker.make(self.record_at(index), index)
-            length = len(sample.input_ids)
-            if length > self.row_length:
-                raise ValueError(
-                    f"{sample.name} has {length} tokens, more than row_length ({self.row_length}); samples are never "
-                    "cut: raise row_length, or ask fewer questions or use fewer tiles per sample."
-                )
-            # Best fit: the fullest row that still has room.
-            fitting = [row for row in range(self.num_rows) if free[row] >= length]
-            if not fitting:
-                yield self._batch(rows, index - self.rank)
-                rows, free = [[] for _ in range(self.num_rows)], [self.row_length] * self.num_rows
-                fitting = [0]
-            row = min(fitting, key=lambda candidate: free[candidate])
-            rows[row].append(sample)
-            free[row] -= length
-            index += self.world_size
+            while len(window) < self.window_size:
+                window.append(self._sample(next_index + self.rank))
+                next_index += self.world_size
+            rows, window = pack_rows(window, self.num_rows, self.row_length)
+            yield self._batch(rows, StreamPosition(next_index, [sample.index for sample in window]))
 
-    def _batch(self, rows: list[list[Sample]], next_index: int) -> dict:
+    def _sample(self, index: int) -> Sample:
+        sample = self.maker.make(self.record_at(index), index)
+        if len(sample.input_ids) > self.row_length:
+            raise ValueError(
+                f"{sample.name} has {len(sample.input_ids)} tokens, more than row_length ({self.row_length}); samples "
+                "are never cut: raise row_length, or ask fewer questions or use fewer tiles per sample."
+            )
+        return sample
+
+    def _batch(self, rows: list[list[Sample]], position: StreamPosition) -> dict:
         shape = (self.num_rows, self.row_length)
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE_INDEX)
@@ -298,5 +335,5 @@ class PackedBatches(IterableDataset):
             "is_sample": is_sample,
             "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
             "names": [sample.name for sample in samples],
-            "next_index": next_index,
+            "position": position,
         }

@@ -10,6 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import StageConfig
+from .data import StreamPosition
 from .objectives import Objective, learning_rate_factor
 
 
@@ -26,7 +27,10 @@ class StepResult:
 
 
 class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; the message names the batch."""
+    """The loss or its gradient became NaN or infinite; the message names the batch."""
+
+
+UNTOUCHED = "Weights are as before this step; lower the learning rate or look at these samples."
 
 
 def train_step(
@@ -52,7 +56,7 @@ def train_step(
         num_processes: How many there are; data parallelism averages gradients, the loss here is a sum.
 
     Raises:
-        NonFiniteLossError: When the loss is not a number; weights are left as they were.
+        NonFiniteLossError: When loss or gradient is not a number; weights are left as they were.
     """
     inner = unwrap(objective)
     weights = inner.weights
@@ -65,15 +69,16 @@ def train_step(
         loss = torch.stack([weights[name] * terms[name] / totals[name] for name in weights]).sum()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"Loss is {float(loss)} on the batch of {', '.join(batch['names'][:8])} ({len(batch['names'])} samples; "
-                f"terms { ({name: float(term) for name, term in terms.items()}) }). "
-                "Weights are as before this step; lower the learning rate or look at these samples."
+                f"Loss is {float(loss)} on {_names([batch])}; terms: "
+                f"{', '.join(f'{name} {float(term):.4g}' for name, term in terms.items())}. {UNTOUCHED}"
             )
         (loss * num_processes).backward()
         for name in weights:
             sums[name] += terms[name].detach()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradient_norm = nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
+    if not torch.isfinite(gradient_norm):
+        raise NonFiniteLossError(f"The gradient norm is {float(gradient_norm)} on {_names(micro_batches)}. {UNTOUCHED}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     means = {name: float(reduce_sum(sums[name]) / totals[name]) for name in weights}
@@ -85,23 +90,28 @@ def unwrap(objective: nn.Module) -> Objective:
     return objective.module if hasattr(objective, "module") else objective  # type: ignore[return-value]
 
 
+def _names(batches: list[dict]) -> str:
+    names = [name for batch in batches for name in batch["names"]]
+    return f"the batch of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} samples)"
+
+
 @torch.no_grad()
 def validate(
-    objective: nn.Module, batches: list[dict], autocast: contextlib.AbstractContextManager
+    objective: nn.Module, batches: list[dict], autocast: contextlib.AbstractContextManager, accelerator
 ) -> dict[str, float]:
-    """Mean of every term over some batches, without training."""
+    """Mean of every term over some batches of each process, without training."""
     inner = unwrap(objective)
-    sums: dict[str, float] = {}
-    counts: dict[str, int] = {}
+    sums = torch.zeros(2, len(inner.weights), device=accelerator.device)  # terms, counts
     inner.eval()
     for batch in batches:
         with autocast:
-            output = inner(batch)
-        for name, term in output.terms.items():
-            sums[name] = sums.get(name, 0.0) + float(term)
-            counts[name] = counts.get(name, 0) + int(output.counts[name])
+            output = inner(_to_device(batch, accelerator.device))
+        for column, name in enumerate(inner.weights):
+            sums[0, column] += output.terms[name]
+            sums[1, column] += output.counts[name]
     inner.train()
-    return {name: total / max(1, counts[name]) for name, total in sums.items()}
+    terms, counts = accelerator.reduce(sums, "sum")
+    return dict(zip(inner.weights, (terms / counts.clamp(min=1)).tolist(), strict=True))
 
 
 def train(
@@ -114,7 +124,7 @@ def train(
     autocast: contextlib.AbstractContextManager,
     accelerator,
     log: Callable[[dict], None],
-    save: Callable[[int, int], None],
+    save: Callable[[int, StreamPosition], None],
     name: str,
 ) -> None:
     """Run the steps of a stage.
@@ -128,13 +138,12 @@ def train(
         autocast: Context of the number format.
         accelerator: Knows processes and devices.
         log: Takes one entry with units in its keys.
-        save: Takes the number of finished steps and the index where the data continues.
+        save: Takes the number of finished steps and where the data continues.
         name: Shown on the progress bar.
     """
     progress = tqdm(
         total=config.num_steps, initial=first_step, desc=name, unit="step", disable=not accelerator.is_main_process
     )
-    peak_rates = [group["lr"] for group in optimizer.param_groups]
     num_tokens = num_samples = 0
     started_at = time.perf_counter()
     data_seconds = 0.0
@@ -143,8 +152,8 @@ def train(
         micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         data_seconds += time.perf_counter() - waiting_since
         factor = learning_rate_factor(step, config.num_steps, config.warmup_ratio, config.final_learning_rate_ratio)
-        for group, peak in zip(optimizer.param_groups, peak_rates, strict=True):
-            group["lr"] = peak * factor
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate * factor
         result = train_step(
             objective,
             optimizer,
@@ -178,7 +187,7 @@ def train(
             data_seconds = 0.0
             started_at = time.perf_counter()
         if config.checkpoint_every and finished % config.checkpoint_every == 0 and finished < config.num_steps:
-            save(finished, micro_batches[-1]["next_index"])
+            save(finished, micro_batches[-1]["position"])
     progress.close()
 
 

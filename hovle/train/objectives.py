@@ -117,7 +117,8 @@ class DistillationObjective(Objective):
             input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], position_ids=batch["position_ids"]
         )
         image = outputs.image_hidden_states
-        assert image is not None and outputs.inputs_embeds is not None  # every sample has a picture
+        assert image is not None  # every sample has a picture
+        assert outputs.inputs_embeds is not None
         targets = self.teacher.features(batch["pixel_values"], round(image.shape[1] ** 0.5))
         is_text = batch["is_sample"] & (batch["input_ids"] != self.model.config.image_token_id)
         text = outputs.inputs_embeds[is_text]

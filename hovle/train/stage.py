@@ -1,5 +1,6 @@
 """Run one stage from its config: set up, train, check the hand-off, save."""
 
+import dataclasses
 import hashlib
 import platform
 import subprocess
@@ -18,7 +19,7 @@ from ..processing_hovle import HoVLEProcessor
 from . import checkpoint as checkpoints
 from .adapters import add_lora, merged_state_dict
 from .config import StageConfig
-from .data import PackedBatches, load_records
+from .data import PackedBatches, StreamPosition, load_records
 from .loop import train, validate
 from .setup import (
     choose_dtype,
@@ -78,9 +79,9 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         checkpoints.check_same_run(config, state, fingerprint)
         load_trainable(objective, state["trainable"])
     first_step = state["step"] if state else 0
-    next_index = state["next_index"] if state else 0
+    position = StreamPosition(**state["position"]) if state else StreamPosition()
 
-    def batches_from(source_records, start: int) -> PackedBatches:
+    def batches_from(source_records, start: StreamPosition) -> PackedBatches:
         return PackedBatches(
             source_records,
             make_sampler(config, processor),
@@ -92,7 +93,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         )
 
     if dry_run:
-        batch = next(iter(batches_from(records, 0)))
+        batch = next(iter(batches_from(records, StreamPosition())))
         print(describe(objective, batch, processor, len(records), config))  # noqa: T201 - the dry run's output
         return output / "model"
 
@@ -108,15 +109,15 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     log({"event": "start", "step": first_step, **environment(dtype, is_compiled, accelerator), "handoff": handoff})
     held_out = []
     if config.validation is not None:
-        stream = iter(batches_from(load_records(config.validation), 0))
+        stream = iter(batches_from(load_records(config.validation), StreamPosition()))
         held_out = [next(stream) for _ in range(config.num_validation_batches)]
         if not state:
             log({"event": "validation", "step": 0, **validate(wrapped, held_out, autocast)})
 
-    def save(step: int, data_index: int) -> None:
+    def save(step: int, reached: StreamPosition) -> None:
         training_state = {
             "step": step,
-            "next_index": data_index,
+            "position": dataclasses.asdict(reached),
             "config": config.to_dict(),
             "data_fingerprint": fingerprint,
             "trainable": trainable_state(objective),
@@ -129,7 +130,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
             )
 
     loader = DataLoader(
-        batches_from(records, next_index), batch_size=None, num_workers=config.num_workers, collate_fn=None
+        batches_from(records, position), batch_size=None, num_workers=config.num_workers, collate_fn=None
     )
     train(
         wrapped,
@@ -146,7 +147,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     if held_out:
         log({"event": "validation", "step": config.num_steps, **validate(wrapped, held_out, autocast)})
     if accelerator.is_main_process:
-        finish(output, model, processor, peft_model, next(iter(batches_from(records, 0))))
+        finish(output, model, processor, peft_model, next(iter(batches_from(records, StreamPosition()))))
         log({"event": "finish", "step": config.num_steps})
     accelerator.wait_for_everyone()
     return output / "model"

@@ -1,8 +1,10 @@
 """Image teachers: pretrained vision models whose features the holistic layers learn to reproduce."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from .config import TeacherConfig
@@ -24,10 +26,10 @@ class ImageTeacher(nn.Module):
         import timm  # an extra: only distillation needs it
 
         self.image_size = config.image_size
-        full = timm.create_model(config.name, pretrained=weights is None)
+        full: Any = timm.create_model(config.name, pretrained=weights is None)
         if weights is not None:
             _load_in_order(full, weights)
-        self.backbone = timm.create_model(
+        self.backbone: Any = timm.create_model(
             config.name, pretrained=False, features_only=True, out_indices=(config.feature_index,)
         )
         known = full.state_dict()
@@ -38,6 +40,8 @@ class ImageTeacher(nn.Module):
         self.backbone.eval().requires_grad_(False)
         self.width = self.backbone.feature_info.channels()[-1]
         mean, std = full.default_cfg["mean"], full.default_cfg["std"]
+        self.scale: torch.Tensor
+        self.shift: torch.Tensor
         # The student's tiles are normalised with ImageNet statistics; the teacher wants its own.
         self.register_buffer("scale", _per_channel(IMAGENET_STD) / _per_channel(std), persistent=False)
         self.register_buffer(
@@ -72,7 +76,10 @@ def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
 
 def _load_in_order(model: nn.Module, weights: Path) -> None:
     """Load a state dict whose tensors match the model's one to one in order, whatever their names."""
-    source = torch.load(weights, map_location="cpu", weights_only=True)
+    if weights.suffix == ".safetensors":
+        source = load_file(weights)
+    else:
+        source = torch.load(weights, map_location="cpu", weights_only=True)
     target = model.state_dict()
     if set(source) == set(target):
         model.load_state_dict(source)

@@ -1,0 +1,185 @@
+"""Build a new HoVLE around a pretrained language model: copy it untouched, put identity layers below it."""
+
+import copy
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import AddedToken
+
+from .configuration_hovle import HoVLEConfig
+from .modeling_hovle import HoVLEForConditionalGeneration, check_backbone
+
+IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+"""Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
+
+LOCATION_OPTIONS = (
+    "cache_dir",
+    "gguf_file",
+    "local_files_only",
+    "revision",
+    "subfolder",
+    "token",
+    "trust_remote_code",
+)
+"""Options of `from_pretrained` that a model shares with its tokenizer."""
+
+
+def build_around_language_model(
+    model_class: type[HoVLEForConditionalGeneration],
+    name_or_path: str | PreTrainedModel,
+    num_embedding_layers: int,
+    *,
+    image_token_id: int | None,
+    untie_text_embeddings: bool,
+    **kwargs,
+) -> HoVLEForConditionalGeneration:
+    """Do the work of `HoVLEForConditionalGeneration.from_language_model`, which explains the arguments."""
+    # Its own fields only: those it inherits, such as dtype, are options of `from_pretrained` too.
+    config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__annotations__}
+    if isinstance(name_or_path, PreTrainedModel):
+        language_model = name_or_path
+    else:
+        language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+    check_backbone(language_model.get_decoder())
+    vocab_size = language_model.get_input_embeddings().num_embeddings
+    if image_token_id is None:
+        image_token_id, min_vocab_size = _image_token_for(
+            name_or_path, vocab_size, **{key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs}
+        )
+    else:
+        min_vocab_size = image_token_id + 1
+    text_config = copy.deepcopy(language_model.config)
+    _add_layers_below(text_config, num_embedding_layers)
+    text_config.vocab_size = max(vocab_size, min_vocab_size)
+    if untie_text_embeddings:
+        text_config.tie_word_embeddings = False
+    config = HoVLEConfig(
+        text_config=text_config.to_dict(),
+        num_embedding_layers=num_embedding_layers,
+        image_token_id=image_token_id,
+        **config_kwargs,
+    )
+    # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
+    model = model_class._from_config(
+        config,
+        dtype=language_model.dtype,
+        attn_implementation=language_model.config._attn_implementation,
+    ).to(language_model.device)
+    _copy_language_model(model, language_model)
+    _start_as_identity(model)
+    if not config.normalize_encoder_output:
+        _check_same_text_logits(model, language_model)
+    model.generation_config = copy.deepcopy(language_model.generation_config)
+    model.generation_config.suppress_tokens = [image_token_id]  # a placeholder means a picture, never a word
+    return model
+
+
+@torch.no_grad()
+def _copy_language_model(model, language_model: PreTrainedModel) -> None:
+    """Copy layers, norm, table and head of a bare language model below and above the holistic layers."""
+    num_new = model.config.num_embedding_layers
+    decoder = language_model.get_decoder()
+    target = model.model.language_model.state_dict()
+    for name, tensor in decoder.state_dict().items():
+        parts = name.split(".")
+        if parts[0] == "layers":
+            parts[1] = str(int(parts[1]) + num_new)
+        new_name = ".".join(parts)
+        if new_name not in target:
+            raise ValueError(f"{type(decoder).__name__} cannot be the backbone of HoVLE: no place for its {name}.")
+        if name != "embed_tokens.weight":
+            target[new_name].copy_(tensor)
+    table = language_model.get_input_embeddings().weight
+    model.get_input_embeddings().weight[: len(table)].copy_(table)
+    _fill_new_rows(model.get_input_embeddings().weight, table)
+    if not model.config.tie_word_embeddings:
+        head = language_model.get_output_embeddings().weight
+        model.lm_head.weight[: len(head)].copy_(head)
+        _fill_new_rows(model.lm_head.weight, head)
+
+
+@torch.no_grad()
+def _start_as_identity(model) -> None:
+    """Zero what the holistic layers add to the residual stream."""
+    for layer in model.model.embedding_layers:
+        for block, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
+            projection = getattr(getattr(layer, block, None), name, None)
+            if not isinstance(projection, nn.Linear):
+                raise ValueError(
+                    f"{type(model.model.language_model).__name__} cannot be the backbone of HoVLE: "
+                    f"{type(layer).__name__} has no linear {block}.{name} to start from zero."
+                )
+            projection.weight.zero_()
+            if projection.bias is not None:
+                projection.bias.zero_()
+
+
+@torch.no_grad()
+def _check_same_text_logits(model, language_model: PreTrainedModel) -> None:
+    """Raise unless text gives the bare model's logits; a family may scale or cap what this file does not."""
+    vocab_size = language_model.get_input_embeddings().num_embeddings
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(vocab_size, (1, 32), generator=generator)
+    input_ids = input_ids[input_ids != model.config.image_token_id][None].to(language_model.device)
+    training = model.training, language_model.training
+    model.eval()
+    language_model.eval()
+    expected = language_model(input_ids, use_cache=False).logits.float()
+    found = model(input_ids, use_cache=False).logits[..., :vocab_size].float()
+    model.train(training[0])
+    language_model.train(training[1])
+    difference, scale = (found - expected).abs().max(), expected.abs().max().clamp(min=1)
+    if not difference <= (1e-5 if model.dtype == torch.float32 else 2e-2) * scale:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot be the backbone of HoVLE: text logits differ from the bare "
+            f"model's by {difference:.3g}, because its forward does more than Llama's."
+        )
+
+
+def _add_layers_below(text_config: PreTrainedConfig, num_new: int) -> None:
+    """Count `num_new` more layers in a decoder's config, placed below those it has."""
+    text_config.num_hidden_layers += num_new
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None:
+        new_type = "full_attention" if "full_attention" in layer_types else layer_types[0]
+        text_config.layer_types = [new_type] * num_new + list(layer_types)
+    if getattr(text_config, "no_rope_layers", None) is not None:  # SmolLM3; 1 means with rotary positions
+        text_config.no_rope_layers = [1] * num_new + list(text_config.no_rope_layers)
+
+
+def add_image_tokens(tokenizer) -> None:
+    """Teach a tokenizer the picture tokens under their transformers names; ids it already has stay.
+
+    Sets `start_image_token`, `end_image_token` and `context_image_token`, which are saved with the tokenizer.
+    """
+    tokens = [AddedToken(token, normalized=False, special=True) for token in IMAGE_TOKENS.values()]
+    tokenizer.add_tokens(tokens, special_tokens=True)
+    # `add_special_tokens` refuses the names of a model's own tokens, and `from_pretrained` comes too early here.
+    tokenizer._set_model_specific_special_tokens(special_tokens=dict(IMAGE_TOKENS))
+
+
+def _image_token_for(name_or_path, vocab_size: int, **kwargs) -> tuple[int, int]:
+    """Find the placeholder's id and the vocabulary size it needs, from the tokenizer beside the language model."""
+    if isinstance(name_or_path, PreTrainedModel):
+        return vocab_size + 2, vocab_size + 3
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+    except (OSError, ValueError):  # a folder with weights only
+        return vocab_size + 2, vocab_size + 3
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # the same, for model types that then get an empty one
+        return vocab_size + 2, vocab_size + 3
+    add_image_tokens(tokenizer)
+    image_token_id = tokenizer.convert_tokens_to_ids([IMAGE_TOKENS["context_image_token"]])[0]
+    return image_token_id, len(tokenizer)
+
+
+def _fill_new_rows(weight: torch.Tensor, known: torch.Tensor) -> None:
+    """Start rows beyond the known vocabulary near the mean row, each a little different, from a fixed seed."""
+    num_new = len(weight) - len(known)
+    if num_new:
+        known = known.float()
+        noise = torch.randn(num_new, known.shape[1], generator=torch.Generator().manual_seed(0))
+        weight[len(known) :] = (known.mean(dim=0) + 0.1 * known.std(dim=0) * noise.to(known.device)).to(weight.dtype)
