@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from .checkpoint_files import (
     CONFIG,
@@ -33,7 +34,10 @@ from .checkpoint_files import (
     write_weights,
 )
 from .configuration_hovle import HoVLEConfig
+from .image_processing_hovle import HoVLEImageProcessor
+from .language_model import IMAGE_TOKENS
 from .modeling_hovle import HoVLEForConditionalGeneration
+from .processing_hovle import HoVLEProcessor
 from .released_layout import (
     HEAD,
     OUR_POSITIONS,
@@ -126,6 +130,8 @@ def convert(src: str | os.PathLike, dst: str | os.PathLike, to: str = "hovle") -
         if (folder / LICENCE).exists():
             shutil.copyfile(inside(folder, LICENCE), new_folder / LICENCE)
         plan.remarks += filter(None, [_save_tokenizer_files(folder, new_folder)])
+        if to == "hovle":
+            plan.remarks += filter(None, [_save_processor(new_folder)])
     return plan.remarks
 
 
@@ -257,6 +263,27 @@ def _save_tokenizer_files(src: Path, dst: Path) -> str | None:
     if "tokenizer.model" in present:
         return "The tokenizer was not converted: tokenizer.model was copied for later, but there is no tokenizer.json."
     return "No tokenizer was converted: the source holds none. Weights and config are complete."
+
+
+def _save_processor(folder: Path) -> str | None:
+    """Write the image processor with the checkpoint's tile settings, or all of the processor if there is a tokenizer."""
+    config = HoVLEConfig.from_pretrained(folder)
+    released = read_json(folder, RELEASED_CONFIG)
+    image_processor = HoVLEImageProcessor(
+        tile_size=tile_size(released),
+        min_tiles=read_field(released, "min_dynamic_patch", int),
+        max_tiles=read_field(released, "max_dynamic_patch", int),
+    )
+    if not (folder / "tokenizer.json").exists():
+        image_processor.save_pretrained(folder)
+        return None
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    missing = [token for token in IMAGE_TOKENS.values() if token not in tokenizer.get_vocab()]
+    if missing:
+        image_processor.save_pretrained(folder)
+        return f"No processor was written: the tokenizer lacks {', '.join(missing)}."
+    HoVLEProcessor(image_processor, tokenizer, config.patch_size * config.shuffle_factor).save_pretrained(folder)
+    return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -344,11 +344,14 @@ def _scaled_to_uint8(array: np.ndarray, full_scale: float) -> np.ndarray:
 def _to_upright_rgb(image: Image.Image) -> Image.Image:
     """Decode the first frame, turn it upright and bring any mode to RGB."""
     image.load()
+    is_sixteen_bit = image.mode == "I" and image.format == "PNG"  # older Pillow has no mode of its own for these
     image = _upright(image)
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_wide_to_uint8(np.asarray(image), image.mode)).convert("RGB")
+        return Image.fromarray(_wide_to_uint8(np.asarray(image), "I;16" if is_sixteen_bit else image.mode)).convert(
+            "RGB"
+        )
     if image.has_transparency_data:
         return _on_white(image)
     try:

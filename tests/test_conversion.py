@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 
-from hovle import HoVLEForConditionalGeneration, checkpoint_files, cli
+from hovle import HoVLEForConditionalGeneration, HoVLEImageProcessor, HoVLEProcessor, checkpoint_files, cli
 from hovle.conversion import convert
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -502,7 +503,8 @@ def test_code_stays_behind_and_so_do_pointers_to_it(released, tmp_path, tokenize
     settings = json.loads((source / "tokenizer_config.json").read_text())
     settings |= {"auto_map": {"AutoTokenizer": ["tokenization.Tokenizer", None]}, "tokenizer_class": "RemoteTokenizer"}
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    assert convert(source, tmp_path / "hovle") == []
+    [remark] = convert(source, tmp_path / "hovle")
+    assert "No processor was written" in remark  # this tokenizer knows no picture tokens
     assert not list((tmp_path / "hovle").glob("*.py"))
     copied = json.loads((tmp_path / "hovle" / "tokenizer_config.json").read_text())
     assert "auto_map" not in copied
@@ -873,3 +875,25 @@ def test_memory_stays_below_1_3_times_the_largest_shard(released, tmp_path):
     assert result.returncode == 0, result.stderr
     # Measured: 0.14 times; most tensors are written straight from the mapped file.
     assert all(int(peak) < 1.3 * largest for peak in result.stdout.split())
+
+
+def test_the_result_knows_how_its_pictures_are_tiled(released, tmp_path):
+    config, tensors = released
+    source = write_checkpoint(tmp_path / "source", {**config, "max_dynamic_patch": 6}, tensors)
+    convert(source, tmp_path / "ours")
+    processor = HoVLEImageProcessor.from_pretrained(tmp_path / "ours")
+    assert (processor.size["height"], processor.min_patches, processor.max_patches) == (56, 1, 6)
+
+
+def test_with_a_fast_tokenizer_the_result_takes_chats(released, tmp_path, tokenizer):
+    source = write_checkpoint(tmp_path / "source", *released)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
+    tokenizer.save_pretrained(source)
+    convert(source, tmp_path / "ours")
+    processor = HoVLEProcessor.from_pretrained(tmp_path / "ours")
+    picture = {"type": "image", "image": Image.new("RGB", (56, 56))}
+    chat = [{"role": "user", "content": [picture, {"type": "text", "text": "hello"}]}]
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
+    assert inputs["pixel_values"].shape == (1, 3, 56, 56)

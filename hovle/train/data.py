@@ -147,13 +147,20 @@ class ReplySamples:
         ends = self.processor.encode_chats(answered, num_tiles)
         input_ids = ends[-1]  # what follows the last reply teaches nothing
         labels = [IGNORE_INDEX] * len(input_ids)
+        special = special_ids(self.processor.tokenizer)
         for start, end in zip(starts, ends, strict=True):
             if input_ids[: len(end)] != end or end[: len(start)] != start:
                 raise ValueError(
                     f"{record.name}: the chat template rewrites earlier turns; replies cannot be located."
                 )
-            labels[len(start) : len(end)] = end[len(start) :]
+            stop = max((place for place in range(len(start), len(end)) if end[place] in special), default=len(end) - 1)
+            labels[len(start) : stop + 1] = end[len(start) : stop + 1]  # templates may add a line break after it
         return Sample(record.name, index, torch.tensor(input_ids), torch.tensor(labels), pixel_values)
+
+
+def special_ids(tokenizer) -> set[int]:
+    """Ids that stand for no ordinary text: special and added tokens."""
+    return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
 
 def load_tiles(processor: HoVLEProcessor, messages: list[dict]) -> tuple[torch.Tensor, list[int]]:
@@ -184,7 +191,7 @@ class RandomTextSamples:
         self.num_random_tokens = num_random_tokens
         self.seed = seed
         tokenizer = processor.tokenizer
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        special = special_ids(tokenizer)
         self.ordinary_ids = torch.tensor([index for index in range(len(tokenizer)) if index not in special])
         self.stand_in_ids = tokenizer(self.STAND_IN, add_special_tokens=False)["input_ids"]
 
@@ -296,11 +303,15 @@ class PackedBatches(IterableDataset):
         window = [self._sample(index) for index in position.pending]
         next_index = position.next_index
         while True:
-            while len(window) < self.window_size:
+            while len(window) < self.window_size or self._num_tokens(window) < self.num_rows * self.row_length:
                 window.append(self._sample(next_index + self.rank))
                 next_index += self.world_size
             rows, window = pack_rows(window, self.num_rows, self.row_length)
             yield self._batch(rows, StreamPosition(next_index, [sample.index for sample in window]))
+
+    @staticmethod
+    def _num_tokens(window: list[Sample]) -> int:
+        return sum(len(sample.input_ids) for sample in window)
 
     def _sample(self, index: int) -> Sample:
         sample = self.maker.make(self.record_at(index), index)

@@ -78,7 +78,9 @@ def train_step(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     gradient_norm = nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
     if not torch.isfinite(gradient_norm):
-        raise NonFiniteLossError(f"The gradient norm is {float(gradient_norm)} on {_names(micro_batches)}. {UNTOUCHED}")
+        raise NonFiniteLossError(
+            f"The gradient norm is {float(gradient_norm)} on {_names(micro_batches)}. {UNTOUCHED}"
+        )
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     means = {name: float(reduce_sum(sums[name]) / totals[name]) for name in weights}

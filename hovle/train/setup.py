@@ -13,7 +13,7 @@ from torch import nn
 from .. import assets
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
-from .config import StageConfig
+from .config import ModelConfig, StageConfig
 from .data import RandomTextSamples, ReplySamples
 from .objectives import DistillationObjective, NextTokenObjective
 from .teachers import ImageTeacher
@@ -24,7 +24,9 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
     start = config.model
     if start.checkpoint is not None:
         model = HoVLEForConditionalGeneration.from_pretrained(start.checkpoint, dtype=torch.float32)
-        return model, HoVLEProcessor.from_pretrained(start.checkpoint)
+        processor = HoVLEProcessor.from_pretrained(start.checkpoint)
+        check_stated_fields(start, model, processor)
+        return model, processor
     assert start.language_model is not None  # StageConfig wants one of the two
     name = resolve_asset(start.language_model)
     model = HoVLEForConditionalGeneration.from_language_model(
@@ -37,6 +39,24 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
         dtype=torch.float32,
     )
     return model, HoVLEProcessor.from_language_model(name, model.config, max_tiles=start.max_tiles)
+
+
+def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
+    """Raise where a recipe describes a checkpoint otherwise than it is: these fields shape new models only."""
+    found = {
+        "num_embedding_layers": model.config.num_embedding_layers,
+        "image_size": model.config.image_size,
+        "patch_size": model.config.patch_size,
+        "pixel_shuffle_loc": model.config.pixel_shuffle_loc,
+        "untie_text_embeddings": not model.config.tie_word_embeddings,
+        "max_tiles": processor.image_processor.max_patches,
+    }
+    for name, value in found.items():
+        stated = getattr(start, name)
+        if stated not in (value, ModelConfig.__dataclass_fields__[name].default):
+            raise ValueError(
+                f"model.{name} is {stated}, but {start.checkpoint} has {value}; take it out of the recipe."
+            )
 
 
 def resolve_asset(name: str) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable
@@ -49,37 +50,29 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         ValueError: For a wrong config, an occupied output folder, or a failed hand-off check.
         NonFiniteLossError: When the loss is not a number.
     """
-    from accelerate import Accelerator  # an extra: inference does without it
-
     output = Path(config.output)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    if accelerator.is_main_process and not dry_run:
-        claim_output(output, config, resume)
-    accelerator.wait_for_everyone()
+    accelerator = make_accelerator()
+    if not resume and not dry_run and accelerator.is_main_process:
+        check_unused(output)
+    records = load_records(config.data)
+    fingerprint = fingerprint_records(records)
+    state = load_state(config, fingerprint, accelerator.num_processes) if resume else None
     seed_everything(config.seed)
     model, processor = start_model(config)
     handoff = None
     if config.model.checkpoint is not None:
         handoff = checkpoints.check_handoff(model, Path(config.model.checkpoint))
     text_table = model.get_input_embeddings().weight.detach().clone()
-    dtype = choose_dtype(config.dtype, accelerator.device)
+    dtype = agree_on_dtype(config, state, accelerator)
     select_trainable(model, config)
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
     objective = make_objective(config, model, text_table)
-
-    records = load_records(config.data)
-    fingerprint = fingerprint_records(records)
-    state = None
-    if resume:
-        newest = checkpoints.find_checkpoint(output)
-        if newest is None:
-            raise ValueError(f"--resume: {output} holds no checkpoint.")
-        state = checkpoints.load_training_state(newest)
-        checkpoints.check_same_run(config, state, fingerprint)
+    first_step, position = 0, StreamPosition()
+    if state:
         load_trainable(objective, state["trainable"])
-    first_step = state["step"] if state else 0
-    position = StreamPosition(**state["position"]) if state else StreamPosition()
+        first_step = state["step"]
+        position = StreamPosition(**state["positions"][accelerator.process_index])
 
     def batches_from(source_records, start: StreamPosition) -> PackedBatches:
         return PackedBatches(
@@ -105,6 +98,8 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     if state:
         optimizer.load_state_dict(state["optimizer"])
         restore_rng(state["rng"])
+    if not resume and accelerator.is_main_process:
+        claim_output(output, config)
     log = make_log(output, accelerator)
     log({"event": "start", "step": first_step, **environment(dtype, is_compiled, accelerator), "handoff": handoff})
     held_out = []
@@ -112,12 +107,13 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         stream = iter(batches_from(load_records(config.validation), StreamPosition()))
         held_out = [next(stream) for _ in range(config.num_validation_batches)]
         if not state:
-            log({"event": "validation", "step": 0, **validate(wrapped, held_out, autocast)})
+            log({"event": "validation", "step": 0, **validate(wrapped, held_out, autocast, accelerator)})
 
     def save(step: int, reached: StreamPosition) -> None:
         training_state = {
             "step": step,
-            "position": dataclasses.asdict(reached),
+            "positions": gather_positions(reached),
+            "dtype": dtype_name(dtype),
             "config": config.to_dict(),
             "data_fingerprint": fingerprint,
             "trainable": trainable_state(objective),
@@ -130,7 +126,10 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
             )
 
     loader = DataLoader(
-        batches_from(records, position), batch_size=None, num_workers=config.num_workers, collate_fn=None
+        batches_from(records, position),
+        batch_size=None,
+        num_workers=config.num_workers,
+        generator=torch.Generator(),  # its own: a draw from the global one would make a resumed run differ
     )
     train(
         wrapped,
@@ -145,12 +144,55 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         name=Path(config.output).name,
     )
     if held_out:
-        log({"event": "validation", "step": config.num_steps, **validate(wrapped, held_out, autocast)})
+        log({"event": "validation", "step": config.num_steps, **validate(wrapped, held_out, autocast, accelerator)})
     if accelerator.is_main_process:
         finish(output, model, processor, peft_model, next(iter(batches_from(records, StreamPosition()))))
         log({"event": "finish", "step": config.num_steps})
     accelerator.wait_for_everyone()
     return output / "model"
+
+
+def make_accelerator():
+    """Processes and devices as the launcher set them up, on CPU where there is no CUDA device."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs  # an extra: inference does without it
+
+    # Buffers hold the text table and the teacher's statistics, which never change.
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+
+
+def load_state(config: StageConfig, fingerprint: str, num_processes: int) -> dict:
+    """Read the newest checkpoint's state; ValueError unless this run continues it exactly."""
+    newest = checkpoints.find_checkpoint(Path(config.output))
+    if newest is None:
+        raise ValueError(f"--resume: {config.output} holds no checkpoint.")
+    state = checkpoints.load_training_state(newest)
+    checkpoints.check_same_run(config, state, fingerprint)
+    if len(state["positions"]) != num_processes:
+        raise ValueError(
+            f"Cannot resume: the run had {len(state['positions'])} processes, this one has {num_processes}."
+        )
+    return state
+
+
+def agree_on_dtype(config: StageConfig, state: dict | None, accelerator) -> torch.dtype:
+    """Number format of the run, measured at most once: the same on every process and after resuming."""
+    from accelerate.utils import broadcast_object_list
+
+    name = state["dtype"] if state else dtype_name(choose_dtype(config.dtype, accelerator.device))
+    return getattr(torch, broadcast_object_list([name])[0])
+
+
+def gather_positions(reached: StreamPosition) -> list[dict]:
+    """Where the data stands on every process."""
+    from accelerate.utils import gather_object
+
+    return gather_object([dataclasses.asdict(reached)])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
 
 
 def rng_state() -> dict:
@@ -198,16 +240,19 @@ def fingerprint_records(records) -> str:
     return digest.hexdigest()[:16]
 
 
-def claim_output(output: Path, config: StageConfig, resume: bool) -> None:
-    """Take a run folder: one run per folder; write the resolved recipe."""
-    occupied = output.exists() and any(output.iterdir())
-    if occupied and not resume:
+def check_unused(output: Path) -> None:
+    """Raise where a run folder is not empty: one run per folder."""
+    if output.exists() and any(output.iterdir()):
         raise ValueError(
             f"Output folder {output} already holds a run. Continue it with --resume, or choose another output."
         )
+
+
+def claim_output(output: Path, config: StageConfig) -> None:
+    """Take a run folder once everything is set up; write the resolved recipe."""
+    check_unused(output)
     output.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
 def make_log(output: Path, accelerator) -> Callable[[dict], None]:
@@ -222,14 +267,16 @@ def make_log(output: Path, accelerator) -> Callable[[dict], None]:
 
 def environment(dtype: torch.dtype, is_compiled: bool, accelerator) -> dict:
     """What a reader needs to judge a run's figures."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = ""
+    if shutil.which("git"):
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        commit = result.stdout.strip()
     return {
         "device": str(accelerator.device),
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "compiled": is_compiled,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -245,7 +292,8 @@ def describe(
     trained = sum(item.numel() for item in objective.parameters() if item.requires_grad)
     total = sum(item.numel() for item in objective.parameters())
     samples = len(batch["names"])
-    end = int((batch["position_ids"][0, 1:] == 0).nonzero()[:1].flatten().sum()) + 1
+    ends = (batch["position_ids"][0, 1:] == 0).nonzero().flatten() + 1
+    end = int(ends[0]) if len(ends) else config.row_length
     supervised = int((batch["labels"] != -100).sum())
     lines = [
         f"objective       {config.objective.name}",
@@ -267,9 +315,9 @@ def finish(output: Path, model: HoVLEForConditionalGeneration, processor, peft_m
     )
     if adapters_only:
         checkpoints.write_folder(output / "adapter", peft_model.save_pretrained)
+    model.float()  # before merging, which rounds to the format of the weights
     if peft_model is not None:
         model = peft_model.merge_and_unload()
-    model.float()
     probe = checkpoints.make_probe(model, batch)
 
     def fill(folder: Path) -> None:

@@ -29,16 +29,16 @@ class ImageTeacher(nn.Module):
         full: Any = timm.create_model(config.name, pretrained=weights is None)
         if weights is not None:
             _load_in_order(full, weights)
-        self.backbone: Any = timm.create_model(
+        backbone: Any = timm.create_model(
             config.name, pretrained=False, features_only=True, out_indices=(config.feature_index,)
         )
         known = full.state_dict()
-        missing = [name for name in self.backbone.state_dict() if name not in known]
+        missing = [name for name in backbone.state_dict() if name not in known]
         if missing:
             raise ValueError(f"{config.name} cannot serve as a feature teacher: no weights for {missing[:3]}.")
-        self.backbone.load_state_dict({name: known[name] for name in self.backbone.state_dict()})
-        self.backbone.eval().requires_grad_(False)
-        self.width = self.backbone.feature_info.channels()[-1]
+        backbone.load_state_dict({name: known[name] for name in backbone.state_dict()})
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.width: int = backbone.feature_info.channels()[-1]
         mean, std = full.default_cfg["mean"], full.default_cfg["std"]
         self.scale: torch.Tensor
         self.shift: torch.Tensor
