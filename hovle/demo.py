@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     report: dict = {"training_seconds": training_seconds, "teacher_cosine": teacher_cosine(args.output)}
     started_at = time.perf_counter()
     for stage in STAGES[1:]:
-        answers = score_stage(args.output / stage / "model", questions, stage, report)
+        _say(f"{stage}: answering {len(questions)} questions about unseen pictures, three times")
+        report[stage], answers = score_model(args.output / stage / "model", questions)
     report["evaluation_seconds"] = round(time.perf_counter() - started_at, 1)
     shown = list(zip(questions, answers, strict=True))[:NUM_SHOWN]
     for question, answer in shown:
@@ -102,8 +103,8 @@ def test_questions(count: int) -> list[Question]:
     return [Question(*row) for row in random.Random(0).sample(rows, count)]
 
 
-def score_stage(folder: Path, questions: list[Question], stage: str, report: dict) -> list[str]:
-    """Measure exact match with true, blank and shuffled pictures; return the answers to the true ones."""
+def score_model(folder: Path, questions: list[Question]) -> tuple[dict[str, float], list[str]]:
+    """Measure exact match with true, blank and shuffled pictures; also return the answers to the true ones."""
     from .train.setup import choose_dtype
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -115,11 +116,10 @@ def score_stage(folder: Path, questions: list[Question], stage: str, report: dic
         "shuffled_pictures": with_shuffled_pictures(questions),
     }
     answers = {
-        name: answer_questions(model, processor, variant, description=f"{stage}, {name.replace('_', ' ')}")
+        name: answer_questions(model, processor, variant, description=name.replace("_", " "))
         for name, variant in variants.items()
     }
-    report[stage] = {name: exact_match(answers[name], variants[name]) for name in variants}
-    return answers["accuracy"]
+    return {name: exact_match(answers[name], variants[name]) for name in variants}, answers["accuracy"]
 
 
 def summary(report: dict) -> str:

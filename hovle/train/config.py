@@ -79,6 +79,9 @@ class TeacherConfig:
     """Local weights file; `asset:NAME` is fetched. None: timm's own pretrained weights from the Hub."""
     image_size: int
     """Side in pixels at which the teacher sees a tile; its feature grid is pooled to the student's."""
+    standardize: bool = False
+    """Subtract each feature channel's mean over some pictures and divide by its deviation. What all pictures share
+    makes most of a raw cosine, and a short run learns little else; the paper does not mention it."""
     feature_index: int = -1
     """Which of timm's feature maps to match; the last has the largest stride."""
 
@@ -223,12 +226,19 @@ def load_stage(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Stage
         ValueError: For unknown or missing keys and values of the wrong type, naming the key.
     """
     path = find_recipe(name_or_path)
-    values = yaml.safe_load(path.read_text())
+    values = _read_yaml(path.read_text(), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of fields to values.")
     for override in overrides:
         _override(values, override)
     return _build(StageConfig, values, str(path))
+
+
+def _read_yaml(text: str, where: str):
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is no plain YAML: {error}") from error
 
 
 def _override(values: dict, override: str) -> None:
@@ -242,7 +252,7 @@ def _override(values: dict, override: str) -> None:
         values = values[parent]
         if not isinstance(values, dict):
             raise ValueError(f"{key}: {parent} has no fields to override.")
-    values[last] = yaml.safe_load(text)
+    values[last] = _read_yaml(text, override)
 
 
 def _build(cls, values: dict, where: str):

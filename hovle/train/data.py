@@ -165,19 +165,24 @@ def special_ids(tokenizer) -> set[int]:
 
 def load_tiles(processor: HoVLEProcessor, messages: list[dict]) -> tuple[torch.Tensor, list[int]]:
     """Read and tile the pictures of a conversation: `(N, 3, s, s)`, and the tile count of each picture."""
-    paths = [
-        item["path"]
-        for message in messages
-        if isinstance(message["content"], list)
-        for item in message["content"]
-        if item["type"] == "image"
-    ]
+    paths = picture_paths(messages)
     if not paths:
         size = processor.image_processor.size["height"]
         return torch.zeros(0, 3, size, size), []
     pictures = [load_picture(path) for path in paths]
     tiles = processor.image_processor(pictures, return_tensors="pt")
     return tiles["pixel_values"], [int(count) for count in tiles["num_patches"]]
+
+
+def picture_paths(messages: list[dict]) -> list[str]:
+    """Paths of a conversation's pictures in their order."""
+    return [
+        item["path"]
+        for message in messages
+        if isinstance(message["content"], list)
+        for item in message["content"]
+        if item["type"] == "image"
+    ]
 
 
 class RandomTextSamples:
@@ -193,12 +198,14 @@ class RandomTextSamples:
         tokenizer = processor.tokenizer
         special = special_ids(tokenizer)
         self.ordinary_ids = torch.tensor([index for index in range(len(tokenizer)) if index not in special])
-        self.stand_in_ids = tokenizer(self.STAND_IN, add_special_tokens=False)["input_ids"]
+        self.stand_in_ids = processor._encode_text(self.STAND_IN, at_start=False)
 
     def make(self, record: Record, index: int) -> Sample:
         """Place a picture in a user turn, random ordinary tokens after it and as many again in the reply."""
-        picture = next(item for message in record.messages for item in message["content"] if item["type"] == "image")
-        messages = conversation(Path(picture["path"]), [(self.STAND_IN, self.STAND_IN)])
+        paths = picture_paths(record.messages)
+        if not paths:
+            raise ValueError(f"{record.name}: no picture to distil; distillation takes one from every conversation.")
+        messages = conversation(Path(paths[0]), [(self.STAND_IN, self.STAND_IN)])
         pixel_values, num_tiles = load_tiles(self.processor, messages)
         [ids] = self.processor.encode_chats([messages], num_tiles)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)

@@ -69,8 +69,8 @@ def train_step(
         loss = torch.stack([weights[name] * terms[name] / totals[name] for name in weights]).sum()
         if not torch.isfinite(loss):
             raise NonFiniteLossError(
-                f"Loss is {float(loss)} on {_names([batch])}; terms: "
-                f"{', '.join(f'{name} {float(term):.4g}' for name, term in terms.items())}. {UNTOUCHED}"
+                f"Loss is {float(loss.detach())} on {_names([batch])}; terms: "
+                f"{', '.join(f'{name} {float(term.detach()):.4g}' for name, term in terms.items())}. {UNTOUCHED}"
             )
         (loss * num_processes).backward()
         for name in weights:

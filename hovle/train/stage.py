@@ -20,8 +20,9 @@ from ..processing_hovle import HoVLEProcessor
 from . import checkpoint as checkpoints
 from .adapters import add_lora, merged_state_dict
 from .config import StageConfig
-from .data import PackedBatches, StreamPosition, load_records
+from .data import PackedBatches, Record, StreamPosition, load_records, load_tiles
 from .loop import train, validate
+from .objectives import DistillationObjective
 from .setup import (
     choose_dtype,
     compile_layers,
@@ -33,6 +34,11 @@ from .setup import (
     start_model,
     store_parameters,
 )
+from .teachers import ImageTeacher
+
+
+NUM_STANDARDIZING_RECORDS = 256
+"""Records whose pictures tell mean and deviation of teacher features."""
 
 
 def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = False) -> Path:
@@ -68,6 +74,8 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
     objective = make_objective(config, model, text_table)
+    if isinstance(objective, DistillationObjective) and config.teacher is not None and config.teacher.standardize:
+        standardize_teacher(objective.teacher, records, processor)
     first_step, position = 0, StreamPosition()
     if state:
         load_trainable(objective, state["trainable"])
@@ -224,6 +232,13 @@ def load_trainable(objective: nn.Module, state: dict[str, torch.Tensor]) -> None
         raise ValueError(f"The checkpoint's trainable parameters differ from the recipe's: {difference[:5]}.")
     for name, parameter in parameters.items():
         parameter.copy_(state[name])
+
+
+def standardize_teacher(teacher: ImageTeacher, records: list[Record], processor: HoVLEProcessor) -> None:
+    """Measure the teacher's features on evenly spaced pictures of the source, the same ones whenever a run resumes."""
+    chosen = records[:: max(1, len(records) // NUM_STANDARDIZING_RECORDS)]
+    tiles = torch.cat([load_tiles(processor, record.messages)[0] for record in chosen])
+    teacher.standardize(tiles, round(processor.image_seq_length**0.5))
 
 
 def save_weights(folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:

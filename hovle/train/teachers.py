@@ -48,6 +48,17 @@ class ImageTeacher(nn.Module):
             "shift", (_per_channel(IMAGENET_MEAN) - _per_channel(mean)) / _per_channel(std), persistent=False
         )
 
+        self.feature_mean: torch.Tensor
+        self.feature_std: torch.Tensor
+        self.register_buffer("feature_mean", torch.zeros(self.width), persistent=False)
+        self.register_buffer("feature_std", torch.ones(self.width), persistent=False)
+
+    def standardize(self, pixel_values: torch.Tensor, grid_size: int) -> None:
+        """From now on give features with mean 0 and deviation 1 per channel, as measured on these tiles."""
+        features = self.features(pixel_values, grid_size).flatten(0, 1)
+        self.feature_mean = features.mean(dim=0)
+        self.feature_std = features.std(dim=0).clamp(min=1e-6)
+
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor, grid_size: int) -> torch.Tensor:
         """Describe tiles on a square grid.
@@ -63,7 +74,8 @@ class ImageTeacher(nn.Module):
         if pixels.shape[-1] != self.image_size:
             pixels = nn.functional.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
         features = self.backbone(pixels)[-1].float()
-        return nn.functional.adaptive_avg_pool2d(features, grid_size).flatten(2).transpose(1, 2)
+        features = nn.functional.adaptive_avg_pool2d(features, grid_size).flatten(2).transpose(1, 2)
+        return (features - self.feature_mean) / self.feature_std
 
     def train(self, mode: bool = True) -> "ImageTeacher":
         """Stay in evaluation mode: batch statistics of a frozen teacher must not move."""

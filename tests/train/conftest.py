@@ -1,5 +1,6 @@
 """Fixtures of the training tests: tiny language models, pictures, chats, a teacher, and recipes that use them."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train import StageConfig, load_stage
+from hovle.train.config import DataConfig
+from hovle.train.data import PackedBatches, RandomTextSamples, ReplySamples, StreamPosition, load_records
 
 COLORS = ("red", "green", "blue", "black", "white", "gray")
 
@@ -106,6 +109,27 @@ def data(tmp_path_factory) -> Path:
         lines.append(json.dumps({"messages": messages}))
     (folder / "chat.jsonl").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture
+def parts(checkpoints) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
+    """The tied tiny HoVLE in training mode, and its processor."""
+    model = HoVLEForConditionalGeneration.from_pretrained(checkpoints["tied"], dtype=torch.float32)
+    return model.train(), HoVLEProcessor.from_pretrained(checkpoints["tied"])
+
+
+@pytest.fixture
+def batches(parts, data, next_token_config) -> Callable[..., list[dict]]:
+    """`batches("chat" or "pictures", count, "key=value", ...)`: packed batches, rows of 192 tokens."""
+
+    def build(source: str, count: int = 1, *overrides: str) -> list[dict]:
+        path = data / ("chat.jsonl" if source == "chat" else "pictures")
+        maker = ReplySamples(parts[1]) if source == "chat" else RandomTextSamples(parts[1], 10, seed=0)
+        records = load_records(DataConfig(source=source, path=str(path)))
+        stream = PackedBatches(records, maker, next_token_config(*overrides), StreamPosition(), 0, 1, pad_token_id=0)
+        return list(itertools.islice(stream, count))
+
+    return build
 
 
 @pytest.fixture(scope="session")

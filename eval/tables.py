@@ -1,0 +1,67 @@
+"""Write the measured figures into the documents: `python eval/tables.py` (or `--check` to only compare).
+
+A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`; what stands between is generated from the
+result files below eval/results, never typed.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "eval/README.md", "model_cards/demo.md")
+
+
+def demo_table(root: Path) -> str:
+    """Scores of the demo, one row per stage."""
+    report = json.loads((root / "eval/results/demo/report.json").read_text())
+    minutes = {stage: seconds / 60 for stage, seconds in report["training_seconds"].items()}
+    cosine = report["teacher_cosine"]
+    lines = [
+        "| stage | trains | training | exact match | blank pictures | shuffled pictures |",
+        "|---|---|---|---|---|---|",
+        f"| distillation | stem, holistic layers | {minutes['distillation']:.1f} min | "
+        f"(cosine to the teacher {cosine['before']:.2f} → {cosine['after']:.2f}) | | |",
+    ]
+    trained = {"alignment": "stem, holistic layers; LLM frozen", "instruction_tuning": "everything"}
+    for stage, what in trained.items():
+        scores = report[stage]
+        lines.append(
+            f"| {stage.replace('_', ' ')} | {what} | {minutes[stage]:.1f} min | **{scores['accuracy']:.1%}** | "
+            f"{scores['blank_pictures']:.1%} | {scores['shuffled_pictures']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {"demo": demo_table}
+
+
+def fill(text: str, root: Path) -> str:
+    """Replace what stands between the markers of every table."""
+
+    def table(match: re.Match) -> str:
+        return f"{match[1]}\n{TABLES[match[2]](root)}\n{match[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", table, text, flags=re.DOTALL)
+
+
+def main(arguments: list[str]) -> int:
+    """Fill or check every document; return 1 when a checked one is stale."""
+    stale = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text()
+        filled = fill(text, ROOT)
+        if filled == text:
+            continue
+        stale.append(name)
+        if "--check" not in arguments:
+            path.write_text(filled)
+    if stale:
+        sys.stdout.write(f"{'stale' if '--check' in arguments else 'updated'}: {', '.join(stale)}\n")
+    return 1 if stale and "--check" in arguments else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

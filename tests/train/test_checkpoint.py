@@ -1,0 +1,180 @@
+"""Checkpoints: complete or absent; the newest counts; a changed run or model is refused."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hovle import HoVLEForConditionalGeneration
+from hovle.train import checkpoint as checkpoints
+
+
+def write(text: str):
+    return lambda folder: (folder / "weights").write_text(text)
+
+
+def test_a_saved_checkpoint_replaces_older_ones(tmp_path):
+    checkpoints.save_checkpoint(tmp_path, 2, write("two"), {"step": 2})
+    checkpoints.save_checkpoint(tmp_path, 4, write("four"), {"step": 4})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000004"]
+    newest = checkpoints.find_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest / "weights").read_text() == "four"
+    assert checkpoints.load_training_state(newest) == {"step": 4}
+
+
+@pytest.mark.parametrize("moment", ["weights", "state", "rename"])
+def test_an_interrupted_save_leaves_the_older_checkpoint_usable(tmp_path, monkeypatch, moment):
+    checkpoints.save_checkpoint(tmp_path, 2, write("two"), {"step": 2})
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    save = write("four")
+    if moment == "weights":
+        save = fail
+    elif moment == "state":
+        monkeypatch.setattr(torch, "save", fail)
+    else:
+        monkeypatch.setattr(checkpoints.os, "replace", fail)
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.save_checkpoint(tmp_path, 4, save, {"step": 4})
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000002"]
+    newest = checkpoints.find_checkpoint(tmp_path)
+    assert newest is not None
+    assert (newest / "weights").read_text() == "two"
+    assert checkpoints.load_training_state(newest) == {"step": 2}
+
+
+def test_a_folder_left_by_a_killed_process_is_no_checkpoint(tmp_path):
+    killed = tmp_path / ".checkpoint-000004.writing"
+    killed.mkdir()
+    (killed / "weights").write_text("half")
+    assert checkpoints.find_checkpoint(tmp_path) is None
+    checkpoints.save_checkpoint(tmp_path, 4, write("four"), {})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000004"]
+
+
+def test_the_newest_checkpoint_has_the_most_steps(tmp_path):
+    for name in ("checkpoint-999999", "checkpoint-1000000", "checkpoint-000010"):
+        (tmp_path / name).mkdir()
+    newest = checkpoints.find_checkpoint(tmp_path)
+    assert newest is not None
+    assert newest.name == "checkpoint-1000000"
+
+
+def test_training_state_that_would_run_code_is_refused(tmp_path):
+    torch.save({"step": Path("x")}, tmp_path / checkpoints.TRAINING_STATE)
+    with pytest.raises(Exception, match="Weights only load failed"):
+        checkpoints.load_training_state(tmp_path)
+
+
+def test_a_changed_recipe_is_named_with_old_and_new_value(next_token_config):
+    config = next_token_config()
+    state = {"config": config.to_dict(), "data_fingerprint": "abc"}
+    checkpoints.check_same_run(config, state, "abc")
+    changed = next_token_config("learning_rate=0.5", "model.max_tiles=3")
+    with pytest.raises(ValueError, match=r"recipe changed .*model: .*'max_tiles': 3.*; learning_rate: 0\.001 -> 0\.5"):
+        checkpoints.check_same_run(changed, state, "abc")
+    with pytest.raises(ValueError, match="data changed .*abc -> def"):
+        checkpoints.check_same_run(config, state, "def")
+
+
+def test_what_moves_no_number_may_change(next_token_config):
+    state = {"config": next_token_config().to_dict(), "data_fingerprint": "abc"}
+    moved = next_token_config("num_workers=1", "log_every=7", "checkpoint_every=5", "output=elsewhere")
+    checkpoints.check_same_run(moved, state, "abc")
+    assert {field.name for field in dataclasses.fields(moved)} >= set(checkpoints.RESUMABLE_CHANGES)
+
+
+# --- hand-off --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def handed_over(parts, batches, checkpoints_copy) -> Path:
+    """A model folder with the probe its stage wrote."""
+    model, _ = parts
+    checkpoints.write_probe(checkpoints_copy, checkpoints.make_probe(model, batches("chat")[0]))
+    return checkpoints_copy
+
+
+@pytest.fixture
+def checkpoints_copy(request, tmp_path) -> Path:
+    folder = request.getfixturevalue("checkpoints")["tied"]
+    return Path(shutil.copytree(folder, tmp_path / "model"))
+
+
+def load(folder: Path) -> HoVLEForConditionalGeneration:
+    return HoVLEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
+def test_an_untouched_model_passes_the_handoff_check(handed_over):
+    model = load(handed_over).train()
+    difference = checkpoints.check_handoff(model, handed_over)
+    assert difference is not None
+    assert difference < 1e-6
+    assert model.training
+
+
+def test_a_folder_without_a_probe_is_not_checked(checkpoints_copy):
+    assert checkpoints.check_handoff(load(checkpoints_copy), checkpoints_copy) is None
+
+
+def test_the_probe_holds_a_picture_and_no_padding(handed_over, parts):
+    probe = load_file(handed_over / checkpoints.HANDOFF_PROBE)
+    image_token_id = parts[0].config.image_token_id
+    assert int((probe["input_ids"] == image_token_id).sum()) == 4 * len(probe["pixel_values"]) > 0
+    assert probe["input_ids"][0, -1] != 0
+    assert probe["logits"].shape == (1, 8, parts[0].config.text_config.vocab_size)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.patch_embedding.projection.weight",
+        "model.projector.linear_2.bias",
+        "model.language_model.layers.0.self_attn.q_proj.weight",
+        "model.language_model.layers.3.mlp.down_proj.weight",
+        "model.language_model.norm.weight",
+        "model.language_model.embed_tokens.weight",
+    ],
+)
+def test_a_tampered_weight_file_is_refused(handed_over, name):
+    path = handed_over / "model.safetensors"
+    weights = load_file(path)
+    weights[name] = weights[name].flip(0) + 0.05
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="Hand-off check failed: the model loaded from .* differs"):
+        checkpoints.check_handoff(load(handed_over), handed_over)
+
+
+def test_weights_that_are_not_numbers_are_refused(handed_over):
+    path = handed_over / "model.safetensors"
+    weights = load_file(path)
+    weights["model.language_model.norm.weight"][3] = float("nan")
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="Hand-off check failed"):
+        checkpoints.check_handoff(load(handed_over), handed_over)
+
+
+def test_a_changed_config_is_refused(handed_over):
+    config = json.loads((handed_over / "config.json").read_text())
+    config["num_embedding_layers"] = 2
+    config["text_config"]["rope_parameters"]["rope_theta"] = 500.0
+    (handed_over / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="Hand-off check failed"):
+        checkpoints.check_handoff(load(handed_over), handed_over)
+
+
+def test_log_entries_are_lines_of_json(tmp_path):
+    checkpoints.append_log(tmp_path / "log.jsonl", {"step": 1})
+    checkpoints.append_log(tmp_path / "log.jsonl", {"step": 2})
+    assert [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [
+        {"step": 1},
+        {"step": 2},
+    ]

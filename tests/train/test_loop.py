@@ -1,0 +1,233 @@
+"""One optimizer step, however it is cut; what stops it; what is logged."""
+
+import contextlib
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hovle import HoVLEForConditionalGeneration
+from hovle.train.config import ObjectiveConfig, StageConfig
+from hovle.train.loop import NonFiniteLossError, train, train_step, validate
+from hovle.train.objectives import DistillationObjective, NextTokenObjective
+from hovle.train.setup import make_optimizer, select_trainable
+from hovle.train.teachers import ImageTeacher
+
+FLOAT32: contextlib.AbstractContextManager = contextlib.nullcontext()
+
+
+class OneProcess:
+    """What the loop asks of an accelerator, for a single process."""
+
+    device = torch.device("cpu")
+    num_processes = 1
+    is_main_process = True
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        return tensor
+
+
+@pytest.fixture
+def make_parts(checkpoints, next_token_config, distillation_config):
+    """`make_parts("chat" or "pictures")`: an objective and its optimizer, the same ones every time."""
+
+    def build(source: str, *overrides: str) -> tuple[nn.Module, torch.optim.Optimizer, StageConfig]:
+        config = next_token_config(*overrides) if source == "chat" else distillation_config(*overrides)
+        model = HoVLEForConditionalGeneration.from_pretrained(checkpoints["tied"], dtype=torch.float32)
+        select_trainable(model, config)
+        objective: nn.Module = NextTokenObjective(model)
+        if source == "pictures":
+            assert config.teacher is not None
+            table = model.get_input_embeddings().weight.detach().clone()
+            teacher = ImageTeacher(config.teacher, Path(str(config.teacher.checkpoint)))
+            defaults = ObjectiveConfig(name="distillation")
+            objective = DistillationObjective(model, teacher, table, defaults.text_weight, defaults.scale_weight)
+        return objective.train(), make_optimizer(objective, config), config
+
+    return build
+
+
+def split(batch: dict, tokens_per_tile: int, image_token_id: int) -> list[dict]:
+    """Cut a batch into batches of one row."""
+    num_tiles = (batch["input_ids"] == image_token_id).sum(dim=1) // tokens_per_tile
+    tiles = batch["pixel_values"].split(num_tiles.tolist())
+    names = ("input_ids", "labels", "position_ids", "is_sample")
+    return [
+        {**{name: batch[name][row : row + 1] for name in names}, "pixel_values": tiles[row], "names": [f"row {row}"]}
+        for row in range(len(tiles))
+    ]
+
+
+# --- one step --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["chat", "pictures"])
+def test_splitting_a_batch_does_not_change_the_step(make_parts, batches, source):
+    [batch] = batches(source, 1, "rows_per_batch=4")
+    results = []
+    for pieces in (None, 4):
+        objective, _, config = make_parts(source)
+        # Not Adam: it divides by the gradient's size, so where a gradient is all rounding, the step would be too.
+        optimizer = torch.optim.SGD([item for item in objective.parameters() if item.requires_grad], lr=0.1)
+        model = objective.model
+        parts = [batch] if pieces is None else split(batch, model.config.image_seq_length, model.config.image_token_id)
+        counts = [int(objective.counts(part)[next(iter(objective.weights))]) for part in parts]
+        steps = [train_step(objective, optimizer, parts, config.max_gradient_norm, FLOAT32) for _ in range(2)]
+        results.append((steps, [item.detach() for item in objective.parameters() if item.requires_grad]))
+    assert len(counts) == 4
+    assert len(set(counts)) > 1  # a mean of means would differ
+    for whole, cut in zip(results[0][0], results[1][0], strict=True):
+        assert cut.loss == pytest.approx(whole.loss, abs=1e-6)
+        assert cut.terms == pytest.approx(whole.terms, abs=1e-6)
+        assert cut.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-6)
+    for whole, cut in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(cut, whole, atol=1e-6, rtol=0)  # worst 1e-7
+
+
+def test_a_step_lowers_the_loss_and_leaves_no_gradient_behind(make_parts, batches):
+    objective, optimizer, config = make_parts("chat")
+    found = [train_step(objective, optimizer, batches("chat"), 1.0, FLOAT32).loss for _ in range(5)]
+    assert found[-1] < found[0] - 0.05
+    assert all(parameter.grad is None for parameter in objective.parameters())
+
+
+@pytest.mark.parametrize("limit", [0.01, 1e9])
+def test_gradients_are_clipped_to_the_norm(make_parts, batches, limit):
+    objective, optimizer, _ = make_parts("chat")
+    norms = []
+
+    def measure(optimizer, *args):
+        parameters = [item for group in optimizer.param_groups for item in group["params"]]
+        norms.append(float(nn.utils.get_total_norm([item.grad for item in parameters])))
+
+    optimizer.register_step_pre_hook(measure)
+    result = train_step(objective, optimizer, batches("chat"), limit, FLOAT32)
+    assert result.gradient_norm > 0.1  # before clipping
+    assert norms == [pytest.approx(min(limit, result.gradient_norm), rel=1e-4)]
+
+
+def test_bfloat16_keeps_weights_and_loss_terms_in_float32(make_parts, batches):
+    objective, optimizer, _ = make_parts("chat")
+    types = []
+    objective.model.model.embedding_layers[0].mlp.up_proj.register_forward_hook(
+        lambda module, inputs, output: types.append(output.dtype)
+    )
+    autocast = torch.autocast("cpu", torch.bfloat16)
+    expected = train_step(make_parts("chat")[0], optimizer, batches("chat"), 1.0, FLOAT32)
+    optimizer.zero_grad()
+    [batch] = batches("chat")
+    with autocast:
+        assert objective(batch).terms["reply_nats"].dtype == torch.float32
+    objective, optimizer, _ = make_parts("chat")
+    result = train_step(objective, optimizer, [batch], 1.0, autocast)
+    assert set(types) == {torch.bfloat16}
+    assert all(item.dtype == torch.float32 for item in objective.parameters())
+    assert all(state["exp_avg"].dtype == torch.float32 for state in optimizer.state.values())
+    assert result.loss == pytest.approx(expected.loss, abs=0.02)
+
+
+# --- what stops it ---------------------------------------------------------------------------------------------------
+
+
+def weights_of(objective: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in objective.parameters()]
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_batch(make_parts, batches):
+    objective, optimizer, _ = make_parts("chat")
+    good, bad = batches("chat", 2)
+    bad["pixel_values"] = bad["pixel_values"].clone()
+    bad["pixel_values"][0] = float("nan")
+    before = weights_of(objective)
+    with pytest.raises(NonFiniteLossError, match=r"Loss is nan on the batch of chat\.jsonl:\d+, .*Weights are as bef"):
+        train_step(objective, optimizer, [good, bad], 1.0, FLOAT32)
+    for old, new in zip(before, weights_of(objective), strict=True):
+        assert torch.equal(old, new)
+    assert not optimizer.state
+
+
+def test_a_gradient_that_is_not_a_number_stops_the_run_and_names_the_batch(make_parts, batches):
+    objective, optimizer, _ = make_parts("chat")
+    objective.model.model.projector.linear_2.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = weights_of(objective)
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm is (nan|inf) on the batch of chat\.jsonl:"):
+        train_step(objective, optimizer, batches("chat"), 1.0, FLOAT32)
+    for old, new in zip(before, weights_of(objective), strict=True):
+        assert torch.equal(old, new)
+
+
+# --- validation and the loop -----------------------------------------------------------------------------------------
+
+
+def test_validation_changes_nothing_and_does_not_depend_on_how_batches_are_cut(make_parts, batches):
+    objective, _, _ = make_parts("chat")
+    [batch] = batches("chat", 1, "rows_per_batch=4")
+    before = weights_of(objective)
+    whole = validate(objective, [batch], FLOAT32, OneProcess())
+    model = objective.model
+    parts = split(batch, model.config.image_seq_length, model.config.image_token_id)
+    assert validate(objective, parts, FLOAT32, OneProcess()) == pytest.approx(whole, rel=1e-5)
+    assert set(whole) == {"reply_nats", "reply_accuracy"}
+    assert objective.training
+    for old, new in zip(before, weights_of(objective), strict=True):
+        assert torch.equal(old, new)
+
+
+def run_loop(make_parts, batches, *overrides, first_step=0):
+    objective, optimizer, config = make_parts("chat", *overrides)
+    entries, saved = [], []
+    train(
+        objective,
+        optimizer,
+        itertools.cycle(batches("chat", 2)),
+        config,
+        first_step=first_step,
+        autocast=FLOAT32,
+        accelerator=OneProcess(),
+        log=entries.append,
+        save=lambda step, position: saved.append((step, position)),
+        name="tiny",
+    )
+    return entries, saved
+
+
+def test_the_loop_logs_with_units_and_shows_a_progress_bar(make_parts, batches, capsys):
+    entries, saved = run_loop(make_parts, batches, "num_steps=5", "log_every=2")
+    assert [entry["step"] for entry in entries] == [2, 4, 5]
+    assert set(entries[0]) == {
+        "step",
+        "loss",
+        "reply_nats",
+        "reply_accuracy",
+        "gradient_norm",
+        "learning_rate",
+        "tokens_per_second",
+        "samples_per_second",
+        "data_wait_ratio",
+        "padding_ratio",
+        "elapsed_seconds",
+    }
+    for entry in entries:
+        assert entry["loss"] == entry["reply_nats"] > 0
+        assert entry["tokens_per_second"] > entry["samples_per_second"] > 0
+        assert 0 <= entry["padding_ratio"] < 0.5
+    shown = capsys.readouterr().err
+    assert "tiny: 100%" in shown
+    assert "5/5" in shown
+    assert not saved
+
+
+def test_the_learning_rate_follows_the_schedule_from_any_step(make_parts, batches):
+    overrides = ("num_steps=5", "warmup_ratio=0.4", "final_learning_rate_ratio=0.5", "learning_rate=0.01")
+    rates = [entry["learning_rate"] for entry in run_loop(make_parts, batches, *overrides)[0]]
+    assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.005])
+    later = [entry["learning_rate"] for entry in run_loop(make_parts, batches, *overrides, first_step=3)[0]]
+    assert later == pytest.approx(rates[3:])
+
+
+def test_checkpoints_carry_the_position_of_the_last_batch(make_parts, batches):
+    _, saved = run_loop(make_parts, batches, "num_steps=4", "checkpoint_every=1", "gradient_accumulation_steps=2")
+    position = batches("chat", 2)[1]["position"]
+    assert saved == [(1, position), (2, position), (3, position)]  # the end has its own folder

@@ -1,0 +1,170 @@
+"""What is set up before the first step: start, frozen and trainable parts, number formats, compiler."""
+
+import pytest
+import torch
+
+from hovle import HoVLEForConditionalGeneration, assets
+from hovle.train import setup
+from hovle.train.setup import (
+    check_stated_fields,
+    choose_dtype,
+    compile_layers,
+    make_optimizer,
+    parameter_groups,
+    resolve_asset,
+    select_trainable,
+    start_model,
+    store_parameters,
+)
+
+
+def load(folder: str) -> HoVLEForConditionalGeneration:
+    return HoVLEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+
+
+# --- start -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_new_model_is_built_around_the_language_model(distillation_config, language_models):
+    model, processor = start_model(distillation_config("model.max_tiles=3"))
+    assert model.dtype == torch.float32
+    assert model.config.num_embedding_layers == 2
+    assert model.config.image_size == processor.image_processor.size["height"] == 56
+    assert processor.image_processor.max_patches == 3
+    assert processor.image_token_id == model.config.image_token_id
+
+
+def test_a_checkpoint_is_loaded_in_float32(next_token_config, checkpoints):
+    model, processor = start_model(next_token_config())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = load(checkpoints["tied"])
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name])
+    assert processor.image_processor.max_patches == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("image_size=84", "model.image_size is 84, but .* has 56"),
+        ("num_embedding_layers=4", "model.num_embedding_layers is 4, but .* has 2"),
+        ("pixel_shuffle_loc=post", "model.pixel_shuffle_loc is post, but .* has pre"),
+        ("untie_text_embeddings=true", "model.untie_text_embeddings is True, but .* has False"),
+        ("max_tiles=6", "model.max_tiles is 6, but .* has 2"),
+    ],
+)
+def test_a_recipe_that_describes_a_checkpoint_wrongly_is_refused(next_token_config, override, message):
+    with pytest.raises(ValueError, match=message):
+        start_model(next_token_config(f"model.{override}"))
+
+
+def test_a_recipe_that_describes_a_checkpoint_rightly_is_accepted(next_token_config):
+    config = next_token_config("model.image_size=56", "model.num_embedding_layers=2", "model.max_tiles=2")
+    check_stated_fields(config.model, *start_model(config))
+
+
+def test_assets_are_found_by_name_and_other_names_stay():
+    assert resolve_asset("asset:efficientnet-lite0") == str(assets.teacher())
+    assert resolve_asset("org/model") == "org/model"
+    with pytest.raises(ValueError, match="Unknown asset 'smollm'; known here: smollm2-135m-instruct"):
+        resolve_asset("asset:smollm")
+
+
+# --- what trains -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_every_parameter_belongs_to_one_group(checkpoints, kind):
+    model = load(checkpoints[kind])
+    grouped = [id(item) for group in parameter_groups(model).values() for item in group]
+    assert sorted(grouped) == sorted(id(item) for item in model.parameters())
+
+
+def test_only_the_named_groups_train(checkpoints, next_token_config):
+    model = load(checkpoints["untied"])
+    select_trainable(model, next_token_config("trainable=[holistic_layers, text_embeddings]"))
+    names = {name for name, item in model.named_parameters() if item.requires_grad}
+    assert all(name.startswith(("model.language_model.layers.0.", "model.language_model.layers.1.")) for name in names
+               if "embed_tokens" not in name)  # fmt: skip
+    assert "model.language_model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_a_tied_table_cannot_train_alone(checkpoints, next_token_config):
+    with pytest.raises(ValueError, match="tied to the head"):
+        select_trainable(load(checkpoints["tied"]), next_token_config("trainable=[text_embeddings]"))
+
+
+def test_only_matrices_decay(checkpoints, next_token_config):
+    config = next_token_config("weight_decay=0.3")
+    model = load(checkpoints["tied"])
+    select_trainable(model, config)
+    optimizer = make_optimizer(model, config)
+    matrices, vectors = optimizer.param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+    assert all(item.dim() > 1 for item in matrices["params"])
+    assert all(item.dim() == 1 for item in vectors["params"])
+    trainable = [item for item in model.parameters() if item.requires_grad]
+    assert len(matrices["params"]) + len(vectors["params"]) == len(trainable)
+    assert (matrices["lr"], matrices["betas"]) == (1e-3, (0.9, 0.95))
+
+
+# --- number formats --------------------------------------------------------------------------------------------------
+
+
+def test_frozen_weights_are_stored_small_only_where_that_rounds_nothing(checkpoints, next_token_config):
+    model = load(checkpoints["tied"])
+    select_trainable(model, next_token_config("trainable=[stem]"))
+    before = {name: item.detach().clone() for name, item in model.named_parameters()}
+    store_parameters(model, torch.bfloat16)
+    types = {name: item.dtype for name, item in model.named_parameters()}
+    # The language model's weights are exact in bfloat16; those of the new layers are not. New rows of the table, too.
+    assert types["model.language_model.layers.2.mlp.up_proj.weight"] == torch.bfloat16
+    assert types["model.language_model.layers.0.mlp.up_proj.weight"] == torch.float32  # frozen, not exact
+    assert types["model.projector.linear_1.weight"] == torch.float32  # trainable
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.float(), before[name])
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+def test_float32_stores_everything_in_float32(checkpoints, next_token_config):
+    model = load(checkpoints["tied"])
+    select_trainable(model, next_token_config())
+    store_parameters(model, torch.float32)
+    assert {item.dtype for item in model.parameters()} == {torch.float32}
+
+
+def test_the_number_format_is_the_named_or_the_faster_one(monkeypatch):
+    device = torch.device("cpu")
+    assert choose_dtype("bfloat16", device) == torch.bfloat16
+    assert choose_dtype("float32", device) == torch.float32
+    for fast in (torch.bfloat16, torch.float32):
+        monkeypatch.setattr(setup, "_matmul_seconds", lambda dtype, fast=fast: 1.0 if dtype == fast else 2.0)
+        assert choose_dtype("auto", device) == fast
+
+
+# --- compiler --------------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_layers_run_eager_and_the_run_says_so(parts, monkeypatch, capsys):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(setup.shutil, "which", lambda name: None)
+    model, _ = parts
+    assert compile_layers(model, "auto") is False
+    assert "No C++ compiler found" in capsys.readouterr().out
+    assert all(layer._compiled_call_impl is None for layer in model.model.language_model.layers)
+    with pytest.raises(ValueError, match="compile is on, but no C"):
+        compile_layers(model, "on")
+
+
+def test_off_means_off_and_silent(parts, capsys):
+    assert compile_layers(parts[0], "off") is False
+    assert capsys.readouterr().out == ""
+
+
+def test_the_compiler_named_by_cxx_counts(monkeypatch):
+    monkeypatch.setenv("CXX", "my-compiler")
+    monkeypatch.setattr(setup.shutil, "which", lambda name: f"/bin/{name}" if name == "my-compiler" else None)
+    assert setup.has_cpp_compiler()
+    monkeypatch.setenv("CXX", "another")
+    assert not setup.has_cpp_compiler()

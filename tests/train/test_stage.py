@@ -1,0 +1,573 @@
+"""Whole stages on tiny models: what changes and what may not, resuming, hand-off, launching."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.cli import main
+from hovle.train import loop, run_stage, stage
+from hovle.train.checkpoint import find_checkpoint
+from hovle.train.config import load_stage
+
+ROOT = Path(__file__).parents[2]
+
+# peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def read_log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def is_new(name: str) -> bool:
+    """Whether a parameter belongs to the stem or to the first two layers."""
+    return any(part in name for part in ("patch_embedding", "projector", ".layers.0.", ".layers.1."))
+
+
+# --- the three stages ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_distillation_leaves_every_bit_of_the_language_model(distillation_config, language_models, kind):
+    config = distillation_config(f"model.language_model={language_models[kind]}", "dtype=bfloat16")
+    trained = weights_in(run_stage(config))
+    original = load_file(Path(language_models[kind]) / "model.safetensors")
+    assert ("lm_head.weight" in trained) == ("lm_head.weight" in original) == (kind == "untied")
+    for name, tensor in original.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(int(parts[2]) + 2)
+        place = ".".join(parts).replace("model.", "model.language_model.", 1)
+        assert torch.equal(trained.pop(place), tensor), name
+    assert all(is_new(name) for name in trained)
+    assert trained["model.language_model.layers.0.self_attn.o_proj.weight"].abs().max() > 0  # it started at zero
+    assert trained["model.language_model.layers.1.mlp.down_proj.weight"].abs().max() > 0
+
+
+def test_an_untied_table_learns_while_the_head_stays(distillation_config, language_models):
+    changes = ("model.untie_text_embeddings=true", "trainable=[stem, holistic_layers, text_embeddings]")
+    folder = run_stage(distillation_config(*changes))
+    trained = weights_in(folder)
+    table = load_file(Path(language_models["tied"]) / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(trained["lm_head.weight"], table)
+    assert not torch.equal(trained["model.language_model.embed_tokens.weight"], table)
+    model = HoVLEForConditionalGeneration.from_pretrained(folder)
+    assert model.lm_head.weight is not model.get_input_embeddings().weight
+    assert torch.equal(model.lm_head.weight, table)
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_alignment_changes_the_new_layers_and_nothing_else(next_token_config, checkpoints, kind):
+    config = next_token_config(f"model.checkpoint={checkpoints[kind]}", "dtype=bfloat16")
+    trained, start = weights_in(run_stage(config)), weights_in(Path(checkpoints[kind]))
+    assert set(trained) == set(start)
+    changed = {name for name in start if not torch.equal(trained[name], start[name])}
+    assert changed == {name for name in start if is_new(name)}
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_instruction_tuning_changes_everything(next_token_config, checkpoints, kind):
+    groups = "stem, holistic_layers, language_model" + (", text_embeddings" if kind == "untied" else "")
+    config = next_token_config(f"model.checkpoint={checkpoints[kind]}", f"trainable=[{groups}]")
+    trained, start = weights_in(run_stage(config)), weights_in(Path(checkpoints[kind]))
+    assert set(trained) == set(start)
+    assert not [name for name in start if torch.equal(trained[name], start[name])]
+
+
+def test_lora_changes_the_language_model_alone_and_is_saved_alone(next_token_config, checkpoints):
+    folder = run_stage(next_token_config("trainable=[]", "lora.rank=4", "learning_rate=0.01"))
+    assert (folder.parent / "adapter" / "adapter_model.safetensors").is_file()
+    trained, start = weights_in(folder), weights_in(Path(checkpoints["tied"]))
+    changed = {name for name in start if not torch.equal(trained[name], start[name])}
+    assert set(trained) == set(start)
+    assert changed == {name for name in start if "_proj.weight" in name and not is_new(name)}
+
+
+def test_a_stage_learns_and_its_model_loads(next_token_config, data):
+    validation = ("validation.source=chat", f"validation.path={data / 'chat.jsonl'}", "num_validation_batches=2")
+    groups = "trainable=[stem, holistic_layers, language_model]"
+    folder = run_stage(next_token_config(*validation, groups, "num_steps=12", "learning_rate=0.01"))
+    first, last = (entry for entry in read_log(folder.parent) if entry.get("event") == "validation")
+    assert (first["step"], last["step"]) == (0, 12)
+    assert last["reply_nats"] < first["reply_nats"] - 1
+    model = HoVLEForConditionalGeneration.from_pretrained(folder)
+    processor = HoVLEProcessor.from_pretrained(folder)
+    assert model.dtype == torch.float32
+    messages = [{"role": "user", "content": [{"type": "image", "path": str(data / "pictures" / "00.png")}]}]
+    inputs = processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
+    )
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+
+
+def test_a_run_records_its_recipe_and_what_it_ran_on(next_token_config):
+    config = next_token_config()
+    folder = run_stage(config).parent
+    assert load_stage(str(folder / "recipe.yaml")) == config
+    start, *steps, finish = read_log(folder)
+    assert (start["event"], start["dtype"], start["compiled"], start["num_processes"]) == ("start", "float32", False, 1)
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
+    assert all(entry["time"] > 1e9 for entry in steps)
+    assert finish["event"] == "finish"
+
+
+def test_git_is_not_needed(next_token_config, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    folder = run_stage(next_token_config("num_steps=1")).parent
+    assert read_log(folder)[0]["commit"] is None
+
+
+@pytest.mark.slow
+def test_compiled_layers_learn_what_eager_ones_do(next_token_config, tmp_path):
+    eager = run_stage(next_token_config())
+    compiled = run_stage(next_token_config("compile=on", f"output={tmp_path / 'compiled'}"))
+    assert read_log(compiled.parent)[0]["compiled"] is True
+    for name, tensor in weights_in(eager).items():
+        torch.testing.assert_close(weights_in(compiled)[name], tensor, atol=1e-3, rtol=0)
+
+
+# --- one run per folder ----------------------------------------------------------------------------------------------
+
+
+def test_an_occupied_folder_is_refused_and_left_alone(next_token_config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="already holds a run. Continue it with --resume, or choose another"):
+        run_stage(next_token_config())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+
+def test_a_run_that_could_not_start_does_not_occupy_its_folder(next_token_config, tmp_path):
+    with pytest.raises(ValueError, match="no conversations"):
+        (tmp_path / "empty.jsonl").touch()
+        run_stage(next_token_config(f"data.path={tmp_path / 'empty.jsonl'}"))
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        run_stage(next_token_config(), resume=True)
+    assert not (tmp_path / "run").exists()
+    run_stage(next_token_config("num_steps=1"))
+
+
+@pytest.mark.parametrize("fixture", ["next_token_config", "distillation_config"])
+def test_a_dry_run_shows_much_and_writes_nothing(request, fixture, tmp_path, capsys):
+    config = request.getfixturevalue(fixture)()
+    before = sorted(tmp_path.rglob("*"))
+    run_stage(config, dry_run=True)
+    assert sorted(tmp_path.rglob("*")) == before
+    shown = capsys.readouterr().out
+    assert f"objective       {config.objective.name}" in shown
+    assert "trains          stem, holistic_layers: 133,312 of" in shown
+    assert "<|im_start|>user\n" in shown
+    assert shown.count("<|im_start|>user") == 1 or fixture == "next_token_config"  # one sample
+
+
+def test_a_dry_run_shows_a_sample_that_fills_its_row(next_token_config, tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "A tree?"}, {"role": "assistant", "content": "A bus."}]})
+    )
+    source = f"data.path={tmp_path / 'one.jsonl'}"
+    run_stage(next_token_config(source), dry_run=True)
+    tokens = 0
+    shown = capsys.readouterr().out
+    for length in range(5, 60):
+        try:
+            run_stage(next_token_config(source, f"row_length={length}"), dry_run=True)
+        except ValueError:
+            continue
+        tokens = length
+        break
+    assert tokens
+    assert capsys.readouterr().out.split("first sample")[1] == shown.split("first sample")[1]
+
+
+# --- stopping and resuming -------------------------------------------------------------------------------------------
+
+
+def interrupt_at(monkeypatch, step: int) -> None:
+    """Make the run stop inside this optimizer step, as a user or the machine might."""
+    original, calls = loop.train_step, []
+
+    def train_step(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == step:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+
+
+RESUMED = {
+    "next_token": ("next_token_config", []),
+    "next_token, worker": ("next_token_config", ["num_workers=1"]),
+    "next_token, accumulation": ("next_token_config", ["gradient_accumulation_steps=3", "warmup_ratio=0.5"]),
+    "next_token, bfloat16": ("next_token_config", ["dtype=bfloat16", "trainable=[stem, language_model]"]),
+    "distillation": ("distillation_config", []),
+    "distillation, projection, worker": ("distillation_config", ["teacher.feature_index=-2", "num_workers=1"]),
+    "distillation, accumulation": ("distillation_config", ["gradient_accumulation_steps=2", "packing_window=7"]),
+    "distillation, untied": (
+        "distillation_config",
+        ["model.untie_text_embeddings=true", "trainable=[stem, text_embeddings]"],
+    ),
+    "lora": ("next_token_config", ["lora.rank=4", "trainable=[]"]),
+    "lora, dropout, worker": ("next_token_config", ["lora.rank=4", "lora.dropout=0.2", "num_workers=1"]),
+}
+
+
+@pytest.mark.parametrize(("fixture", "overrides"), RESUMED.values(), ids=RESUMED)
+def test_a_resumed_run_ends_with_the_same_bits(request, monkeypatch, tmp_path, fixture, overrides):
+    make_config = request.getfixturevalue(fixture)
+    straight = run_stage(make_config(*overrides, f"output={tmp_path / 'straight'}"))
+    config = make_config(*overrides, "checkpoint_every=2")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(config)
+    assert not (tmp_path / "run" / "model").exists()
+    newest = find_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert newest.name == "checkpoint-000002"
+    resumed = run_stage(config, resume=True)
+    assert_same_weights(weights_in(resumed), weights_in(straight))
+    keys = ("step", "loss", "gradient_norm", "learning_rate")
+    expected, found = (
+        [tuple(entry[key] for key in keys) for entry in read_log(folder.parent) if "loss" in entry]
+        for folder in (straight, resumed)
+    )
+    assert found == [*expected[:3], *expected[2:]]  # step 3 was done twice
+
+
+def test_the_number_format_is_measured_once(next_token_config, monkeypatch, tmp_path):
+    config = next_token_config("dtype=auto", "checkpoint_every=2")
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "choose_dtype", lambda name, device: torch.bfloat16)
+        interrupt_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(config)
+    monkeypatch.setattr(stage, "choose_dtype", lambda name, device: torch.float32)
+    run_stage(config, resume=True)
+    starts = [entry for entry in read_log(tmp_path / "run") if entry.get("event") == "start"]
+    assert [entry["dtype"] for entry in starts] == ["bfloat16", "bfloat16"]
+
+
+@pytest.fixture
+def interrupted(next_token_config, monkeypatch, tmp_path) -> Path:
+    """A run folder with a checkpoint after two of four steps."""
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(next_token_config("checkpoint_every=2"))
+    return tmp_path / "run"
+
+
+def test_resuming_another_recipe_or_other_data_is_refused(interrupted, next_token_config, data, tmp_path):
+    with pytest.raises(ValueError, match=r"recipe changed \(learning_rate: 0.001 -> 0.5\)"):
+        run_stage(next_token_config("learning_rate=0.5"), resume=True)
+    shutil.copytree(data, tmp_path / "data")
+    lines = (data / "chat.jsonl").read_text().splitlines()
+    (tmp_path / "data" / "chat.jsonl").write_text("\n".join(lines[:-1]))
+    with pytest.raises(ValueError, match="recipe changed .*data: "):
+        run_stage(next_token_config(f"data.path={tmp_path / 'data' / 'chat.jsonl'}"), resume=True)
+
+
+def test_resuming_on_changed_data_is_refused(next_token_config, monkeypatch, data, tmp_path):
+    copied = Path(shutil.copytree(data, tmp_path / "data")) / "chat.jsonl"
+    config = next_token_config("checkpoint_every=2", f"data.path={copied}")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(config)
+    copied.write_text(copied.read_text().replace("apples", "pears"))
+    with pytest.raises(ValueError, match="Cannot resume: the data changed"):
+        run_stage(config, resume=True)
+
+
+def test_a_checkpoint_is_a_model_folder(interrupted, checkpoints):
+    newest = find_checkpoint(interrupted)
+    assert newest is not None
+    model = HoVLEForConditionalGeneration.from_pretrained(newest)
+    HoVLEProcessor.from_pretrained(newest)
+    assert model.dtype == torch.float32
+    start = weights_in(Path(checkpoints["tied"]))
+    assert not torch.equal(model.state_dict()["model.projector.linear_2.weight"], start["model.projector.linear_2.weight"])
+
+
+def test_a_checkpoint_of_a_run_in_bfloat16_loses_no_digit(next_token_config, monkeypatch, tmp_path):
+    """Frozen weights are stored in bfloat16 then; the folder must still say that its weights are float32."""
+    config = next_token_config("checkpoint_every=2", "dtype=bfloat16", "trainable=[language_model]")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(config)
+    newest = find_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert json.loads((newest / "config.json").read_text())["dtype"] == "float32"
+    saved = weights_in(newest)
+    assert "lm_head.weight" not in saved  # tied, so once is enough
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    loaded = HoVLEForConditionalGeneration.from_pretrained(newest).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved.items())
+
+
+def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(next_token_config, monkeypatch, tmp_path):
+    config = next_token_config("checkpoint_every=1", "num_steps=5")
+    straight = run_stage(next_token_config("num_steps=5", f"output={tmp_path / 'straight'}"))
+    original, calls = torch.save, []
+
+    def save(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError("No space left on device")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        with pytest.raises(OSError, match="No space"):
+            run_stage(config)
+    newest = find_checkpoint(tmp_path / "run")
+    assert newest is not None
+    assert newest.name == "checkpoint-000002"
+    assert_same_weights(weights_in(run_stage(config, resume=True)), weights_in(straight))
+
+
+def test_a_loss_that_is_not_a_number_ends_the_run_with_its_checkpoint_kept(next_token_config, monkeypatch, tmp_path):
+    config = next_token_config("checkpoint_every=1", "learning_rate=1e30", "max_gradient_norm=1e30", "warmup_ratio=0.0")
+    with pytest.raises(loop.NonFiniteLossError, match=r"on the batch of chat\.jsonl:"):
+        run_stage(config)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+# --- hand-off --------------------------------------------------------------------------------------------------------
+
+
+def test_the_next_stage_starts_where_the_last_one_ended(next_token_config, distillation_config, data, tmp_path):
+    folder = run_stage(distillation_config(f"output={tmp_path / 'first'}"))
+    validation = ("validation.source=chat", f"validation.path={data / 'chat.jsonl'}")
+    second = run_stage(next_token_config(f"model.checkpoint={folder}", *validation, f"output={tmp_path / 'second'}"))
+    third = run_stage(next_token_config(f"model.checkpoint={second}", *validation, f"output={tmp_path / 'third'}"))
+    start, before, *_ = read_log(third.parent)
+    assert start["handoff"] < 1e-5
+    after = [entry for entry in read_log(second.parent) if entry.get("event") == "validation"][-1]
+    assert before["step"] == 0
+    assert before["reply_nats"] == pytest.approx(after["reply_nats"], abs=1e-5)
+
+
+def test_a_model_folder_changed_between_stages_is_refused(next_token_config, tmp_path):
+    folder = run_stage(next_token_config(f"output={tmp_path / 'first'}"))
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-(len(content) // 2) :] = bytes(len(content) // 2)  # half a download
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="Hand-off check failed"):
+        run_stage(next_token_config(f"model.checkpoint={folder}"))
+    assert not (tmp_path / "run").exists()
+
+
+# --- launching -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_the_module_and_the_stage_scripts_are_the_same(next_token_config, monkeypatch, tmp_path, capsys):
+    next_token_config()
+    recipe = str(tmp_path / "next_token.yaml")
+    launches = {
+        "command": lambda arguments: main(["train", *arguments]),
+        "script": lambda arguments: run_as_main(ROOT / "train" / "alignment.py", arguments),
+        "other script": lambda arguments: run_as_main(ROOT / "train" / "instruction_tuning.py", arguments),
+        "module": lambda arguments: run_as_main(ROOT / "hovle" / "train" / "__main__.py", arguments),
+    }
+
+    def run_as_main(path: Path, arguments: list[str]) -> int:
+        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+        with pytest.raises(SystemExit) as left:
+            if path.name == "__main__.py":
+                monkeypatch.setattr(sys, "argv", ["hovle.train", *arguments])
+                monkeypatch.delitem(sys.modules, "hovle.train.__main__", raising=False)
+                runpy.run_module("hovle.train", run_name="__main__")
+            else:
+                runpy.run_path(str(path), run_name="__main__")
+        return left.value.code
+
+    results = {}
+    for name, launch in launches.items():
+        folder = tmp_path / name
+        assert launch([recipe, f"output={folder}", "num_steps=2"]) == 0
+        assert f"Model saved in {folder / 'model'}" in capsys.readouterr().out
+        results[name] = weights_in(folder / "model")
+    for weights in results.values():
+        assert_same_weights(weights, results["command"])
+
+
+def test_a_stage_script_runs_its_own_recipe_unless_told_otherwise(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "argv", ["alignment.py", f"model.checkpoint={tmp_path / 'none'}", "num_stepz=3"])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "train" / "alignment.py"), run_name="__main__")
+    assert left.value.code == 1
+    assert "demo/alignment.yaml: unknown key 'num_stepz'" in capsys.readouterr().err
+
+
+def test_options_may_stand_between_overrides(next_token_config, tmp_path, capsys):
+    next_token_config()
+    assert main(["train", str(tmp_path / "next_token.yaml"), "num_steps=2", "--dry-run", "row_length=150"]) == 0
+    assert "2 rows of 150 tokens" in capsys.readouterr().out
+
+
+def test_mistakes_are_told_in_one_line(next_token_config, tmp_path, capsys):
+    next_token_config()
+    assert main(["train", str(tmp_path / "next_token.yaml"), "--resume"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("hovle train: --resume: ")
+
+
+@pytest.fixture(scope="module")
+def demo_checkpoint(tmp_path_factory) -> str:
+    """A tiny HoVLE with the demo's tokenizer and tile size, as its first stage would leave it."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from hovle import assets
+
+    folder = tmp_path_factory.mktemp("demo")
+    tokenizer = AutoTokenizer.from_pretrained(assets.language_model())
+    tokenizer.save_pretrained(folder / "language_model")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), tie_word_embeddings=True, **sizes)).save_pretrained(
+        folder / "language_model"
+    )
+    model = HoVLEForConditionalGeneration.from_language_model(folder / "language_model", 1, image_size=112)
+    model.save_pretrained(folder / "model")
+    HoVLEProcessor.from_language_model(str(folder / "language_model"), model.config, max_tiles=1).save_pretrained(
+        folder / "model"
+    )
+    return str(folder / "model")
+
+
+@pytest.mark.parametrize("name", ["demo/alignment", "demo/instruction_tuning"])
+def test_the_demos_later_recipes_run_dry(name, demo_checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", name, f"model.checkpoint={demo_checkpoint}", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "source          easy_vqa: " in shown
+    filled = float(shown.split(" tiles, ")[1].split("% filled")[0])
+    assert filled > 85
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_demos_first_recipe_runs_dry(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "demo/distillation", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "objective       distillation" in shown
+    assert float(shown.split(" tiles, ")[1].split("% filled")[0]) > 80
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+TWO_PROCESSES = """
+import contextlib, os, sys
+import torch
+from hovle import HoVLEForConditionalGeneration
+from hovle.cli import main
+from hovle.train import stage
+from hovle.train.loop import train_step
+from hovle.train.objectives import NextTokenObjective
+
+recipe, folder, checkpoint, batches = sys.argv[1:]
+rank = int(os.environ["RANK"])
+original = stage.train
+
+def train_and_keep(objective, *args, **kwargs):
+    original(objective, *args, **kwargs)
+    torch.save([item.detach() for item in objective.parameters() if item.requires_grad], f"{folder}/rank{rank}.pt")
+
+if __name__ == "__main__":
+    # One step on two processes, each with one of two batches.
+    accelerator = stage.make_accelerator()
+    assert accelerator.num_processes == 2
+    model = HoVLEForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    objective = accelerator.prepare_model(NextTokenObjective(model).train())
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    result = train_step(
+        objective, optimizer, [torch.load(batches)[rank]], 0.5, contextlib.nullcontext(),
+        reduce_sum=lambda tensor: accelerator.reduce(tensor, "sum"), num_processes=2,
+    )
+    torch.save([vars(result), model.state_dict()], f"{folder}/step{rank}.pt")
+    # A whole stage, straight and resumed.
+    stage.train = train_and_keep
+    validation = [f"validation.{name}" for name in ("source=pictures", f"path={sys.argv[2]}/../data/pictures")]
+    assert main(["train", recipe, f"output={folder}/run", "checkpoint_every=2", "num_workers=1"]) == 0
+    accelerator.wait_for_everyone()
+    if rank == 0:
+        os.rename(f"{folder}/run/model", f"{folder}/straight")
+    accelerator.wait_for_everyone()
+    assert main(["train", recipe, f"output={folder}/run", "--resume"]) == 0
+    torch.distributed.destroy_process_group()
+"""
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False
+    )
+
+
+def test_two_processes_do_what_one_does_with_twice_the_batch(
+    next_token_config, distillation_config, parts, batches, checkpoints, tmp_path
+):
+    from hovle.train.objectives import NextTokenObjective
+
+    distillation_config("packing_window=3")
+    pair = batches("chat", 2)
+    names = ("input_ids", "labels", "position_ids", "is_sample", "pixel_values", "names")
+    torch.save([{name: batch[name] for name in names} for batch in pair], tmp_path / "batches.pt")
+    (tmp_path / "script.py").write_text(TWO_PROCESSES)
+    recipe = str(tmp_path / "distillation.yaml")
+    files = ("script.py", recipe, str(tmp_path), checkpoints["tied"], str(tmp_path / "batches.pt"))
+    result = torchrun(str(tmp_path / files[0]), *files[1:])
+    assert result.returncode == 0, result.stderr[-3000:]
+
+    model, _ = parts
+    objective = NextTokenObjective(model)
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.1)
+    expected = loop.train_step(objective, optimizer, pair, 0.5, torch.autocast("cpu", enabled=False))
+    for rank in range(2):
+        measured, weights = torch.load(tmp_path / f"step{rank}.pt")
+        assert measured["loss"] == pytest.approx(expected.loss, abs=1e-6)
+        assert measured["terms"] == pytest.approx(expected.terms, abs=1e-6)
+        assert measured["gradient_norm"] == pytest.approx(expected.gradient_norm, rel=1e-5)
+        for name, tensor in model.state_dict().items():
+            torch.testing.assert_close(weights[name], tensor, atol=1e-6, rtol=0)  # worst 1e-7
+
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert_same_weights(weights_in(tmp_path / "run" / "model"), weights_in(tmp_path / "straight"))
+    assert read_log(tmp_path / "run")[0]["num_processes"] == 2
+    with pytest.raises(ValueError, match="the run had 2 processes, this one has 1"):
+        run_stage(load_stage(recipe), resume=True)
+
+
+@pytest.mark.slow
+def test_the_module_runs_under_torchrun(next_token_config, tmp_path):
+    next_token_config()
+    result = torchrun("-m", "hovle.train", str(tmp_path / "next_token.yaml"), "num_steps=2")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert len(yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())) > 10
