@@ -266,7 +266,7 @@ def _save_tokenizer_files(src: Path, dst: Path) -> str | None:
 
 
 def _save_processor(folder: Path) -> str | None:
-    """Write the image processor with the checkpoint's tile settings, or all of the processor if there is a tokenizer."""
+    """Write the image processor with the checkpoint's tile settings; with a tokenizer, the whole processor."""
     config = HoVLEConfig.from_pretrained(folder)
     released = read_json(folder, RELEASED_CONFIG)
     image_processor = HoVLEImageProcessor(

@@ -437,6 +437,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """Build one mask for each attention pattern among the layers; a mask that `generate` has prepared is kept."""
         if isinstance(attention_mask, dict):
             return attention_mask
+        if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
+            return dict.fromkeys(self.attention_types, self._own_mask(attention_mask, hidden_states.dtype))
         # An empty dynamic cache says nothing, but its mere presence switches off the detection of packed documents.
         if past_key_values is not None and not past_key_values.is_compileable and not past_key_values.get_seq_length():
             past_key_values = None
@@ -450,6 +452,16 @@ class HoVLEModel(HoVLEPreTrainedModel):
             )
             for attention_type in sorted(set(self.attention_types))
         }
+
+    def _own_mask(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Put a caller's mask, `(B, 1, T, past + T)`, True where a token may look, into the form attention takes."""
+        if "sliding_attention" in self.attention_types:
+            raise ValueError("A 4-D attention_mask cannot be combined with sliding attention; give a 2-D one.")
+        if self.config.text_config._attn_implementation != "eager":
+            return attention_mask
+        return torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
+            ~attention_mask, torch.finfo(dtype).min
+        )
 
     def _embed_pictures(self, input_ids, pixel_values, past_key_values, image_features):
         """Run the stem and find the placeholders; `(None, None)` without pictures, ValueError on a mismatch."""
@@ -616,7 +628,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         Args:
             input_ids: Prompts with `tokens_per_tile` placeholders per tile, shape `(B, T)`.
             pixel_values: All tiles of the batch in prompt order, shape `(N, C, s, s)`.
-            attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`.
+            attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`; or who may look at whom, bool,
+                shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
                 `attention_mask=None`: any mask lets them see each other.
             past_key_values: Cache of earlier tokens, extended in place.
@@ -718,7 +731,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             input_ids: Prompts with `tokens_per_tile` placeholders per tile, shape `(B, T)`; the short sequence for
                 HD too.
             pixel_values: All tiles of the batch in prompt order, shape `(N, C, s, s)`.
-            attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`.
+            attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`; or who may look at whom, bool,
+                shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
                 `attention_mask=None`: any mask lets them see each other.
             past_key_values: Cache of earlier tokens, extended in place.

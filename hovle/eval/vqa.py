@@ -96,5 +96,5 @@ def with_shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list
     """The same questions, each about another question's picture."""
     order = list(range(len(questions)))
     random.Random(seed).shuffle(order)
-    moved = {here: there for here, there in zip(order, order[1:] + order[:1], strict=True)}  # no one keeps its own
+    moved = dict(zip(order, order[1:] + order[:1], strict=True))  # no one keeps its own
     return [Question(item.text, item.answer, questions[moved[index]].picture) for index, item in enumerate(questions)]

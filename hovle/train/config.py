@@ -62,7 +62,7 @@ class DataConfig:
     split: str = "train"
     """Part of the asset to read."""
     questions_per_sample: int = 1
-    """Questions about one picture asked in one conversation (easy_vqa)."""
+    """Questions about one picture that share its tokens; each sees the picture and itself only (easy_vqa)."""
 
     def __post_init__(self):
         if self.questions_per_sample < 1:

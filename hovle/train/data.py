@@ -2,7 +2,8 @@
 
 A source is an endless, seeded stream: sample `i` depends on the seed and on `i` alone, so resuming a run needs one
 number. Samples are packed whole into rows of fixed length; positions restart at each sample, which keeps packed
-samples apart (attention_mask stays None).
+samples apart (attention_mask stays None). Conversations that start alike, such as several questions about one
+picture, share that beginning: the picture is computed once, and a mask lets each see the beginning and itself only.
 """
 
 import json
@@ -24,12 +25,14 @@ PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation as the source holds it."""
+    """One conversation as the source holds it, and others about the same pictures."""
 
     name: str
     """Where it comes from, for messages."""
     messages: list[dict]
     """Chat messages with picture paths."""
+    others: tuple[list[dict], ...] = ()
+    """Conversations that start with the same pictures; none sees another."""
 
 
 @dataclass
@@ -45,6 +48,18 @@ class Sample:
     """Ids to predict at their own position, -100 elsewhere, shape `(T,)`."""
     pixel_values: torch.Tensor
     """Normalised tiles, shape `(N, 3, s, s)`."""
+    branch_ids: torch.Tensor | None = None
+    """0 where conversations share their beginning, then 1, 2, ... for the rest of each; None for one conversation."""
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """Positions of the tokens in their own conversation, shape `(T,)`."""
+        positions = torch.arange(len(self.input_ids))
+        if self.branch_ids is not None:
+            for branch in self.branch_ids.unique()[1:]:
+                inside = self.branch_ids == branch
+                positions[inside] += int((self.branch_ids == 0).sum()) - int(positions[inside][0])
+        return positions
 
 
 def load_records(config: DataConfig) -> list[Record]:
@@ -74,21 +89,17 @@ def _easy_vqa_records(folder: Path, questions_per_sample: int) -> list[Record]:
     records = []
     for picture, turns in by_picture.items():
         for start in range(0, len(turns), questions_per_sample):
-            chosen = turns[start : start + questions_per_sample]
-            records.append(Record(f"{picture.name}[{start}]", conversation(picture, chosen)))
+            first, *others = [conversation(picture, *turn) for turn in turns[start : start + questions_per_sample]]
+            records.append(Record(f"{picture.name}[{start}]", first, tuple(others)))
     return records
 
 
-def conversation(picture: Path, turns: list[tuple[str, str]]) -> list[dict]:
-    """Messages that ask questions about one picture, the picture in the first turn."""
-    messages = []
-    for index, (question, answer) in enumerate(turns):
-        content = [{"type": "text", "text": question}]
-        if index == 0:
-            content.insert(0, {"type": "image", "path": str(picture)})
-        messages.append({"role": "user", "content": content})
-        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-    return messages
+def conversation(picture: Path, question: str, answer: str) -> list[dict]:
+    """Messages of one question about one picture, and its answer."""
+    return [
+        {"role": "user", "content": [{"type": "image", "path": str(picture)}, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
 
 
 def _chat_records(path: Path) -> list[Record]:
@@ -125,7 +136,7 @@ def _picture_records(folder: Path) -> list[Record]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).")
-    return [Record(path.name, conversation(path, [("", "")])) for path in paths]
+    return [Record(path.name, conversation(path, "", "")) for path in paths]
 
 
 class ReplySamples:
@@ -135,12 +146,22 @@ class ReplySamples:
         self.processor = processor
 
     def make(self, record: Record, index: int) -> Sample:
-        """Tokenise one conversation; its replies, end-of-turn tokens included, are supervised."""
-        messages = record.messages
-        pixel_values, num_tiles = load_tiles(self.processor, messages)
+        """Tokenise a record; its replies, end-of-turn tokens included, are supervised."""
+        pixel_values, num_tiles = load_tiles(self.processor, record.messages)
+        input_ids, labels = self._encode(record.name, record.messages, num_tiles)
+        if not record.others:
+            return Sample(record.name, index, torch.tensor(input_ids), torch.tensor(labels), pixel_values)
+        others = [self._encode(record.name, messages, num_tiles) for messages in record.others]
+        input_ids, labels, branch_ids = share_beginning([(input_ids, labels), *others])
+        return Sample(
+            record.name, index, torch.tensor(input_ids), torch.tensor(labels), pixel_values, torch.tensor(branch_ids)
+        )
+
+    def _encode(self, name: str, messages: list[dict], num_tiles: list[int]) -> tuple[list[int], list[int]]:
+        """Ids and labels of one conversation whose pictures have so many tiles."""
         replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not replies:
-            raise ValueError(f"{record.name}: no reply to learn from.")
+            raise ValueError(f"{name}: no reply to learn from.")
         prompts = [messages[:number] for number in replies]
         answered = [messages[: number + 1] for number in replies]
         starts = self.processor.encode_chats(prompts, num_tiles, add_generation_prompt=True)
@@ -150,12 +171,35 @@ class ReplySamples:
         special = special_ids(self.processor.tokenizer)
         for start, end in zip(starts, ends, strict=True):
             if input_ids[: len(end)] != end or end[: len(start)] != start:
-                raise ValueError(
-                    f"{record.name}: the chat template rewrites earlier turns; replies cannot be located."
-                )
+                raise ValueError(f"{name}: the chat template rewrites earlier turns; replies cannot be located.")
             stop = max((place for place in range(len(start), len(end)) if end[place] in special), default=len(end) - 1)
             labels[len(start) : stop + 1] = end[len(start) : stop + 1]  # templates may add a line break after it
-        return Sample(record.name, index, torch.tensor(input_ids), torch.tensor(labels), pixel_values)
+        return input_ids, labels
+
+
+def share_beginning(conversations: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[int]]:
+    """Join conversations that start alike into one sequence: the beginning once, then the rest of each.
+
+    Args:
+        conversations: Ids and labels of each; nothing is supervised before they part.
+
+    Returns:
+        Ids, labels and branch ids (0 for the beginning) of the joint sequence.
+    """
+    columns = zip(*(ids for ids, _ in conversations), strict=False)
+    shared = next((place for place, column in enumerate(columns) if len(set(column)) > 1), None)
+    first_supervised = min(
+        next(place for place, label in enumerate(labels) if label != IGNORE_INDEX) for _, labels in conversations
+    )
+    # The first token after the beginning follows another branch's last one, so it must not be supervised.
+    shared = min(first_supervised - 1 if shared is None else shared, first_supervised - 1)
+    joint_ids, joint_labels = conversations[0][0][:shared], [IGNORE_INDEX] * shared
+    branch_ids = [0] * shared
+    for branch, (ids, labels) in enumerate(conversations, 1):
+        joint_ids = joint_ids + ids[shared:]
+        joint_labels = joint_labels + labels[shared:]
+        branch_ids = branch_ids + [branch] * (len(ids) - shared)
+    return joint_ids, joint_labels, branch_ids
 
 
 def special_ids(tokenizer) -> set[int]:
@@ -205,7 +249,7 @@ class RandomTextSamples:
         paths = picture_paths(record.messages)
         if not paths:
             raise ValueError(f"{record.name}: no picture to distil; distillation takes one from every conversation.")
-        messages = conversation(Path(paths[0]), [(self.STAND_IN, self.STAND_IN)])
+        messages = conversation(Path(paths[0]), self.STAND_IN, self.STAND_IN)
         pixel_values, num_tiles = load_tiles(self.processor, messages)
         [ids] = self.processor.encode_chats([messages], num_tiles)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
@@ -293,6 +337,7 @@ class PackedBatches(IterableDataset):
         self.world_size = world_size
         self.pad_token_id = pad_token_id
         self.window_size = config.packing_window
+        self.has_branches = any(record.others for record in records)  # in every batch or in none: one compiled graph
         self._epoch = -1
         self._order: list[int] = []
 
@@ -334,24 +379,42 @@ class PackedBatches(IterableDataset):
         input_ids = torch.full(shape, self.pad_token_id)
         labels = torch.full(shape, IGNORE_INDEX)
         position_ids = torch.zeros(shape, dtype=torch.long)
-        is_sample = torch.zeros(shape, dtype=torch.bool)
+        document_ids = torch.full(shape, -1)  # padding is a document of its own
+        branch_ids = torch.zeros(shape, dtype=torch.long)
         for row, samples in enumerate(rows):
             end = 0
-            for sample in samples:
+            for number, sample in enumerate(samples):
                 start, end = end, end + len(sample.input_ids)
                 input_ids[row, start:end] = sample.input_ids
                 labels[row, start:end] = sample.labels
                 labels[row, start] = IGNORE_INDEX  # nothing before a sample may predict its first token
-                position_ids[row, start:end] = torch.arange(end - start)
-                is_sample[row, start:end] = True
-            position_ids[row, end:] = torch.arange(self.row_length - end)  # padding is a document of its own
+                position_ids[row, start:end] = sample.position_ids
+                document_ids[row, start:end] = number
+                if sample.branch_ids is not None:
+                    branch_ids[row, start:end] = sample.branch_ids
+            position_ids[row, end:] = torch.arange(self.row_length - end)
         samples = [sample for row in rows for sample in row]
-        return {
+        batch = {
             "input_ids": input_ids,
             "labels": labels,
             "position_ids": position_ids,
-            "is_sample": is_sample,
+            "is_sample": document_ids >= 0,
             "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
             "names": [sample.name for sample in samples],
             "position": position,
         }
+        if self.has_branches:
+            batch["attention_mask"] = branch_mask(document_ids, branch_ids)
+        return batch
+
+
+def branch_mask(document_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:
+    """Who may look at whom, `(B, 1, T, T)`, bool: at earlier tokens of the same document, outside other branches.
+
+    Args:
+        document_ids: Equal within a document, shape `(B, T)`.
+        branch_ids: 0 in a document's shared beginning, shape `(B, T)`.
+    """
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]
+    same_branch = (branch_ids[:, :, None] == branch_ids[:, None, :]) | (branch_ids[:, None, :] == 0)
+    return (same_document & same_branch).tril()[:, None]

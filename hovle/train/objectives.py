@@ -54,6 +54,7 @@ class NextTokenObjective(Objective):
             input_ids=batch["input_ids"],
             pixel_values=batch["pixel_values"],
             position_ids=batch["position_ids"],
+            attention_mask=batch.get("attention_mask"),
             use_cache=False,
         ).last_hidden_state
         labels = batch["labels"][:, 1:]

@@ -36,7 +36,6 @@ from .setup import (
 )
 from .teachers import ImageTeacher
 
-
 NUM_STANDARDIZING_RECORDS = 256
 """Records whose pictures tell mean and deviation of teacher features."""
 
@@ -74,8 +73,6 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
     objective = make_objective(config, model, text_table)
-    if isinstance(objective, DistillationObjective) and config.teacher is not None and config.teacher.standardize:
-        standardize_teacher(objective.teacher, records, processor)
     first_step, position = 0, StreamPosition()
     if state:
         load_trainable(objective, state["trainable"])
@@ -98,6 +95,8 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         print(describe(objective, batch, processor, len(records), config))  # noqa: T201 - the dry run's output
         return output / "model"
 
+    if isinstance(objective, DistillationObjective) and config.teacher is not None and config.teacher.standardize:
+        standardize_teacher(objective.teacher, records, processor)
     autocast = torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32)
     objective.to(accelerator.device).train()
     is_compiled = compile_layers(model, config.compile)
@@ -237,13 +236,16 @@ def load_trainable(objective: nn.Module, state: dict[str, torch.Tensor]) -> None
 def standardize_teacher(teacher: ImageTeacher, records: list[Record], processor: HoVLEProcessor) -> None:
     """Measure the teacher's features on evenly spaced pictures of the source, the same ones whenever a run resumes."""
     chosen = records[:: max(1, len(records) // NUM_STANDARDIZING_RECORDS)]
-    tiles = torch.cat([load_tiles(processor, record.messages)[0] for record in chosen])
-    teacher.standardize(tiles, round(processor.image_seq_length**0.5))
+    pictures = (load_tiles(processor, record.messages)[0] for record in chosen)
+    teacher.standardize(pictures, round(processor.image_seq_length**0.5))
 
 
 def save_weights(folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
     """Write model files into an existing folder: float32 weights with adapters merged, config, processor."""
-    model.save_pretrained(folder, state_dict={name: item.float() for name, item in merged_state_dict(model).items()})
+    state = {name: item.float() for name, item in merged_state_dict(model).items()}
+    if model.config.tie_word_embeddings:
+        del state["lm_head.weight"]  # the cast may have made a copy of the table
+    model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
 
 

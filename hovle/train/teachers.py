@@ -1,5 +1,6 @@
 """Image teachers: pretrained vision models whose features the holistic layers learn to reproduce."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,18 @@ class ImageTeacher(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(self.width), persistent=False)
         self.register_buffer("feature_std", torch.ones(self.width), persistent=False)
 
-    def standardize(self, pixel_values: torch.Tensor, grid_size: int) -> None:
-        """From now on give features with mean 0 and deviation 1 per channel, as measured on these tiles."""
-        features = self.features(pixel_values, grid_size).flatten(0, 1)
-        self.feature_mean = features.mean(dim=0)
-        self.feature_std = features.std(dim=0).clamp(min=1e-6)
+    def standardize(self, pictures: Iterable[torch.Tensor], grid_size: int) -> None:
+        """From now on give features with mean 0 and deviation 1 per channel, as measured on these pictures' tiles."""
+        count = 0
+        total, squares = torch.zeros(2, self.width, dtype=torch.float64)
+        for pixel_values in pictures:
+            features = self.features(pixel_values, grid_size).flatten(0, 1).double()
+            count += len(features)
+            total += features.sum(dim=0)
+            squares += features.square().sum(dim=0)
+        mean = total / count
+        self.feature_mean = mean.float()
+        self.feature_std = (squares / count - mean.square()).clamp(min=1e-12).sqrt().float()
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor, grid_size: int) -> torch.Tensor:

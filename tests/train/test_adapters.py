@@ -55,9 +55,7 @@ def test_what_else_is_trainable_stays_so(parts, next_token_config):
     add_lora(model, LoraConfig(rank=4))
     assert all(parameter.requires_grad for parameter in model.model.patch_embedding.parameters())
     assert not any(
-        item.requires_grad
-        for name, item in model.model.embedding_layers.named_parameters()
-        if ".lora_" not in name
+        item.requires_grad for name, item in model.model.embedding_layers.named_parameters() if ".lora_" not in name
     )
 
 

@@ -81,7 +81,7 @@ def test_a_changed_recipe_is_named_with_old_and_new_value(next_token_config):
     changed = next_token_config("learning_rate=0.5", "model.max_tiles=3")
     with pytest.raises(ValueError, match=r"recipe changed .*model: .*'max_tiles': 3.*; learning_rate: 0\.001 -> 0\.5"):
         checkpoints.check_same_run(changed, state, "abc")
-    with pytest.raises(ValueError, match="data changed .*abc -> def"):
+    with pytest.raises(ValueError, match=r"data changed .*abc -> def"):
         checkpoints.check_same_run(config, state, "def")
 
 
@@ -149,7 +149,7 @@ def test_a_tampered_weight_file_is_refused(handed_over, name):
     weights = load_file(path)
     weights[name] = weights[name].flip(0) + 0.05
     save_file(weights, path, {"format": "pt"})
-    with pytest.raises(ValueError, match="Hand-off check failed: the model loaded from .* differs"):
+    with pytest.raises(ValueError, match=r"Hand-off check failed: the model loaded from .* differs"):
         checkpoints.check_handoff(load(handed_over), handed_over)
 
 

@@ -64,7 +64,10 @@ def test_an_unknown_recipe_lists_the_shipped_ones():
     ("changes", "message"),
     [
         ({"learning_rat": 1}, "unknown key 'learning_rat'; did you mean learning_rate?"),
-        ({"objective": {"name": "next_token", "text_wieght": 1}}, "objective: unknown key 'text_wieght'; did you mean"),
+        (
+            {"objective": {"name": "next_token", "text_wieght": 1}},
+            "objective: unknown key 'text_wieght'; did you mean",
+        ),
         ({"zzz": 1}, "unknown key 'zzz'; known: output, model"),
         ({1: 2}, "unknown key 1; known"),
     ],
@@ -190,7 +193,7 @@ def test_overrides_replace_fields_and_reach_nested_ones(load):
     ],
 )
 def test_wrong_overrides_are_refused(load, override, message):
-    with pytest.raises(ValueError, match="key|fields|must be|YAML") as caught:
+    with pytest.raises(ValueError, match=r"key|fields|must be|YAML") as caught:
         load(minimal(), override)
     assert message in str(caught.value)
 

@@ -136,9 +136,7 @@ def test_exactly_the_replies_and_their_ends_are_supervised(processor, chat_recor
 def test_a_sample_reads_as_the_processor_would_encode_the_chat(processor, chat_records):
     for record in chat_records[:4]:
         sample = ReplySamples(processor).make(record, 0)
-        expected = processor.apply_chat_template(
-            record.messages, tokenize=True, return_dict=True, return_tensors="pt"
-        )
+        expected = processor.apply_chat_template(record.messages, tokenize=True, return_dict=True, return_tensors="pt")
         assert torch.equal(sample.input_ids, expected["input_ids"][0])
         if "pixel_values" in expected:
             assert torch.equal(sample.pixel_values, expected["pixel_values"])
@@ -159,7 +157,7 @@ def test_special_tokens_typed_in_a_reply_stay_text(processor):
 
 
 def test_what_follows_the_last_reply_is_left_out(processor):
-    messages = conversation_of("A tree?", "Yes") + [{"role": "user", "content": "unanswered"}]
+    messages = [*conversation_of("A tree?", "Yes"), {"role": "user", "content": "unanswered"}]
     sample = ReplySamples(processor).make(Record("open", messages), 0)
     assert "unanswered" not in processor.tokenizer.decode(sample.input_ids)
 

@@ -87,7 +87,7 @@ def test_splitting_a_batch_does_not_change_the_step(make_parts, batches, source)
 
 
 def test_a_step_lowers_the_loss_and_leaves_no_gradient_behind(make_parts, batches):
-    objective, optimizer, config = make_parts("chat")
+    objective, optimizer, _ = make_parts("chat")
     found = [train_step(objective, optimizer, batches("chat"), 1.0, FLOAT32).loss for _ in range(5)]
     assert found[-1] < found[0] - 0.05
     assert all(parameter.grad is None for parameter in objective.parameters())

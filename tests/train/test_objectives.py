@@ -280,7 +280,9 @@ def test_hd_distils_what_the_language_model_will_see(language_models, data, next
     records = load_records(DataConfig(source="pictures", path=str(data / "pictures")))
     config = next_token_config("rows_per_batch=1")
     batch = next(
-        iter(PackedBatches(records, RandomTextSamples(processor, 10, 0), config, StreamPosition(), 0, 1, pad_token_id=0))
+        iter(
+            PackedBatches(records, RandomTextSamples(processor, 10, 0), config, StreamPosition(), 0, 1, pad_token_id=0)
+        )
     )
     output = distillation(model)(batch)
     assert len(batch["names"]) > 1

@@ -117,7 +117,7 @@ def test_a_stage_learns_and_its_model_loads(next_token_config, data):
     inputs = processor.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True
     )
-    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] == inputs["input_ids"].shape[1] + 2
+    assert model.generate(**inputs, max_new_tokens=2, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
 
 
 def test_a_run_records_its_recipe_and_what_it_ran_on(next_token_config):
@@ -125,7 +125,12 @@ def test_a_run_records_its_recipe_and_what_it_ran_on(next_token_config):
     folder = run_stage(config).parent
     assert load_stage(str(folder / "recipe.yaml")) == config
     start, *steps, finish = read_log(folder)
-    assert (start["event"], start["dtype"], start["compiled"], start["num_processes"]) == ("start", "float32", False, 1)
+    assert (start["event"], start["dtype"], start["compiled"], start["num_processes"]) == (
+        "start",
+        "float32",
+        False,
+        1,
+    )
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
     assert all(entry["time"] > 1e9 for entry in steps)
     assert finish["event"] == "finish"
@@ -152,14 +157,14 @@ def test_compiled_layers_learn_what_eager_ones_do(next_token_config, tmp_path):
 def test_an_occupied_folder_is_refused_and_left_alone(next_token_config, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match="already holds a run. Continue it with --resume, or choose another"):
+    with pytest.raises(ValueError, match=r"already holds a run\. Continue it with --resume, or choose another"):
         run_stage(next_token_config())
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
 def test_a_run_that_could_not_start_does_not_occupy_its_folder(next_token_config, tmp_path):
+    (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="no conversations"):
-        (tmp_path / "empty.jsonl").touch()
         run_stage(next_token_config(f"data.path={tmp_path / 'empty.jsonl'}"))
     with pytest.raises(ValueError, match="holds no checkpoint"):
         run_stage(next_token_config(), resume=True)
@@ -222,6 +227,7 @@ RESUMED = {
     "next_token, bfloat16": ("next_token_config", ["dtype=bfloat16", "trainable=[stem, language_model]"]),
     "distillation": ("distillation_config", []),
     "distillation, projection, worker": ("distillation_config", ["teacher.feature_index=-2", "num_workers=1"]),
+    "distillation, standardised teacher": ("distillation_config", ["teacher.standardize=true"]),
     "distillation, accumulation": ("distillation_config", ["gradient_accumulation_steps=2", "packing_window=7"]),
     "distillation, untied": (
         "distillation_config",
@@ -284,7 +290,7 @@ def test_resuming_another_recipe_or_other_data_is_refused(interrupted, next_toke
     shutil.copytree(data, tmp_path / "data")
     lines = (data / "chat.jsonl").read_text().splitlines()
     (tmp_path / "data" / "chat.jsonl").write_text("\n".join(lines[:-1]))
-    with pytest.raises(ValueError, match="recipe changed .*data: "):
+    with pytest.raises(ValueError, match=r"recipe changed .*data: "):
         run_stage(next_token_config(f"data.path={tmp_path / 'data' / 'chat.jsonl'}"), resume=True)
 
 
@@ -307,12 +313,14 @@ def test_a_checkpoint_is_a_model_folder(interrupted, checkpoints):
     HoVLEProcessor.from_pretrained(newest)
     assert model.dtype == torch.float32
     start = weights_in(Path(checkpoints["tied"]))
-    assert not torch.equal(model.state_dict()["model.projector.linear_2.weight"], start["model.projector.linear_2.weight"])
+    assert not torch.equal(
+        model.state_dict()["model.projector.linear_2.weight"], start["model.projector.linear_2.weight"]
+    )
 
 
 def test_a_checkpoint_of_a_run_in_bfloat16_loses_no_digit(next_token_config, monkeypatch, tmp_path):
     """Frozen weights are stored in bfloat16 then; the folder must still say that its weights are float32."""
-    config = next_token_config("checkpoint_every=2", "dtype=bfloat16", "trainable=[language_model]")
+    config = next_token_config("checkpoint_every=2", "dtype=bfloat16", "trainable=[stem]")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         with pytest.raises(KeyboardInterrupt):
@@ -349,7 +357,9 @@ def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(next_token_confi
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_its_checkpoint_kept(next_token_config, monkeypatch, tmp_path):
-    config = next_token_config("checkpoint_every=1", "learning_rate=1e30", "max_gradient_norm=1e30", "warmup_ratio=0.0")
+    config = next_token_config(
+        "checkpoint_every=1", "learning_rate=1e30", "max_gradient_norm=1e30", "warmup_ratio=0.0"
+    )
     with pytest.raises(loop.NonFiniteLossError, match=r"on the batch of chat\.jsonl:"):
         run_stage(config)
     assert not (tmp_path / "run" / "model").exists()
@@ -387,22 +397,22 @@ def test_a_model_folder_changed_between_stages_is_refused(next_token_config, tmp
 def test_the_command_the_module_and_the_stage_scripts_are_the_same(next_token_config, monkeypatch, tmp_path, capsys):
     next_token_config()
     recipe = str(tmp_path / "next_token.yaml")
+
+    def script(name: str) -> str:
+        return str(ROOT / "train" / f"{name}.py")
+
     launches = {
         "command": lambda arguments: main(["train", *arguments]),
-        "script": lambda arguments: run_as_main(ROOT / "train" / "alignment.py", arguments),
-        "other script": lambda arguments: run_as_main(ROOT / "train" / "instruction_tuning.py", arguments),
-        "module": lambda arguments: run_as_main(ROOT / "hovle" / "train" / "__main__.py", arguments),
+        "script": lambda arguments: run_as_main(runpy.run_path, script("alignment"), arguments),
+        "other script": lambda arguments: run_as_main(runpy.run_path, script("distillation"), arguments),
+        "module": lambda arguments: run_as_main(runpy.run_module, "hovle.train", arguments),
     }
 
-    def run_as_main(path: Path, arguments: list[str]) -> int:
-        monkeypatch.setattr(sys, "argv", [str(path), *arguments])
+    def run_as_main(run, name: str, arguments: list[str]) -> int:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        monkeypatch.delitem(sys.modules, "hovle.train.__main__", raising=False)  # as in a fresh process
         with pytest.raises(SystemExit) as left:
-            if path.name == "__main__.py":
-                monkeypatch.setattr(sys, "argv", ["hovle.train", *arguments])
-                monkeypatch.delitem(sys.modules, "hovle.train.__main__", raising=False)
-                runpy.run_module("hovle.train", run_name="__main__")
-            else:
-                runpy.run_path(str(path), run_name="__main__")
+            run(name, run_name="__main__")
         return left.value.code
 
     results = {}
@@ -423,10 +433,12 @@ def test_a_stage_script_runs_its_own_recipe_unless_told_otherwise(monkeypatch, t
     assert "demo/alignment.yaml: unknown key 'num_stepz'" in capsys.readouterr().err
 
 
-def test_options_may_stand_between_overrides(next_token_config, tmp_path, capsys):
+def test_options_may_stand_before_and_after_overrides(next_token_config, tmp_path, capsys):
     next_token_config()
-    assert main(["train", str(tmp_path / "next_token.yaml"), "num_steps=2", "--dry-run", "row_length=150"]) == 0
-    assert "2 rows of 150 tokens" in capsys.readouterr().out
+    recipe = str(tmp_path / "next_token.yaml")
+    for arguments in (["--dry-run", recipe, "row_length=150"], [recipe, "row_length=150", "--dry-run"]):
+        assert main(["train", *arguments]) == 0
+        assert "2 rows of 150 tokens" in capsys.readouterr().out
 
 
 def test_mistakes_are_told_in_one_line(next_token_config, tmp_path, capsys):
@@ -468,9 +480,14 @@ def test_the_demos_later_recipes_run_dry(name, demo_checkpoint, tmp_path, monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demos_first_recipe_runs_dry(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "language_model", ["tiny", pytest.param("asset:smollm2-135m-instruct", marks=pytest.mark.slow)]
+)
+def test_the_demos_first_recipe_runs_dry(language_model, demo_checkpoint, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", "demo/distillation", "--dry-run"]) == 0
+    if language_model == "tiny":
+        language_model = str(Path(demo_checkpoint).parent / "language_model")
+    assert main(["train", "demo/distillation", f"model.language_model={language_model}", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "objective       distillation" in shown
     assert float(shown.split(" tiles, ")[1].split("% filled")[0]) > 80
@@ -510,7 +527,6 @@ if __name__ == "__main__":
     torch.save([vars(result), model.state_dict()], f"{folder}/step{rank}.pt")
     # A whole stage, straight and resumed.
     stage.train = train_and_keep
-    validation = [f"validation.{name}" for name in ("source=pictures", f"path={sys.argv[2]}/../data/pictures")]
     assert main(["train", recipe, f"output={folder}/run", "checkpoint_every=2", "num_workers=1"]) == 0
     accelerator.wait_for_everyone()
     if rank == 0:
@@ -522,7 +538,7 @@ if __name__ == "__main__":
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [*command, *arguments], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False

@@ -78,6 +78,18 @@ def test_the_feature_map_is_chosen_by_index(teacher_weights):
     assert [tiny(teacher_weights, feature_index=index).width for index in (-1, -2, 0)] == [64, 48, 16]
 
 
+def test_standardised_features_have_mean_0_and_deviation_1(teacher_weights):
+    teacher = tiny(teacher_weights)
+    pictures = [torch.randn(count, 3, 56, 56, generator=torch.Generator().manual_seed(count)) for count in (3, 1, 8)]
+    plain = torch.cat([teacher.features(tiles, 2) for tiles in pictures]).flatten(0, 1)
+    teacher.standardize(iter(pictures), 2)
+    features = torch.cat([teacher.features(tiles, 2) for tiles in pictures]).flatten(0, 1)
+    torch.testing.assert_close(features.mean(dim=0), torch.zeros(64), atol=1e-4, rtol=0)
+    torch.testing.assert_close(features.std(dim=0, correction=0), torch.ones(64), atol=1e-3, rtol=0)
+    expected = (plain - plain.mean(dim=0)) / plain.std(dim=0, correction=0)
+    torch.testing.assert_close(features, expected, atol=1e-3, rtol=1e-3)
+
+
 def test_a_teacher_stays_frozen_and_in_evaluation_mode(teacher_weights):
     teacher = tiny(teacher_weights)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
@@ -107,7 +119,9 @@ def test_weights_under_other_names_are_taken_in_order(teacher_weights, tmp_path)
 
 
 def test_weights_of_another_model_are_refused(teacher_weights):
-    with pytest.raises(ValueError, match=r"test_efficientnet\.pt holds \d+ tensors that do not match the \d+ of the t"):
+    with pytest.raises(
+        ValueError, match=r"test_efficientnet\.pt holds \d+ tensors that do not match the \d+ of the t"
+    ):
         ImageTeacher(TeacherConfig(name="tf_efficientnet_lite0", image_size=64), Path(teacher_weights))
 
 

@@ -1,0 +1,45 @@
+"""Scoring by free generation."""
+
+import torch
+from PIL import Image
+
+from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.eval.vqa import Question, answer_questions, exact_match, with_blank_pictures, with_shuffled_pictures
+
+
+def make_questions(count: int) -> list[Question]:
+    colours = ["red", "green", "blue", "white", "black"]
+    return [
+        Question(f"what colour {index}?", colours[index % 5], Image.new("RGB", (40 + index, 30), colours[index % 5]))
+        for index in range(count)
+    ]
+
+
+def test_exact_match_forgives_case_and_a_full_stop_only():
+    questions = [Question("?", "red", None)] * 4
+    assert exact_match(["Red.", " red", "dark red", "blue"], questions) == 0.5
+
+
+def test_blank_pictures_keep_size_and_question():
+    question, blank = make_questions(3)[2], with_blank_pictures(make_questions(3))[2]
+    assert (blank.text, blank.answer, blank.picture.size) == (question.text, question.answer, question.picture.size)
+    assert blank.picture.getextrema() == ((255, 255),) * 3
+
+
+def test_shuffled_pictures_leave_no_picture_in_place_and_lose_none():
+    questions = make_questions(20)
+    shuffled = with_shuffled_pictures(questions)
+    assert [item.text for item in shuffled] == [item.text for item in questions]
+    assert all(old.picture is not new.picture for old, new in zip(questions, shuffled, strict=True))
+    assert {id(item.picture) for item in shuffled} == {id(item.picture) for item in questions}
+
+
+def test_answers_do_not_depend_on_the_batch(tokenizer, tiny_config):
+    torch.manual_seed(0)
+    config = tiny_config()
+    model = HoVLEForConditionalGeneration(config).eval()
+    processor = HoVLEProcessor.from_language_model(tokenizer, config, max_tiles=3)
+    questions = make_questions(5)
+    together = answer_questions(model, processor, questions, batch_size=5)
+    assert together == answer_questions(model, processor, questions, batch_size=1)
+    assert len(set(together)) > 1  # random weights still tell the prompts apart
