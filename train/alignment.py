@@ -8,8 +8,8 @@ mean something to a language model that does not change by a bit.
   torchrun --nproc-per-node 8 train/alignment.py my_stage.yaml
   accelerate launch train/alignment.py my_stage.yaml --resume
 
-The same as `hovle train RECIPE`. The recipe (hovle/recipes/demo/alignment.yaml) says what trains, on which data, towards
-which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
+The same as `hovle train RECIPE`. The recipe, by default hovle/recipes/demo/alignment.yaml, says what
+trains, on which data, towards which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
 """
 
 import sys

@@ -10,8 +10,8 @@ outputs as long as text embeddings.
   torchrun --nproc-per-node 8 train/distillation.py my_stage.yaml
   accelerate launch train/distillation.py my_stage.yaml --resume
 
-The same as `hovle train RECIPE`. The recipe (hovle/recipes/demo/distillation.yaml) says what trains, on which data, towards
-which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
+The same as `hovle train RECIPE`. The recipe, by default hovle/recipes/demo/distillation.yaml, says what
+trains, on which data, towards which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
 """
 
 import sys

@@ -8,8 +8,8 @@ adapters instead, which are saved alone and merged.
   torchrun --nproc-per-node 8 train/instruction_tuning.py my_stage.yaml
   accelerate launch train/instruction_tuning.py my_stage.yaml --resume
 
-The same as `hovle train RECIPE`. The recipe (hovle/recipes/demo/instruction_tuning.yaml) says what trains, on which data, towards
-which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
+The same as `hovle train RECIPE`. The recipe, by default hovle/recipes/demo/instruction_tuning.yaml, says what
+trains, on which data, towards which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
 """
 
 import sys

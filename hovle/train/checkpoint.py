@@ -81,8 +81,8 @@ def make_probe(model: HoVLEForConditionalGeneration, batch: dict) -> dict[str, t
     """Record what a trained model says of the start of a batch, for the next stage to compare itself with.
 
     Returns:
-        `input_ids`, `position_ids` of the batch's first row without its padding and `pixel_values`, with the `logits`
-        of its last tokens in float32 and without a compiler.
+        What the model receives of the batch's first row without its padding, with the `logits` of its last tokens in
+        float32 and without a compiler.
     """
     length = int(batch["is_sample"][0].sum())
     input_ids = batch["input_ids"][:1, :length].clone()
@@ -93,6 +93,8 @@ def make_probe(model: HoVLEForConditionalGeneration, batch: dict) -> dict[str, t
         "position_ids": batch["position_ids"][:1, :length].clone(),
         "pixel_values": batch["pixel_values"][:num_tiles].float().clone(),
     }
+    if "attention_mask" in batch:
+        probe["attention_mask"] = batch["attention_mask"][:1, :, :length, :length].clone()
     probe["logits"] = probe_logits(model, probe)
     return probe
 
@@ -109,14 +111,9 @@ def probe_logits(
     """Logits of the last tokens of a probe's prompt, shape `(1, num_tokens, V)`, float32."""
     was_training = model.training
     model.eval()
+    inputs = {name: tensor.to(model.device) for name, tensor in probe.items() if name != "logits"}
     with torch.compiler.set_stance("force_eager"):
-        outputs = model(
-            input_ids=probe["input_ids"].to(model.device),
-            pixel_values=probe["pixel_values"].to(model.device),
-            position_ids=probe["position_ids"].to(model.device),
-            use_cache=False,
-            logits_to_keep=num_tokens,
-        )
+        outputs = model(**inputs, use_cache=False, logits_to_keep=num_tokens)
     model.train(was_training)
     return outputs.logits.float().cpu()
 

@@ -56,7 +56,7 @@ class Sample:
         """Positions of the tokens in their own conversation, shape `(T,)`."""
         positions = torch.arange(len(self.input_ids))
         if self.branch_ids is not None:
-            for branch in self.branch_ids.unique()[1:]:
+            for branch in range(1, int(self.branch_ids.max()) + 1):
                 inside = self.branch_ids == branch
                 positions[inside] += int((self.branch_ids == 0).sum()) - int(positions[inside][0])
         return positions
@@ -337,7 +337,8 @@ class PackedBatches(IterableDataset):
         self.world_size = world_size
         self.pad_token_id = pad_token_id
         self.window_size = config.packing_window
-        self.has_branches = any(record.others for record in records)  # in every batch or in none: one compiled graph
+        # In every batch or in none: one compiled graph.
+        self.has_branches = isinstance(maker, ReplySamples) and any(record.others for record in records)
         self._epoch = -1
         self._order: list[int] = []
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from hovle import HoVLEForConditionalGeneration
 from hovle.train import checkpoint as checkpoints
+from hovle.train.data import PackedBatches, Record, ReplySamples, StreamPosition, conversation
 
 
 def write(text: str):
@@ -151,6 +152,17 @@ def test_a_tampered_weight_file_is_refused(handed_over, name):
     save_file(weights, path, {"format": "pt"})
     with pytest.raises(ValueError, match=r"Hand-off check failed: the model loaded from .* differs"):
         checkpoints.check_handoff(load(handed_over), handed_over)
+
+
+def test_the_probe_sees_the_picture_through_shared_beginnings(parts, data, next_token_config):
+    model, processor = parts
+    picture = data / "pictures" / "00.png"
+    record = Record("x", conversation(picture, "Why?", "A bus"), (conversation(picture, "A tree?", "The street."),))
+    stream = PackedBatches([record], ReplySamples(processor), next_token_config(), StreamPosition(), 0, 1, 0)
+    probe = checkpoints.make_probe(model, next(iter(stream)))
+    with torch.no_grad():
+        model.model.projector.linear_2.bias += 1
+    assert (checkpoints.probe_logits(model, probe) - probe["logits"]).abs().max() > 0.01
 
 
 def test_weights_that_are_not_numbers_are_refused(handed_over):

@@ -18,9 +18,11 @@ from hovle.train.data import (
     ReplySamples,
     Sample,
     StreamPosition,
+    branch_mask,
     conversation,
     load_records,
     pack_rows,
+    share_beginning,
     special_ids,
 )
 
@@ -234,15 +236,68 @@ def test_empty_and_unknown_sources_are_refused(tmp_path, source, message):
             load_records(DataConfig(source=source))
 
 
-def test_easy_vqa_questions_about_one_picture_share_a_conversation(tmp_path):
+def test_easy_vqa_questions_about_one_picture_share_a_record(tmp_path):
     (tmp_path / "train").mkdir()
     rows = [["What color?", "red", 5], ["A circle?", "no", 5], ["What shape?", "cube", 5], ["Is it blue?", "yes", 6]]
     (tmp_path / "train" / "questions.json").write_text(json.dumps(rows))
     records = load_records(DataConfig(source="easy_vqa", path=str(tmp_path), questions_per_sample=2))
     assert [record.name for record in records] == ["5.png[0]", "5.png[2]", "6.png[0]"]
-    assert records[0].messages == conversation(
-        tmp_path / "train" / "images" / "5.png", [("What color?", "red"), ("A circle?", "no")]
+    picture = tmp_path / "train" / "images" / "5.png"
+    assert records[0].messages == conversation(picture, "What color?", "red")
+    assert records[0].others == (conversation(picture, "A circle?", "no"),)
+    assert records[1].others == ()
+
+
+# --- several questions about one picture -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def questions(data) -> Record:
+    """Three questions about one wide picture; two of them start alike, two answers too."""
+    first, *others = [
+        conversation(data / "pictures" / "00.png", question, answer)
+        for question, answer in (("What is in the picture?", "A bus"), ("What is it?", "A bus"), ("Why?", "0 1 2 3"))
+    ]
+    return Record("questions", first, tuple(others))
+
+
+def test_conversations_about_one_picture_share_its_tokens(processor, questions):
+    sampler = ReplySamples(processor)
+    sample = sampler.make(questions, 0)
+    assert sample.branch_ids is not None
+    beginning = sample.branch_ids == 0
+    assert processor.tokenizer.decode(sample.input_ids[beginning]).endswith("</img>")
+    assert sample.input_ids.tolist().count(processor.image_token_id) == 4 * len(sample.pixel_values) == 12
+    for branch, messages in enumerate([questions.messages, *questions.others], 1):
+        alone = sampler.make(Record("alone", messages), 0)
+        chosen = beginning | (sample.branch_ids == branch)
+        assert torch.equal(sample.input_ids[chosen], alone.input_ids)
+        assert torch.equal(sample.labels[chosen], alone.labels)
+        assert sample.position_ids[chosen].tolist() == list(range(len(alone.input_ids)))
+
+
+def test_no_branch_predicts_the_first_token_of_the_next():
+    # Two conversations that differ in a reply only: they part one token before it.
+    ids, labels, branches = share_beginning([([1, 2, 3, 9], [-100, -100, 3, 9]), ([1, 2, 4, 9], [-100, -100, 4, 9])])
+    assert ids == [1, 2, 3, 9, 2, 4, 9]
+    assert labels == [-100, -100, 3, 9, -100, 4, 9]
+    assert branches == [0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_conversation_that_is_the_start_of_another_shares_all_before_its_reply():
+    ids, labels, branches = share_beginning(
+        [([1, 2, 3], [-100, -100, 3]), ([1, 2, 3, 4, 5], [-100, -100, 3, -100, 5])]
     )
+    assert ids == [1, 2, 3, 2, 3, 4, 5]
+    assert labels == [-100, -100, 3, -100, 3, -100, 5]
+    assert branches == [0, 1, 1, 2, 2, 2, 2]
+
+
+def test_a_token_looks_back_at_its_own_beginning_and_branch_only():
+    documents = torch.tensor([[0, 0, 0, 0, 1, 1, -1]])
+    branches = torch.tensor([[0, 1, 1, 2, 0, 1, 0]])
+    seen = [row.nonzero().flatten().tolist() for row in branch_mask(documents, branches)[0, 0]]
+    assert seen == [[0], [0, 1], [0, 1, 2], [0, 3], [4], [4, 5], [6]]
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------

@@ -9,7 +9,16 @@ from torch import nn
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train.config import DataConfig
-from hovle.train.data import PackedBatches, RandomTextSamples, ReplySamples, Sample, StreamPosition, load_records
+from hovle.train.data import (
+    PackedBatches,
+    RandomTextSamples,
+    Record,
+    ReplySamples,
+    Sample,
+    StreamPosition,
+    conversation,
+    load_records,
+)
 from hovle.train.objectives import DistillationObjective, NextTokenObjective, learning_rate_factor
 
 
@@ -89,6 +98,36 @@ def test_a_sample_does_not_see_its_neighbours(parts, batches, attention):
     assert (after[0, :first_end] - before[0, :first_end]).abs().max() > 0.1
     torch.testing.assert_close(after[0, first_end:], before[0, first_end:], atol=1e-6, rtol=0)
     torch.testing.assert_close(after[1], before[1], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_questions_about_one_picture_give_the_loss_they_give_alone(parts, data, next_token_config, attention):
+    model, processor = parts
+    model.set_attn_implementation(attention)
+    objective = NextTokenObjective(model)
+    conversations = [
+        [
+            conversation(data / "pictures" / f"{picture:02d}.png", *turn)
+            for turn in (("What is in the picture?", "A bus"), ("What is it?", "A tree"), ("Why?", "0 1 2 3"))
+        ]
+        for picture in range(4)
+    ]
+    records = [
+        Record(f"picture {number}", first, tuple(others)) for number, (first, *others) in enumerate(conversations)
+    ]
+    config = next_token_config("row_length=200")
+    stream = iter(PackedBatches(records, ReplySamples(processor), config, StreamPosition(), 0, 1, pad_token_id=0))
+    batch = next(stream)
+    assert batch["attention_mask"].shape == (2, 1, 200, 200)
+    output = objective(batch)
+    total = count = 0.0
+    for name in batch["names"]:
+        for messages in conversations[int(name.split()[1])]:
+            alone = objective(as_batch(ReplySamples(processor).make(Record("alone", messages), 0)))
+            total += float(alone.terms["reply_nats"].detach())
+            count += int(alone.counts["reply_nats"])
+    assert count == int(output.counts["reply_nats"]) > 20
+    assert float(output.terms["reply_nats"].detach()) == pytest.approx(total, rel=1e-6)  # worst 1e-7
 
 
 # --- next token ------------------------------------------------------------------------------------------------------
