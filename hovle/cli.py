@@ -47,7 +47,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
         prog=f"hovle {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     module.add_arguments(parser)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # options may stand between key=value arguments
     try:
         return module.run(args)
     except (ValueError, FileNotFoundError) as error:
