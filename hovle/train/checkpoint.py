@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from .config import StageConfig
@@ -146,3 +147,34 @@ def append_log(path: Path, entry: dict) -> None:
     """Append one JSON line."""
     with path.open("a") as file:
         file.write(json.dumps(entry) + "\n")
+
+
+def rng_state() -> dict:
+    """States of the random generators training uses, as tensors."""
+    state = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: dict) -> None:
+    """Undo what set-up drew from the generators."""
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def trainable_state(objective: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter that learns, the training-only projection and adapters included."""
+    return {name: item.detach().cpu() for name, item in objective.named_parameters() if item.requires_grad}
+
+
+@torch.no_grad()
+def load_trainable(objective: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Put saved trainable parameters back; names must match one to one."""
+    parameters = {name: item for name, item in objective.named_parameters() if item.requires_grad}
+    if set(parameters) != set(state):
+        difference = sorted(set(parameters) ^ set(state))
+        raise ValueError(f"The checkpoint's trainable parameters differ from the recipe's: {difference[:5]}.")
+    for name, parameter in parameters.items():
+        parameter.copy_(state[name])

@@ -151,6 +151,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return min(seconds, key=lambda dtype: seconds[dtype])
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def _matmul_seconds(dtype: torch.dtype) -> float:
     left, right = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
     left @ right

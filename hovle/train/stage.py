@@ -1,16 +1,14 @@
 """Run one stage from its config: set up, train, check the hand-off, save."""
 
 import dataclasses
+import functools
 import hashlib
-import platform
-import shutil
-import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-import transformers
 import yaml
 from torch import nn
 from torch.utils.data import DataLoader
@@ -22,10 +20,12 @@ from .adapters import add_lora, merged_state_dict
 from .config import StageConfig
 from .data import PackedBatches, Record, StreamPosition, load_records, load_tiles
 from .loop import train, validate
-from .objectives import DistillationObjective
+from .objectives import DistillationObjective, Objective
+from .report import describe, environment, make_log
 from .setup import (
     choose_dtype,
     compile_layers,
+    dtype_name,
     make_objective,
     make_optimizer,
     make_sampler,
@@ -38,6 +38,85 @@ from .teachers import ImageTeacher
 
 NUM_STANDARDIZING_RECORDS = 256
 """Records whose pictures tell mean and deviation of teacher features."""
+
+
+@dataclass
+class Stage:
+    """A stage that is set up: all that training and saving need."""
+
+    config: StageConfig
+    accelerator: Any
+    records: list[Record]
+    fingerprint: str
+    """Of the records, to notice changed data when resuming."""
+    state: dict | None
+    """What the checkpoint to resume from holds, or None."""
+    model: HoVLEForConditionalGeneration
+    processor: HoVLEProcessor
+    objective: Objective
+    peft_model: nn.Module | None
+    dtype: torch.dtype
+    handoff: float | None
+    """Difference from what the previous stage ended with, relative to its largest output."""
+
+    @property
+    def output(self) -> Path:
+        """The run folder."""
+        return Path(self.config.output)
+
+    @property
+    def first_step(self) -> int:
+        """Steps an earlier run has done."""
+        return self.state["step"] if self.state else 0
+
+    def batches(self, records: list[Record], start: StreamPosition | None = None) -> PackedBatches:
+        """Packed batches of this process from the beginning of a source or from a position."""
+        return PackedBatches(
+            records,
+            make_sampler(self.config, self.processor),
+            self.config,
+            start or StreamPosition(),
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.processor.tokenizer.pad_token_id or 0,
+        )
+
+    def training_batches(self) -> Iterator[dict]:
+        """The stream training reads, from where an earlier run left it."""
+        start = None
+        if self.state:
+            start = StreamPosition(**self.state["positions"][self.accelerator.process_index])
+        loader = DataLoader(
+            self.batches(self.records, start),
+            batch_size=None,
+            num_workers=self.config.num_workers,
+            generator=torch.Generator(),  # its own: a draw from the global one would make a resumed run differ
+        )
+        return iter(loader)
+
+    def held_out_batches(self) -> list[dict]:
+        """The first batches of the validation source."""
+        if self.config.validation is None:
+            return []
+        stream = iter(self.batches(load_records(self.config.validation)))
+        return [next(stream) for _ in range(self.config.num_validation_batches)]
+
+    def save(self, optimizer: torch.optim.Optimizer, step: int, reached: StreamPosition) -> None:
+        """Write a checkpoint from which the run continues exactly."""
+        training_state = {
+            "step": step,
+            "positions": gather_positions(reached),
+            "dtype": dtype_name(self.dtype),
+            "config": self.config.to_dict(),
+            "data_fingerprint": self.fingerprint,
+            "trainable": checkpoints.trainable_state(self.objective),
+            "optimizer": optimizer.state_dict(),
+            "rng": checkpoints.rng_state(),
+        }
+        if self.accelerator.is_main_process:
+            checkpoints.save_checkpoint(
+                self.output, step, lambda folder: save_weights(folder, self.model, self.processor), training_state
+            )
 
 
 def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = False) -> Path:
@@ -55,10 +134,21 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         ValueError: For a wrong config, an occupied output folder, or a failed hand-off check.
         NonFiniteLossError: When the loss is not a number.
     """
-    output = Path(config.output)
     accelerator = make_accelerator()
     if not resume and not dry_run and accelerator.is_main_process:
-        check_unused(output)
+        check_unused(Path(config.output))
+    stage = set_up(config, accelerator, resume)
+    if dry_run:
+        batch = next(iter(stage.batches(stage.records)))
+        lines = describe(stage.objective, batch, stage.processor, len(stage.records), config)
+        print(lines)  # noqa: T201 - the dry run's output
+    else:
+        train_and_save(stage)
+    return stage.output / "model"
+
+
+def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
+    """Load data and model, check the hand-off, freeze, and build the objective; nothing is written."""
     records = load_records(config.data)
     fingerprint = fingerprint_records(records)
     state = load_state(config, fingerprint, accelerator.num_processes) if resume else None
@@ -73,90 +163,57 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
     objective = make_objective(config, model, text_table)
-    first_step, position = 0, StreamPosition()
     if state:
-        load_trainable(objective, state["trainable"])
-        first_step = state["step"]
-        position = StreamPosition(**state["positions"][accelerator.process_index])
+        checkpoints.load_trainable(objective, state["trainable"])
+    return Stage(
+        config, accelerator, records, fingerprint, state, model, processor, objective, peft_model, dtype, handoff
+    )
 
-    def batches_from(source_records, start: StreamPosition) -> PackedBatches:
-        return PackedBatches(
-            source_records,
-            make_sampler(config, processor),
-            config,
-            start,
-            accelerator.process_index,
-            accelerator.num_processes,
-            processor.tokenizer.pad_token_id or 0,
-        )
 
-    if dry_run:
-        batch = next(iter(batches_from(records, StreamPosition())))
-        print(describe(objective, batch, processor, len(records), config))  # noqa: T201 - the dry run's output
-        return output / "model"
-
+def train_and_save(stage: Stage) -> None:
+    """Train from the stage's first step to its last and write the model."""
+    config, accelerator, objective = stage.config, stage.accelerator, stage.objective
     if isinstance(objective, DistillationObjective) and config.teacher is not None and config.teacher.standardize:
-        standardize_teacher(objective.teacher, records, processor)
-    autocast = torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32)
+        standardize_teacher(objective.teacher, stage.records, stage.processor)
+    autocast = torch.autocast(accelerator.device.type, stage.dtype, enabled=stage.dtype != torch.float32)
     objective.to(accelerator.device).train()
-    is_compiled = compile_layers(model, config.compile)
+    is_compiled = compile_layers(stage.model, config.compile)
     optimizer = make_optimizer(objective, config)
     wrapped = accelerator.prepare_model(objective)
-    if state:
-        optimizer.load_state_dict(state["optimizer"])
-        restore_rng(state["rng"])
-    if not resume and accelerator.is_main_process:
-        claim_output(output, config)
-    log = make_log(output, accelerator)
-    log({"event": "start", "step": first_step, **environment(dtype, is_compiled, accelerator), "handoff": handoff})
-    held_out = []
-    if config.validation is not None:
-        stream = iter(batches_from(load_records(config.validation), StreamPosition()))
-        held_out = [next(stream) for _ in range(config.num_validation_batches)]
-        if not state:
-            log({"event": "validation", "step": 0, **validate(wrapped, held_out, autocast, accelerator)})
+    if stage.state:
+        optimizer.load_state_dict(stage.state["optimizer"])
+        checkpoints.restore_rng(stage.state["rng"])
+    elif accelerator.is_main_process:
+        claim_output(stage.output, config)
+    log = make_log(stage.output, accelerator)
+    facts = environment(stage.dtype, is_compiled, accelerator)
+    log({"event": "start", "step": stage.first_step, **facts, "handoff": stage.handoff})
+    held_out = stage.held_out_batches()
 
-    def save(step: int, reached: StreamPosition) -> None:
-        training_state = {
-            "step": step,
-            "positions": gather_positions(reached),
-            "dtype": dtype_name(dtype),
-            "config": config.to_dict(),
-            "data_fingerprint": fingerprint,
-            "trainable": trainable_state(objective),
-            "optimizer": optimizer.state_dict(),
-            "rng": rng_state(),
-        }
-        if accelerator.is_main_process:
-            checkpoints.save_checkpoint(
-                output, step, lambda folder: save_weights(folder, model, processor), training_state
-            )
+    def log_validation(step: int) -> None:
+        if held_out:
+            log({"event": "validation", "step": step, **validate(wrapped, held_out, autocast, accelerator)})
 
-    loader = DataLoader(
-        batches_from(records, position),
-        batch_size=None,
-        num_workers=config.num_workers,
-        generator=torch.Generator(),  # its own: a draw from the global one would make a resumed run differ
-    )
+    if not stage.state:
+        log_validation(0)
     train(
         wrapped,
         optimizer,
-        iter(loader),
+        stage.training_batches(),
         config,
-        first_step=first_step,
+        first_step=stage.first_step,
         autocast=autocast,
         accelerator=accelerator,
         log=log,
-        save=save,
-        name=Path(config.output).name,
+        save=functools.partial(stage.save, optimizer),
+        name=stage.output.name,
     )
-    if held_out:
-        log({"event": "validation", "step": config.num_steps, **validate(wrapped, held_out, autocast, accelerator)})
+    log_validation(config.num_steps)
     if accelerator.is_main_process:
-        finish(output, model, processor, peft_model, next(iter(batches_from(records, StreamPosition()))))
+        first_batch = next(iter(stage.batches(stage.records)))
+        finish(stage.output, stage.model, stage.processor, stage.peft_model, first_batch)
         log({"event": "finish", "step": config.num_steps})
     accelerator.wait_for_everyone()
-    return output / "model"
 
 
 def make_accelerator():
@@ -197,42 +254,6 @@ def gather_positions(reached: StreamPosition) -> list[dict]:
     return gather_object([dataclasses.asdict(reached)])
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """`bfloat16` for `torch.bfloat16`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def rng_state() -> dict:
-    """States of the random generators training uses, as tensors."""
-    state = {"torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_rng(state: dict) -> None:
-    """Undo what set-up drew from the generators."""
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-def trainable_state(objective: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter that learns, the training-only projection and adapters included."""
-    return {name: item.detach().cpu() for name, item in objective.named_parameters() if item.requires_grad}
-
-
-@torch.no_grad()
-def load_trainable(objective: nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Put saved trainable parameters back; names must match one to one."""
-    parameters = {name: item for name, item in objective.named_parameters() if item.requires_grad}
-    if set(parameters) != set(state):
-        difference = sorted(set(parameters) ^ set(state))
-        raise ValueError(f"The checkpoint's trainable parameters differ from the recipe's: {difference[:5]}.")
-    for name, parameter in parameters.items():
-        parameter.copy_(state[name])
-
-
 def standardize_teacher(teacher: ImageTeacher, records: list[Record], processor: HoVLEProcessor) -> None:
     """Measure the teacher's features on evenly spaced pictures of the source, the same ones whenever a run resumes."""
     chosen = records[:: max(1, len(records) // NUM_STANDARDIZING_RECORDS)]
@@ -253,7 +274,7 @@ def fingerprint_records(records) -> str:
     """Short hash of a source's conversations."""
     digest = hashlib.sha256()
     for record in records:
-        digest.update(repr((record.name, record.messages)).encode())
+        digest.update(repr((record.name, record.messages, record.others)).encode())
     return digest.hexdigest()[:16]
 
 
@@ -270,59 +291,6 @@ def claim_output(output: Path, config: StageConfig) -> None:
     check_unused(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-
-
-def make_log(output: Path, accelerator) -> Callable[[dict], None]:
-    """Write entries to `log.jsonl` on the main process, stamped with the time."""
-
-    def log(entry: dict) -> None:
-        if accelerator.is_main_process:
-            checkpoints.append_log(output / "log.jsonl", {"time": round(time.time(), 1), **entry})
-
-    return log
-
-
-def environment(dtype: torch.dtype, is_compiled: bool, accelerator) -> dict:
-    """What a reader needs to judge a run's figures."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = ""
-    if shutil.which("git"):
-        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-        commit = result.stdout.strip()
-    return {
-        "device": str(accelerator.device),
-        "num_processes": accelerator.num_processes,
-        "num_threads": torch.get_num_threads(),
-        "dtype": dtype_name(dtype),
-        "compiled": is_compiled,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit or None,
-    }
-
-
-def describe(
-    objective: nn.Module, batch: dict, processor: HoVLEProcessor, num_records: int, config: StageConfig
-) -> str:
-    """What a stage would train on what, in a few lines, with one decoded sample."""
-    trained = sum(item.numel() for item in objective.parameters() if item.requires_grad)
-    total = sum(item.numel() for item in objective.parameters())
-    samples = len(batch["names"])
-    ends = (batch["position_ids"][0, 1:] == 0).nonzero().flatten() + 1
-    end = int(ends[0]) if len(ends) else config.row_length
-    supervised = int((batch["labels"] != -100).sum())
-    lines = [
-        f"objective       {config.objective.name}",
-        f"trains          {', '.join(config.trainable) or 'adapters'}: {trained:,} of {total:,} parameters",
-        f"source          {config.data.source}: {num_records:,} records",
-        f"one batch       {samples} samples in {config.rows_per_batch} rows of {config.row_length} tokens, "
-        f"{len(batch['pixel_values'])} tiles, {float(batch['is_sample'].float().mean()):.1%} filled, "
-        f"{supervised} supervised tokens",
-        f"whole run       {config.num_steps:,} steps of {config.gradient_accumulation_steps} batches",
-        "first sample    " + processor.tokenizer.decode(batch["input_ids"][0, :end]),
-    ]
-    return "\n".join(lines)
 
 
 def finish(output: Path, model: HoVLEForConditionalGeneration, processor, peft_model, batch: dict) -> None:

@@ -1,0 +1,71 @@
+"""What a run tells people: its log, what it ran on, and what a dry run shows."""
+
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from ..modeling_hovle import IGNORE_INDEX
+from ..processing_hovle import HoVLEProcessor
+from . import checkpoint as checkpoints
+from .config import StageConfig
+from .setup import dtype_name
+
+
+def make_log(output: Path, accelerator) -> Callable[[dict], None]:
+    """Write entries to `log.jsonl` on the main process, stamped with the time."""
+
+    def log(entry: dict) -> None:
+        if accelerator.is_main_process:
+            checkpoints.append_log(output / "log.jsonl", {"time": round(time.time(), 1), **entry})
+
+    return log
+
+
+def environment(dtype: torch.dtype, is_compiled: bool, accelerator) -> dict:
+    """What a reader needs to judge a run's figures."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = ""
+    if shutil.which("git"):
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        commit = result.stdout.strip()
+    return {
+        "device": str(accelerator.device),
+        "num_processes": accelerator.num_processes,
+        "num_threads": torch.get_num_threads(),
+        "dtype": dtype_name(dtype),
+        "compiled": is_compiled,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "commit": commit or None,
+    }
+
+
+def describe(
+    objective: nn.Module, batch: dict, processor: HoVLEProcessor, num_records: int, config: StageConfig
+) -> str:
+    """What a stage would train on what, in a few lines, with one decoded sample."""
+    trained = sum(item.numel() for item in objective.parameters() if item.requires_grad)
+    total = sum(item.numel() for item in objective.parameters())
+    samples = len(batch["names"])
+    ends = (batch["position_ids"][0, 1:] == 0).nonzero().flatten() + 1
+    end = int(ends[0]) if len(ends) else config.row_length
+    supervised = int((batch["labels"] != IGNORE_INDEX).sum())
+    lines = [
+        f"objective       {config.objective.name}",
+        f"trains          {', '.join(config.trainable) or 'adapters'}: {trained:,} of {total:,} parameters",
+        f"source          {config.data.source}: {num_records:,} records",
+        f"one batch       {samples} samples in {config.rows_per_batch} rows of {config.row_length} tokens, "
+        f"{len(batch['pixel_values'])} tiles, {float(batch['is_sample'].float().mean()):.1%} filled, "
+        f"{supervised} supervised tokens",
+        f"whole run       {config.num_steps:,} steps of {config.gradient_accumulation_steps} batches",
+        "first sample    " + processor.tokenizer.decode(batch["input_ids"][0, :end]),
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,71 @@
+"""`hovle chat`."""
+
+import pytest
+import torch
+from PIL import Image
+
+from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
+from hovle.chat import Conversation
+
+
+@pytest.fixture
+def model_folder(tmp_path, tokenizer, tiny_config):
+    """A tiny model with random weights and its processor, saved."""
+    torch.manual_seed(0)
+    config = tiny_config()
+    HoVLEForConditionalGeneration(config).save_pretrained(tmp_path / "model")
+    HoVLEProcessor.from_language_model(tokenizer, config, max_tiles=4).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Two picture files."""
+    paths = [tmp_path / "a.png", tmp_path / "b.jpg"]
+    for path, colour in zip(paths, ["red", "blue"], strict=True):
+        Image.new("RGB", (90, 60), colour).save(path)
+    return paths
+
+
+def test_one_question_prints_one_answer(model_folder, pictures, capsys):
+    first, second = pictures
+    arguments = ["chat", "--model", str(model_folder), "--image", str(first), "--image", str(second)]
+    assert cli.main([*arguments, "-q", "what differs?", "--max-new-tokens", "5"]) == 0
+    conversation = Conversation(str(model_folder), max_new_tokens=5)
+    conversation.add_pictures([str(first), str(second)])
+    assert capsys.readouterr().out == conversation.answer("what differs?") + "\n"
+
+
+def test_a_conversation_remembers_turns_and_pictures(model_folder, pictures):
+    conversation = Conversation(str(model_folder), max_new_tokens=4)
+    conversation.add_pictures([str(pictures[0])])
+    conversation.answer("what is it?")
+    conversation.answer("and now?")
+    kinds = [[item["type"] for item in message["content"]] for message in conversation.messages]
+    assert kinds == [["image", "text"], ["text"], ["text"], ["text"]]
+    conversation.restart()
+    assert conversation.messages == []
+
+
+def test_a_broken_picture_does_not_end_a_conversation(model_folder, pictures, monkeypatch, capsys, tmp_path):
+    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:40])
+    lines = iter([f"/image {tmp_path / 'broken.png'}", f"/image {pictures[0]}", "what is it?", "/new", "", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert cli.main(["chat", "--model", str(model_folder), "--max-new-tokens", "3"]) == 0
+    assert "broken.png" in capsys.readouterr().out
+    assert next(lines, None) is None
+
+
+def test_the_end_of_input_ends_the_conversation(model_folder, monkeypatch):
+    def end(prompt):
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    assert cli.main(["chat", "--model", str(model_folder)]) == 0
+
+
+def test_a_missing_model_or_picture_is_named(model_folder, tmp_path, capsys):
+    assert cli.main(["chat", "--model", str(tmp_path / "nowhere"), "-q", "?"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert cli.main(["chat", "--model", str(model_folder), "--image", str(tmp_path / "gone.png"), "-q", "?"]) == 1
+    assert "gone.png" in capsys.readouterr().err

@@ -1,0 +1,58 @@
+"""The `hovle` command."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+from hovle import cli
+
+
+def test_help_lists_every_command_with_a_line_of_help(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--help"])
+    assert exit_info.value.code == 0
+    printed = capsys.readouterr().out
+    for name, (_, summary) in cli.COMMANDS.items():
+        assert name in printed
+        assert summary.split()[0] in printed
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main([name, "--help"])
+    assert exit_info.value.code == 0
+    explanation = importlib.import_module(cli.COMMANDS[name][0]).__doc__
+    assert explanation.strip().splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argv", [[], ["fly"], ["train"], ["convert", "only-one"]])
+def test_wrong_usage_ends_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(argv)
+    assert exit_info.value.code == 2
+    assert "usage: hovle" in capsys.readouterr().err
+
+
+def test_what_a_user_got_wrong_is_one_line_and_exit_code_1(capsys, tmp_path):
+    assert cli.main(["tiles", str(tmp_path / "missing.png")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("hovle tiles: ")
+    assert "missing.png" in error
+    assert "Traceback" not in error
+
+
+def test_the_package_runs_as_a_module_without_extras():
+    program = (
+        "import sys, runpy\n"
+        "for name in ('accelerate', 'peft', 'timm', 'yaml', 'gguf', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "import hovle\n"
+        "sys.argv = ['hovle', '--help']\n"
+        "runpy.run_module('hovle', run_name='__main__')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "commands" in result.stdout
