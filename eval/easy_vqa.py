@@ -8,12 +8,13 @@ import json
 import sys
 from pathlib import Path
 
-from hovle.demo import NUM_QUESTIONS, score_model, test_questions
+from hovle.assets import easy_vqa
+from hovle.eval.vqa import draw_questions, score_model
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="model folder")
-    parser.add_argument("--questions", type=int, default=NUM_QUESTIONS, help="test questions, drawn with a fixed seed")
+    parser.add_argument("--questions", type=int, default=1000, help="test questions, drawn with a fixed seed")
     options = parser.parse_args()
-    scores, _ = score_model(options.model, test_questions(options.questions))
+    scores, _ = score_model(options.model, draw_questions(easy_vqa() / "test", options.questions))
     sys.stdout.write(json.dumps(scores) + "\n")

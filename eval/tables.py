@@ -16,22 +16,32 @@ DOCUMENTS = ("README.md", "eval/README.md", "model_cards/demo.md")
 def demo_table(root: Path) -> str:
     """Scores of the demo, one row per stage."""
     report = json.loads((root / "eval/results/demo/report.json").read_text())
-    minutes = {stage: seconds / 60 for stage, seconds in report["training_seconds"].items()}
-    cosine = report["teacher_cosine"]
+    stages = report["stages"]
+    trained = {
+        "distillation": "stem, holistic layers",
+        "alignment": "stem, holistic layers; LLM frozen",
+        "instruction_tuning": "everything",
+    }
     lines = [
-        "| stage | trains | training | exact match | blank pictures | shuffled pictures |",
-        "|---|---|---|---|---|---|",
-        f"| distillation | stem, holistic layers | {minutes['distillation']:.1f} min | "
-        f"(cosine to the teacher {cosine['before']:.2f} → {cosine['after']:.2f}) | | |",
+        "| stage | trains | duration | tokens | cosine to the teacher | exact match | blank | shuffled |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    trained = {"alignment": "stem, holistic layers; LLM frozen", "instruction_tuning": "everything"}
     for stage, what in trained.items():
-        scores = report[stage]
+        facts = stages[stage]
+        cosine = facts.get("teacher_cosine")
         lines.append(
-            f"| {stage.replace('_', ' ')} | {what} | {minutes[stage]:.1f} min | **{scores['accuracy']:.1%}** | "
-            f"{scores['blank_pictures']:.1%} | {scores['shuffled_pictures']:.1%} |"
+            f"| {stage.replace('_', ' ')} | {what} | {facts['seconds'] / 60:.1f} min | {facts['tokens']:,} | "
+            + (f"{cosine['before']:.2f} → {cosine['after']:.2f}" if cosine else "")
+            + " | "
+            + " | ".join(percent(facts.get(name)) for name in ("accuracy", "blank_pictures", "shuffled_pictures"))
+            + " |"
         )
     return "\n".join(lines)
+
+
+def percent(share: float | None) -> str:
+    """A share as a percentage, or nothing."""
+    return "" if share is None else f"{share:.1%}"
 
 
 TABLES = {"demo": demo_table}

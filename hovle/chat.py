@@ -60,7 +60,7 @@ class Conversation:
         max_tiles: Most tiles of a picture, or None for the model's own limit.
     """
 
-    def __init__(self, model: str, max_new_tokens: int, max_tiles: int | None = None):
+    def __init__(self, model: str, max_new_tokens: int = 256, max_tiles: int | None = None):
         _refuse_missing_folder(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor = HoVLEProcessor.from_pretrained(model)
@@ -104,7 +104,7 @@ class Conversation:
 
 def _refuse_missing_folder(model: str) -> None:
     """A mistyped path would be taken for a Hub id, whose error message misleads."""
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1
+    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or Path(model).parent.is_dir()
     if looks_like_path and not (Path(model) / "config.json").is_file():
         raise ValueError(f"No model in {model}: expected a folder with config.json, or a Hub id such as owner/name.")
 

@@ -5,6 +5,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .errors import StopRunError
+
 COMMANDS = {
     "tiles": ("hovle.tiles", "draw how a picture is cut into tiles and count its tokens"),
     "chat": ("hovle.chat", "talk with a model about pictures in the terminal"),
@@ -41,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2  # unreachable: parse_args leaves on help and on errors
 
 
+def _refuse(name: str, message: str) -> int:
+    print(f"hovle {name}: {message}", file=sys.stderr)  # noqa: T201 - this is the command's output
+    return 1
+
+
 def _run_command(name: str, argv: Sequence[str]) -> int:
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(
@@ -50,9 +57,12 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     args = parser.parse_intermixed_args(argv)  # options may stand between key=value arguments
     try:
         return module.run(args)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"hovle {name}: {error}", file=sys.stderr)  # noqa: T201 - this is the command's output
-        return 1
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("hovle"):
+            raise
+        return _refuse(name, f"the package {error.name} is missing: pip install 'hovle[train,teacher,demo]' brings it.")
+    except (ValueError, OSError, StopRunError) as error:
+        return _refuse(name, str(error))
     except KeyboardInterrupt:
         print(f"\nhovle {name}: interrupted", file=sys.stderr)  # noqa: T201 - this is the command's output
         return 130

@@ -87,6 +87,9 @@ class Plan:
     """Tensors the flat model has no place for."""
 
     extra_metadata: dict[str, str] = field(default_factory=dict)
+    image_processor: HoVLEImageProcessor | None = None
+    """How pictures are cut, for a hovle model."""
+
     remarks: list[str] = field(default_factory=list)
     """What the user should know, one sentence each."""
 
@@ -130,8 +133,8 @@ def convert(src: str | os.PathLike, dst: str | os.PathLike, to: str = "hovle") -
         if (folder / LICENCE).exists():
             shutil.copyfile(inside(folder, LICENCE), new_folder / LICENCE)
         plan.remarks += filter(None, [_save_tokenizer_files(folder, new_folder)])
-        if to == "hovle":
-            plan.remarks += filter(None, [_save_processor(new_folder)])
+        if plan.image_processor is not None:
+            plan.remarks += filter(None, [_save_processor(new_folder, plan.image_processor)])
     return plan.remarks
 
 
@@ -165,6 +168,8 @@ def _plan_hovle(src: Path) -> Plan:
         documents={CONFIG: content, RELEASED_CONFIG: inside(src, CONFIG).read_bytes()},
         extra=[output for output in outputs if is_extra(output.name)],
         extra_metadata={TIED_HEAD: "stored"} if HEAD in copies else {},
+        image_processor=_image_processor(released, config),
+        remarks=_other_tiles(released),
     )
     if tile_size(released) != config.image_size:
         plan.remarks.append(
@@ -265,24 +270,46 @@ def _save_tokenizer_files(src: Path, dst: Path) -> str | None:
     return "No tokenizer was converted: the source holds none. Weights and config are complete."
 
 
-def _save_processor(folder: Path) -> str | None:
-    """Write the image processor with the checkpoint's tile settings; with a tokenizer, the whole processor."""
-    config = HoVLEConfig.from_pretrained(folder)
-    released = read_json(folder, RELEASED_CONFIG)
-    image_processor = HoVLEImageProcessor(
-        tile_size=tile_size(released),
+def _other_tiles(released: dict) -> list[str]:
+    """Remarks on settings under which the released code would cut pictures unlike ours."""
+    published = {"dynamic_image_size": True, "use_thumbnail": True, "pad2square": False}
+    return [
+        f"{name} is {not usual} in the source, but hovle cuts pictures the published way ({name}: {usual})."
+        for name, usual in published.items()
+        if read_field(released, name, bool) is not usual
+    ]
+
+
+def _image_processor(released: dict, config: HoVLEConfig) -> HoVLEImageProcessor:
+    """The image processor with a released checkpoint's tile settings; ValueError for an unknown shuffle order."""
+    if read_field(released, "ps_version", str) != "v2":
+        raise ValueError(f"ps_version in {CONFIG} is {released['ps_version']!r}; only the order of 'v2' is known.")
+    size = tile_size(released)
+    config.tokens_per_tile(size)
+    return HoVLEImageProcessor(
+        tile_size=size,
         min_tiles=read_field(released, "min_dynamic_patch", int),
         max_tiles=read_field(released, "max_dynamic_patch", int),
     )
+
+
+def _save_processor(folder: Path, image_processor: HoVLEImageProcessor) -> str | None:
+    """Write the image processor, or the whole processor if there is a tokenizer that knows the picture tokens."""
+    config = HoVLEConfig.from_pretrained(folder)
+    image_processor.save_pretrained(folder)
     if not (folder / "tokenizer.json").exists():
-        image_processor.save_pretrained(folder)
         return None
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     missing = [token for token in IMAGE_TOKENS.values() if token not in tokenizer.get_vocab()]
     if missing:
-        image_processor.save_pretrained(folder)
         return f"No processor was written: the tokenizer lacks {', '.join(missing)}."
-    HoVLEProcessor(image_processor, tokenizer, config.patch_size * config.shuffle_factor).save_pretrained(folder)
+    processor = HoVLEProcessor(image_processor, tokenizer, config.patch_size * config.shuffle_factor)
+    if processor.image_token_id != config.image_token_id:
+        raise ValueError(
+            f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, {CONFIG} says "
+            f"{config.image_token_id}."
+        )
+    processor.save_pretrained(folder)
     return None
 
 

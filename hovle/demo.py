@@ -1,23 +1,18 @@
 """Train a small model on this machine and let it answer questions about pictures it has never seen.
 
 A stock language model (SmolLM2-135M-Instruct) learns to see in three stages on easy-VQA: distillation from an
-EfficientNet, alignment with the language model frozen, instruction tuning of everything. Finished stages are kept:
-a second call continues where the first one stopped.
+EfficientNet, alignment with the language model frozen, instruction tuning of everything. Finished stages are kept: a
+second call does what is missing. An interrupted stage starts again.
 """
 
 import argparse
 import json
-import random
 import shutil
 import time
 from pathlib import Path
 
-import torch
-
 from .assets import easy_vqa
-from .eval.vqa import Question, answer_questions, exact_match, with_blank_pictures, with_shuffled_pictures
-from .modeling_hovle import HoVLEForConditionalGeneration
-from .processing_hovle import HoVLEProcessor
+from .eval.vqa import Question, draw_questions, exact_match, score_model
 
 STAGES = ("distillation", "alignment", "instruction_tuning")
 """Recipes `demo/<stage>` in their order."""
@@ -34,106 +29,135 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the three runs")
     parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to draw questions and answers")
     parser.add_argument("--questions", type=int, default=NUM_QUESTIONS, help="test questions to score")
-    parser.add_argument("--fresh", action="store_true", help="delete earlier runs in the output folder first")
+    parser.add_argument("--fresh", action="store_true", help="delete earlier demo runs in the output folder first")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to replace in every stage")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train the stages, score them, draw the picture."""
+    from .train.config import load_stage
+
+    # All that can be wrong is found before the first of thirty minutes.
+    configs = {stage: load_stage(f"demo/{stage}", stage_settings(stage, args)) for stage in STAGES}
+    questions = draw_questions(easy_vqa() / "test", args.questions)
+    pyplot = load_pyplot()
     if args.fresh:
-        shutil.rmtree(args.output, ignore_errors=True)
-    training_seconds = {stage: train_stage(stage, args.output, args.overrides) for stage in STAGES}
-    questions = test_questions(args.questions)
-    report: dict = {"training_seconds": training_seconds, "teacher_cosine": teacher_cosine(args.output)}
+        delete_runs(args.output)
+    check_kept_stages(args.output, configs)
     started_at = time.perf_counter()
+    for stage, config in configs.items():
+        train_stage(stage, args.output / stage, config)
+    report: dict = {"stages": {stage: stage_facts(args.output / stage) for stage in STAGES}}
     for stage in STAGES[1:]:
         _say(f"{stage}: answering {len(questions)} questions about unseen pictures, three times")
-        report[stage], answers = score_model(args.output / stage / "model", questions)
-    report["evaluation_seconds"] = round(time.perf_counter() - started_at, 1)
+        scores, answers = score_model(args.output / stage / "model", questions)
+        report["stages"][stage].update(scores)
+    report["num_questions"] = len(questions)
+    report["wall_seconds"] = round(time.perf_counter() - started_at, 1)
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     shown = list(zip(questions, answers, strict=True))[:NUM_SHOWN]
     for question, answer in shown:
         mark = "right" if exact_match([answer], [question]) else f"wrong, it is {question.answer}"
         _say(f"{Path(question.picture).name:>10}  {question.text:<45} -> {answer:<12} {mark}")
-    draw_report(args.picture, shown, report)
-    (args.output / "report.json").write_text(json.dumps(report, indent=1))
     _say(summary(report))
+    draw_report(pyplot, args.picture, shown, report)
     _say(f"Pictures, questions and answers: {args.picture}; figures: {args.output / 'report.json'}")
     _say(f"Talk with it: hovle chat --model {args.output / STAGES[-1] / 'model'} --image PICTURE")
     return 0
 
 
-def train_stage(stage: str, output: Path, overrides: list[str]) -> float:
-    """Run one stage, or keep it if it is finished; return its training time in seconds."""
-    from .train import load_stage, run_stage
-    from .train.checkpoint import find_checkpoint
-
-    folder = output / stage
-    settings = [f"output={folder}"]
+def stage_settings(stage: str, args: argparse.Namespace) -> list[str]:
+    """Overrides that chain the stages in the output folder, then the user's."""
+    settings = [f"output={args.output / stage}"]
     if stage != STAGES[0]:
-        settings.append(f"model.checkpoint={output / STAGES[STAGES.index(stage) - 1] / 'model'}")
-    config = load_stage(f"demo/{stage}", [*settings, *overrides])
+        settings.append(f"model.checkpoint={args.output / STAGES[STAGES.index(stage) - 1] / 'model'}")
+    return [*settings, *args.overrides]
+
+
+def load_pyplot():
+    """Import matplotlib's drawing functions, without a display."""
+    try:
+        import matplotlib as mpl  # an extra: only the demo draws charts
+    except ImportError as error:
+        raise ValueError("The demo draws its report with matplotlib: pip install 'hovle[demo]'") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def delete_runs(output: Path) -> None:
+    """Delete the stages' run folders and nothing else."""
+    for stage in STAGES:
+        _delete_run(output / stage)
+
+
+def _delete_run(folder: Path) -> None:
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} holds no training run (no recipe.yaml), so the demo does not delete it.")
+    shutil.rmtree(folder)
+
+
+def check_kept_stages(output: Path, configs: dict) -> None:
+    """Refuse to keep a finished stage that another recipe made, or that follows one still to be trained."""
+    import yaml
+
+    to_train: list[str] = []
+    for stage, config in configs.items():
+        folder = output / stage
+        if not (folder / "model").is_dir():
+            to_train.append(stage)
+            continue
+        recipe, wanted = yaml.safe_load((folder / "recipe.yaml").read_text()), config.to_dict()
+        changed = [key for key in wanted if key != "output" and recipe.get(key) != wanted[key]]
+        if changed or to_train:
+            reason = f"its {', '.join(changed)} differ" if changed else f"it was trained before {to_train[0]} will be"
+            raise ValueError(f"{folder} does not belong to this demo: {reason}. Train all stages again with --fresh.")
+
+
+def train_stage(stage: str, folder: Path, config) -> None:
+    """Run one stage, or keep it if it is finished."""
+    from .train import run_stage
+
     if (folder / "model").is_dir():
         _say(f"{stage}: already trained, see {folder} (--fresh trains again)")
-    else:
-        resume = find_checkpoint(folder) is not None
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)  # an interrupted start has nothing to continue
-        _say(f"{stage}: {config.num_steps} steps")
-        run_stage(config, resume=resume)
-    entries = read_log(folder)
-    return round(sum(entry.get("elapsed_seconds", 0.0) for entry in entries), 1)
+        return
+    _delete_run(folder)
+    _say(f"{stage}: {config.num_steps} steps")
+    run_stage(config)
 
 
-def read_log(folder: Path) -> list[dict]:
-    """Entries of a run's log."""
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-
-
-def teacher_cosine(output: Path) -> dict[str, float]:
-    """Mean cosine to the teacher on held-out pictures, before and after distillation."""
-    entries = [entry for entry in read_log(output / STAGES[0]) if entry.get("event") == "validation"]
-    return {"before": round(entries[0]["image_cosine"], 4), "after": round(entries[-1]["image_cosine"], 4)}
-
-
-def test_questions(count: int) -> list[Question]:
-    """Draw questions about the test pictures of easy-VQA, the same ones every time."""
-    from .train.data import load_easy_vqa_questions
-
-    rows = load_easy_vqa_questions(easy_vqa() / "test")
-    return [Question(*row) for row in random.Random(0).sample(rows, count)]
-
-
-def score_model(folder: Path, questions: list[Question]) -> tuple[dict[str, float], list[str]]:
-    """Measure exact match with true, blank and shuffled pictures; also return the answers to the true ones."""
-    from .train.setup import choose_dtype
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = HoVLEForConditionalGeneration.from_pretrained(folder, dtype=choose_dtype("auto", device)).to(device).eval()
-    processor = HoVLEProcessor.from_pretrained(folder)
-    variants = {
-        "accuracy": questions,
-        "blank_pictures": with_blank_pictures(questions),
-        "shuffled_pictures": with_shuffled_pictures(questions),
+def stage_facts(folder: Path) -> dict:
+    """What a finished run's log says: duration, samples and tokens, environment, cosine to the teacher."""
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    start, steps = entries[0], [entry for entry in entries if "loss" in entry]
+    facts = {
+        "seconds": round(entries[-1]["time"] - start["time"], 1),
+        "training_seconds": round(sum(entry["elapsed_seconds"] for entry in steps), 1),
+        "tokens": round(sum(entry["tokens_per_second"] * entry["elapsed_seconds"] for entry in steps)),
+        "environment": {key: start[key] for key in ("device", "num_threads", "dtype", "compiled", "torch", "commit")},
     }
-    answers = {
-        name: answer_questions(model, processor, variant, description=name.replace("_", " "))
-        for name, variant in variants.items()
-    }
-    return {name: exact_match(answers[name], variants[name]) for name in variants}, answers["accuracy"]
+    measured = [entry["image_cosine"] for entry in entries if entry.get("event") == "validation" and "image_cosine" in entry]
+    if measured:
+        facts["teacher_cosine"] = {"before": round(measured[0], 4), "after": round(measured[-1], 4)}
+    return facts
 
 
 def summary(report: dict) -> str:
     """The figures in a few lines."""
-    cosine = report["teacher_cosine"]
-    total = sum(report["training_seconds"].values())
+    stages = report["stages"]
+    total = sum(facts["training_seconds"] for facts in stages.values())
+    shares = ", ".join(f"{stage} {facts['training_seconds'] / total:.0%}" for stage, facts in stages.items())
+    cosine = stages[STAGES[0]]["teacher_cosine"]
     lines = [
-        f"Training: {total / 60:.1f} minutes ("
-        + ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in report["training_seconds"].items())
-        + f"); evaluation: {report['evaluation_seconds'] / 60:.1f} minutes.",
-        f"Cosine to the teacher on unseen pictures: {cosine['before']:.3f} before, {cosine['after']:.3f} after.",
+        f"Training steps: {total / 60:.1f} minutes ({shares}).",
+        f"Cosine to the teacher's features on unseen pictures: {cosine['before']:.3f} before distillation, "
+        f"{cosine['after']:.3f} after.",
     ]
     for stage in STAGES[1:]:
-        scores = report[stage]
+        scores = stages[stage]
         lines.append(
             f"After {stage.replace('_', ' ')}: {scores['accuracy']:.1%} exact match; "
             f"blank pictures {scores['blank_pictures']:.1%}, shuffled pictures {scores['shuffled_pictures']:.1%}."
@@ -141,13 +165,8 @@ def summary(report: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_report(path: Path, shown: list[tuple[Question, str]], report: dict) -> None:
+def draw_report(pyplot, path: Path, shown: list[tuple[Question, str]], report: dict) -> None:
     """Draw pictures, questions and answers, right ones green and wrong ones red."""
-    import matplotlib as mpl  # an extra: only the demo draws charts
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
     from .pictures import load_picture
 
     columns = 6
@@ -165,7 +184,7 @@ def draw_report(path: Path, shown: list[tuple[Question, str]], report: dict) -> 
             spine.set_color("#1a7f37" if is_right else "#cf222e")
     for axis in axes.flat[len(shown) :]:
         axis.set_axis_off()
-    final = report[STAGES[-1]]
+    final = report["stages"][STAGES[-1]]
     figure.suptitle(
         f"HoVLE in miniature: {final['accuracy']:.1%} of the answers are right "
         f"({final['blank_pictures']:.1%} with blank, {final['shuffled_pictures']:.1%} with shuffled pictures)",

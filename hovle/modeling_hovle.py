@@ -472,8 +472,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             slots_per_placeholder = self.config.shuffle_factor**2 if self.is_hd else 1
             check_image_tokens(image_mask, len(image_features), image_features.shape[1] // slots_per_placeholder)
             return image_features, image_mask
-        # Once something is cached, a placeholder id is a token the model itself has generated.
-        if past_key_values is None or past_key_values.get_seq_length() == 0:
+        # A single token after a cache is one the model itself has generated, even if it is the placeholder.
+        if past_key_values is None or past_key_values.get_seq_length() == 0 or input_ids.shape[1] > 1:
             check_image_tokens(image_mask, 0, self.config.image_seq_length)
         return None, None
 

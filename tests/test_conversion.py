@@ -886,9 +886,11 @@ def test_the_result_knows_how_its_pictures_are_tiled(released, tmp_path):
 
 
 def test_with_a_fast_tokenizer_the_result_takes_chats(released, tmp_path, tokenizer):
-    source = write_checkpoint(tmp_path / "source", *released)
+    config, tensors = copy.deepcopy(released)
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.add_special_tokens({"extra_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
+    config["embedding_config"]["img_context_token_id"] = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
+    source = write_checkpoint(tmp_path / "source", config, tensors)
     tokenizer.save_pretrained(source)
     convert(source, tmp_path / "ours")
     processor = HoVLEProcessor.from_pretrained(tmp_path / "ours")
@@ -897,3 +899,26 @@ def test_with_a_fast_tokenizer_the_result_takes_chats(released, tmp_path, tokeni
     inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
     assert (inputs["input_ids"] == processor.image_token_id).sum() == 4
     assert inputs["pixel_values"].shape == (1, 3, 56, 56)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("use_thumbnail", False), ("dynamic_image_size", False), ("pad2square", True)]
+)
+def test_tile_settings_that_ours_do_not_follow_are_told(released, tmp_path, name, value):
+    config, tensors = released
+    source = write_checkpoint(tmp_path / "source", {**config, name: value}, tensors)
+    assert any(name in remark for remark in convert(source, tmp_path / "ours"))
+
+
+def test_an_unknown_shuffle_order_is_refused(released, tmp_path):
+    config, tensors = released
+    assert_refused(write_checkpoint(tmp_path / "source", {**config, "ps_version": "v1"}, tensors), "ps_version")
+
+
+def test_a_tokenizer_with_another_placeholder_is_refused(released, tmp_path, make_tokenizer):
+    config, tensors = released
+    source = write_checkpoint(tmp_path / "source", config, tensors)
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
+    tokenizer.save_pretrained(source)
+    assert_refused(source, "IMG_CONTEXT")

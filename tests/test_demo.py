@@ -1,18 +1,24 @@
 """`hovle demo`, without its half hour: report, picture and what a second call keeps."""
 
+import argparse
 import json
 
+import pytest
+import yaml
 from PIL import Image
 
-from hovle import demo
-from hovle.eval.vqa import Question
+from hovle import cli, demo
+from hovle.assets import easy_vqa
+from hovle.eval.vqa import Question, draw_questions
+from hovle.train.config import load_stage
 
+SCORES = {"accuracy": 0.9, "blank_pictures": 0.5, "shuffled_pictures": 0.4}
 REPORT = {
-    "training_seconds": {"distillation": 60.0, "alignment": 120.0, "instruction_tuning": 120.0},
-    "teacher_cosine": {"before": 0.01, "after": 0.5},
-    "evaluation_seconds": 30.0,
-    "alignment": {"accuracy": 0.8, "blank_pictures": 0.5, "shuffled_pictures": 0.4},
-    "instruction_tuning": {"accuracy": 0.9, "blank_pictures": 0.5, "shuffled_pictures": 0.4},
+    "stages": {
+        "distillation": {"training_seconds": 60.0, "teacher_cosine": {"before": 0.01, "after": 0.5}},
+        "alignment": {"training_seconds": 120.0, **SCORES},
+        "instruction_tuning": {"training_seconds": 120.0, **SCORES},
+    }
 }
 
 
@@ -27,22 +33,77 @@ def test_the_summary_tells_times_cosines_and_all_six_scores():
 
 def test_the_picture_shows_every_question(tmp_path):
     shown = [(Question(f"what is {index}?", "red", Image.new("RGB", (64, 64), "red")), "red") for index in range(7)]
-    demo.draw_report(tmp_path / "demo.png", shown, REPORT)
+    demo.draw_report(demo.load_pyplot(), tmp_path / "demo.png", shown, REPORT)
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 1000
-        assert picture.convert("RGB").getcolors(maxcolors=1 << 24) is not None
 
 
 def test_questions_are_the_same_every_time_and_about_test_pictures():
-    questions = demo.test_questions(50)
-    assert questions == demo.test_questions(50)
+    questions = draw_questions(easy_vqa() / "test", 50)
+    assert questions == draw_questions(easy_vqa() / "test", 50)
     assert len({(question.text, question.picture) for question in questions}) == 50
     assert all("test" in question.picture.parts for question in questions)
+    with pytest.raises(ValueError, match="not 0"):
+        draw_questions(easy_vqa() / "test", 0)
 
 
-def test_a_finished_stage_is_kept(tmp_path, monkeypatch, capsys):
-    (tmp_path / "distillation" / "model").mkdir(parents=True)
-    entries = [{"event": "start"}, {"step": 10, "elapsed_seconds": 5.0}, {"step": 20, "elapsed_seconds": 4.0}]
-    (tmp_path / "distillation" / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
-    assert demo.train_stage("distillation", tmp_path, []) == 9.0
+def finish_stage(output, stage, overrides=()):
+    """Leave what a finished stage leaves; return the three configs."""
+    args = argparse.Namespace(output=output, overrides=[])
+    configs = {name: load_stage(f"demo/{name}", demo.stage_settings(name, args)) for name in demo.STAGES}
+    folder = output / stage
+    (folder / "model").mkdir(parents=True)
+    recipe = load_stage(f"demo/{stage}", [*demo.stage_settings(stage, args), *overrides]).to_dict()
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    entries = [
+        {"event": "start", "time": 100.0, "device": "cpu", "num_threads": 2, "dtype": "bfloat16", "compiled": True}
+        | {"torch": "2.14.1", "commit": None},
+        {"event": "validation", "time": 101.0, "image_cosine": 0.0},
+        {"step": 10, "loss": 1.0, "elapsed_seconds": 5.0, "tokens_per_second": 100.0, "time": 106.0},
+        {"step": 20, "loss": 1.0, "elapsed_seconds": 4.0, "tokens_per_second": 50.0, "time": 110.0},
+        {"event": "validation", "time": 111.0, "image_cosine": 0.6},
+        {"event": "finish", "time": 112.0},
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return configs
+
+
+def test_a_finished_stage_is_kept_and_its_log_is_summed_up(tmp_path, capsys):
+    configs = finish_stage(tmp_path, "distillation")
+    demo.check_kept_stages(tmp_path, configs)
+    demo.train_stage("distillation", tmp_path / "distillation", configs["distillation"])
     assert "already trained" in capsys.readouterr().out
+    facts = demo.stage_facts(tmp_path / "distillation")
+    assert (facts["seconds"], facts["training_seconds"], facts["tokens"]) == (12.0, 9.0, 700)
+    assert facts["teacher_cosine"] == {"before": 0.0, "after": 0.6}
+
+
+def test_a_stage_of_another_recipe_is_not_kept(tmp_path):
+    configs = finish_stage(tmp_path, "distillation", ["num_steps=4"])
+    with pytest.raises(ValueError, match=r"num_steps.*--fresh"):
+        demo.check_kept_stages(tmp_path, configs)
+
+
+def test_a_stage_trained_before_one_that_is_missing_is_not_kept(tmp_path):
+    configs = finish_stage(tmp_path, "alignment")
+    with pytest.raises(ValueError, match="before distillation"):
+        demo.check_kept_stages(tmp_path, configs)
+
+
+def test_fresh_deletes_runs_and_nothing_else(tmp_path):
+    finish_stage(tmp_path, "distillation")
+    (tmp_path / "thesis").mkdir()
+    demo.delete_runs(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis"]
+    (tmp_path / "alignment").mkdir()
+    (tmp_path / "alignment" / "mine.txt").write_text("keep")
+    with pytest.raises(ValueError, match=r"no recipe\.yaml"):
+        demo.delete_runs(tmp_path)
+    assert (tmp_path / "alignment" / "mine.txt").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--questions", "0"], ["num_stepz=3"], ["--questions", "100000"]])
+def test_mistakes_are_found_before_training(tmp_path, capsys, arguments):
+    assert cli.main(["demo", "--output", str(tmp_path), *arguments]) == 1
+    assert capsys.readouterr().err.startswith("hovle demo: ")
+    assert not list(tmp_path.iterdir())

@@ -16,10 +16,7 @@ trains, on which data, towards which objective and on which schedule; hovle/trai
 
 import sys
 
-from hovle.cli import main
-
-DEFAULT_RECIPE = "demo/distillation"
+from hovle.train.__main__ import run_recipe
 
 if __name__ == "__main__":
-    has_recipe = any(not argument.startswith("-") and "=" not in argument for argument in sys.argv[1:])
-    sys.exit(main(["train", *([] if has_recipe else [DEFAULT_RECIPE]), *sys.argv[1:]]))
+    sys.exit(run_recipe(sys.argv[1:], default="demo/distillation"))

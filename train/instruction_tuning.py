@@ -1,7 +1,7 @@
 """Stage III, instruction tuning: next-token prediction, everything learns.
 
 Starts from the model folder alignment wrote. With `lora` in the recipe the language model learns through low-rank
-adapters instead, which are saved alone and merged.
+adapters instead; the saved model has them merged.
 
   python train/instruction_tuning.py                           the miniature recipe, on any machine
   python train/instruction_tuning.py my_stage.yaml num_steps=5000
@@ -14,10 +14,7 @@ trains, on which data, towards which objective and on which schedule; hovle/trai
 
 import sys
 
-from hovle.cli import main
-
-DEFAULT_RECIPE = "demo/instruction_tuning"
+from hovle.train.__main__ import run_recipe
 
 if __name__ == "__main__":
-    has_recipe = any(not argument.startswith("-") and "=" not in argument for argument in sys.argv[1:])
-    sys.exit(main(["train", *([] if has_recipe else [DEFAULT_RECIPE]), *sys.argv[1:]]))
+    sys.exit(run_recipe(sys.argv[1:], default="demo/instruction_tuning"))

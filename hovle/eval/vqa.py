@@ -1,14 +1,17 @@
 """Visual question answering by free generation: answer questions about pictures and compare with the truth."""
 
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..machine import fastest_dtype
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..pictures import load_picture
 from ..processing_hovle import HoVLEProcessor
@@ -75,7 +78,7 @@ def _text(text: str) -> dict:
 
 
 def exact_match(answers: Sequence[str], questions: Sequence[Question]) -> float:
-    """Share of answers that equal the expected one up to case and surrounding space."""
+    """Share of answers that equal the expected one up to case, surrounding space and a final full stop."""
     hits = [_normal(answer) == _normal(question.answer) for answer, question in zip(answers, questions, strict=True)]
     return sum(hits) / len(hits)
 
@@ -98,3 +101,39 @@ def with_shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list
     random.Random(seed).shuffle(order)
     moved = dict(zip(order, order[1:] + order[:1], strict=True))  # no one keeps its own
     return [Question(item.text, item.answer, questions[moved[index]].picture) for index, item in enumerate(questions)]
+
+
+def load_questions(folder: Path) -> list[Question]:
+    """Read one easy-VQA split: `questions.json` beside `images/`."""
+    rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    return [Question(question, answer, folder / "images" / f"{image}.png") for question, answer, image in rows]
+
+
+def draw_questions(folder: Path, count: int, seed: int = 0) -> list[Question]:
+    """Draw so many questions of a split, the same ones every time."""
+    questions = load_questions(folder)
+    if not 1 <= count <= len(questions):
+        raise ValueError(f"Between 1 and {len(questions)} questions can be drawn from {folder.name}, not {count}.")
+    return random.Random(seed).sample(questions, count)
+
+
+def score_model(folder: Path, questions: Sequence[Question]) -> tuple[dict[str, float], list[str]]:
+    """Measure exact match with true, blank and shuffled pictures; also return the answers to the true ones.
+
+    Args:
+        folder: Model folder; it is loaded in the number format this machine is fastest with.
+        questions: What to ask.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = HoVLEForConditionalGeneration.from_pretrained(folder, dtype=fastest_dtype(device)).to(device).eval()
+    processor = HoVLEProcessor.from_pretrained(folder)
+    variants = {
+        "accuracy": questions,
+        "blank_pictures": with_blank_pictures(questions),
+        "shuffled_pictures": with_shuffled_pictures(questions),
+    }
+    answers = {
+        name: answer_questions(model, processor, variant, description=name.replace("_", " "))
+        for name, variant in variants.items()
+    }
+    return {name: exact_match(answers[name], variants[name]) for name in variants}, answers["accuracy"]

@@ -10,11 +10,15 @@ examples:
 """
 
 import argparse
+import re
 import sys
 
 from ..cli import main
 from .config import load_stage
 from .stage import run_stage
+
+OVERRIDE = re.compile(r"[a-z_.]+=")
+"""How a `key=value` argument starts; a path with an equals sign has a slash before it or is given as ./PATH."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,5 +37,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_recipe(argv: list[str], default: str | None = None) -> int:
+    """Do what `hovle train` does with a command line, with a recipe to take where it names none."""
+    names_recipe = any(not argument.startswith("-") and not OVERRIDE.match(argument) for argument in argv)
+    return main(["train", *([default] if default and not names_recipe else []), *argv])
+
+
 if __name__ == "__main__":
-    sys.exit(main(["train", *sys.argv[1:]]))
+    sys.exit(run_recipe(sys.argv[1:]))

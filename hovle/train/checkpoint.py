@@ -24,15 +24,18 @@ RESUMABLE_CHANGES = ("output", "num_workers", "log_every", "checkpoint_every")
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, then put it in place in one step, replacing an older one."""
+    """Let `fill` write into a temporary folder, then put it in place; an older one stays until then."""
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
+        older = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(older, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, older)
         os.replace(temporary, folder)
+        shutil.rmtree(older, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -58,7 +61,7 @@ def find_checkpoint(output: Path) -> Path | None:
 
 
 def load_training_state(checkpoint: Path) -> dict:
-    """Read optimizer, random and data state; tensors and plain values only, nothing is unpickled."""
+    """Read optimizer, random and data state; tensors and plain values only, no object of any other class."""
     return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True)
 
 

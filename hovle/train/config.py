@@ -164,7 +164,7 @@ class StageConfig:
     dtype: typing.Literal["auto", "bfloat16", "float32"] = "auto"
     """Number format of matrix products; `auto` takes bfloat16 where this machine is faster with it."""
     compile: typing.Literal["auto", "on", "off"] = "auto"
-    """Compile decoder layers; `auto` runs eager, and says so, where there is no C++ compiler."""
+    """Compile decoder layers; `auto` runs eager, and says so, where there is no working C++ compiler."""
     num_workers: int = 0
     """1: a process of its own prepares the batches; 0: the training process does."""
     log_every: int = 10

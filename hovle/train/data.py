@@ -15,6 +15,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ..assets import easy_vqa
+from ..eval.vqa import load_questions
 from ..modeling_hovle import IGNORE_INDEX
 from ..pictures import load_picture
 from ..processing_hovle import HoVLEProcessor
@@ -76,16 +77,10 @@ def load_records(config: DataConfig) -> list[Record]:
     raise ValueError(f"Unknown data.source {config.source!r}; known: easy_vqa, chat, pictures.")
 
 
-def load_easy_vqa_questions(folder: Path) -> list[tuple[str, str, Path]]:
-    """Read one easy-VQA split as (question, answer, picture) triples."""
-    rows = json.loads((folder / "questions.json").read_text())
-    return [(question, answer, folder / "images" / f"{image}.png") for question, answer, image in rows]
-
-
 def _easy_vqa_records(folder: Path, questions_per_sample: int) -> list[Record]:
     by_picture: dict[Path, list[tuple[str, str]]] = {}
-    for question, answer, picture in load_easy_vqa_questions(folder):
-        by_picture.setdefault(picture, []).append((question, answer))
+    for question in load_questions(folder):
+        by_picture.setdefault(question.picture, []).append((question.text, question.answer))
     records = []
     for picture, turns in by_picture.items():
         for start in range(0, len(turns), questions_per_sample):
@@ -105,7 +100,7 @@ def conversation(picture: Path, question: str, answer: str) -> list[dict]:
 def _chat_records(path: Path) -> list[Record]:
     """Read JSON lines `{"messages": [...]}`; relative picture paths are relative to the file and stay beside it."""
     records = []
-    with path.open() as file:
+    with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             name = f"{path.name}:{number}"
             try:
@@ -272,7 +267,7 @@ class StreamPosition:
     """Where a stream of samples stands between two batches; plain numbers, so that a checkpoint can hold them."""
 
     next_index: int = 0
-    """Stream index no rank has drawn yet."""
+    """Where this rank draws next, its rank added."""
     pending: list[int] = field(default_factory=list)
     """Indices this rank has drawn but not packed."""
 

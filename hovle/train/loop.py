@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..errors import StopRunError
 from .config import StageConfig
 from .data import StreamPosition
 from .objectives import Objective, learning_rate_factor
@@ -26,7 +27,7 @@ class StepResult:
     """Norm before clipping."""
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(StopRunError):
     """The loss or its gradient became NaN or infinite; the message names the batch."""
 
 

@@ -1,9 +1,6 @@
 """What a stage needs before its first step: model, frozen and trainable parts, number format, compiled layers."""
 
-import os
 import random
-import shutil
-import time
 from pathlib import Path
 
 import numpy
@@ -11,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import assets
+from ..machine import compiler_problem, fastest_dtype
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from .config import ModelConfig, StageConfig
@@ -23,6 +21,11 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
     """Load the model a stage starts from, in float32, with its processor."""
     start = config.model
     if start.checkpoint is not None:
+        if start.checkpoint.count("/") != 1 and not (Path(start.checkpoint) / "config.json").is_file():
+            raise ValueError(
+                f"model.checkpoint: no model in {start.checkpoint}. Run the stage before it first, or name a folder with "
+                "config.json or a Hub id such as owner/name."
+            )
         model = HoVLEForConditionalGeneration.from_pretrained(start.checkpoint, dtype=torch.float32)
         processor = HoVLEProcessor.from_pretrained(start.checkpoint)
         check_stated_fields(start, model, processor)
@@ -145,10 +148,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """Number format of matrix products: as named, or for `auto` the one this machine multiplies faster in."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return min(seconds, key=lambda dtype: seconds[dtype])
+    return fastest_dtype(device)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -156,25 +156,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    left, right = torch.ones(1024, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
-    left @ right
-    times = []
-    for _ in range(5):
-        started_at = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - started_at)
-    return min(times)
-
-
 def compile_layers(model: HoVLEForConditionalGeneration, mode: str) -> bool:
-    """Compile the decoder layers, which share one graph, unless told not to or there is no C++ compiler."""
+    """Compile the decoder layers, which share one graph; with `auto`, run eager and say so where that is impossible."""
     if mode == "off":
         return False
-    if not has_cpp_compiler():
+    problem = compiler_problem()
+    if problem is not None:
         if mode == "on":
-            raise ValueError("compile is on, but no C++ compiler was found (install g++ or clang++, or set CXX).")
-        print("No C++ compiler found: decoder layers run uncompiled, about half as fast.")  # noqa: T201
+            raise ValueError(f"compile is on, but torch.compile does not work here: {problem}")
+        print(f"Decoder layers run uncompiled, which is slower: torch.compile does not work here ({problem}).")  # noqa: T201
         return False
     if model.device.type == "cpu":
         # The fused CPU attention has a slow backward pass; spelt out, the compiler fuses all but its matrix products.
@@ -182,12 +172,6 @@ def compile_layers(model: HoVLEForConditionalGeneration, mode: str) -> bool:
     for layer in model.model.language_model.layers:
         layer.compile()
     return True
-
-
-def has_cpp_compiler() -> bool:
-    """Whether a C++ compiler that torch.compile can use is on the path."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return any(shutil.which(name) for name in names)
 
 
 def seed_everything(seed: int) -> None:

@@ -157,6 +157,7 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     handoff = None
     if config.model.checkpoint is not None:
         handoff = checkpoints.check_handoff(model, Path(config.model.checkpoint))
+    check_hd(config, model)
     text_table = model.get_input_embeddings().weight.detach().clone()
     dtype = agree_on_dtype(config, state, accelerator)
     select_trainable(model, config)
@@ -223,6 +224,19 @@ def make_accelerator():
     # Buffers hold the text table and the teacher's statistics, which never change.
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+
+
+def check_hd(config: StageConfig, model: HoVLEForConditionalGeneration) -> None:
+    """Refuse at once what HoVLE-HD, which builds its own masks, would refuse somewhere in the run."""
+    if not model.model.is_hd:
+        return
+    if config.rows_per_batch > 1:
+        raise ValueError(
+            "HoVLE-HD trains on one packed row at a time, because rows differ in their long sequences: set "
+            "rows_per_batch to 1 and row_length or gradient_accumulation_steps higher."
+        )
+    if config.objective.name == "next_token" and config.data.questions_per_sample > 1:
+        raise ValueError("HoVLE-HD cannot share a picture between questions: set data.questions_per_sample to 1.")
 
 
 def load_state(config: StageConfig, fingerprint: str, num_processes: int) -> dict:
