@@ -69,7 +69,8 @@ def draw(path: Path) -> None:
     axis.text(
         8.25,
         2.5,
-        "HoVLE-HD: the shuffle and MLP move\nabove the holistic layers, which then\nsee four patches per picture token",
+        "HoVLE-HD: the shuffle and MLP move\nabove the holistic layers, which then\n"
+        "see four patches per picture token",
         fontsize=9.5,
         va="center",
         color="#555555",

@@ -60,7 +60,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("hovle"):
             raise
-        return _refuse(name, f"the package {error.name} is missing: pip install 'hovle[train,teacher,demo]' brings it.")
+        return _refuse(name, f"{error.name} is missing; pip install 'hovle[train,teacher,demo]' brings it.")
     except (ValueError, OSError, StopRunError) as error:
         return _refuse(name, str(error))
     except KeyboardInterrupt:

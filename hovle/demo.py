@@ -139,9 +139,10 @@ def stage_facts(folder: Path) -> dict:
         "tokens": round(sum(entry["tokens_per_second"] * entry["elapsed_seconds"] for entry in steps)),
         "environment": {key: start[key] for key in ("device", "num_threads", "dtype", "compiled", "torch", "commit")},
     }
-    measured = [entry["image_cosine"] for entry in entries if entry.get("event") == "validation" and "image_cosine" in entry]
-    if measured:
-        facts["teacher_cosine"] = {"before": round(measured[0], 4), "after": round(measured[-1], 4)}
+    held_out = [entry for entry in entries if entry.get("event") == "validation" and "image_cosine" in entry]
+    if held_out:
+        before, after = held_out[0]["image_cosine"], held_out[-1]["image_cosine"]
+        facts["teacher_cosine"] = {"before": round(before, 4), "after": round(after, 4)}
     return facts
 
 

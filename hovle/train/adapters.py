@@ -6,19 +6,21 @@ from torch import nn
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from .config import LoraConfig
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
 
 def add_lora(model: HoVLEForConditionalGeneration, config: LoraConfig) -> nn.Module:
-    """Inject adapters into the language model's layers, in place.
+    """Inject adapters into every linear map of the language model's layers, in place.
 
     Returns:
         The `PeftModel` around `model`, whose `save_pretrained` writes the adapters alone.
     """
     import peft  # an extra: only LoRA needs it
 
-    first = model.config.num_embedding_layers
-    indices = "|".join(str(index) for index in range(first, model.config.text_config.num_hidden_layers))
+    linear = [
+        f"model.language_model.layers.{model.config.num_embedding_layers + index}.{name}"
+        for index, layer in enumerate(model.model.language_layers)
+        for name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = peft.get_peft_model(
         model,
@@ -26,7 +28,7 @@ def add_lora(model: HoVLEForConditionalGeneration, config: LoraConfig) -> nn.Mod
             r=config.rank,
             lora_alpha=config.alpha,  # type: ignore[arg-type]  # fractions work too
             lora_dropout=config.dropout,
-            target_modules=rf".*language_model\.layers\.({indices})\..*\.({'|'.join(TARGETS)})",
+            target_modules=linear,
         ),
     )
     for parameter in trained:  # peft freezes everything but its adapters

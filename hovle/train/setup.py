@@ -23,8 +23,8 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
     if start.checkpoint is not None:
         if start.checkpoint.count("/") != 1 and not (Path(start.checkpoint) / "config.json").is_file():
             raise ValueError(
-                f"model.checkpoint: no model in {start.checkpoint}. Run the stage before it first, or name a folder with "
-                "config.json or a Hub id such as owner/name."
+                f"model.checkpoint: no model in {start.checkpoint}. Run the stage before it first, or name a folder "
+                "with config.json or a Hub id such as owner/name."
             )
         model = HoVLEForConditionalGeneration.from_pretrained(start.checkpoint, dtype=torch.float32)
         processor = HoVLEProcessor.from_pretrained(start.checkpoint)
@@ -157,7 +157,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def compile_layers(model: HoVLEForConditionalGeneration, mode: str) -> bool:
-    """Compile the decoder layers, which share one graph; with `auto`, run eager and say so where that is impossible."""
+    """Compile the decoder layers, which share one graph; `auto` runs eager, and says so, where that is impossible."""
     if mode == "off":
         return False
     problem = compiler_problem()
