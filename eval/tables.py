@@ -23,7 +23,8 @@ def demo_table(root: Path) -> str:
         "instruction_tuning": "everything",
     }
     lines = [
-        "| stage | trains | duration | tokens | cosine to the teacher | exact match | blank | shuffled |",
+        f"| stage | trains | duration | tokens | cosine to the teacher | exact match on {report['num_questions']} "
+        "questions | blank | shuffled |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for stage, what in trained.items():

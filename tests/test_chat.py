@@ -9,12 +9,12 @@ from hovle.chat import Conversation
 
 
 @pytest.fixture
-def model_folder(tmp_path, tokenizer, tiny_config):
+def model_folder(tmp_path, make_tokenizer, tiny_config):
     """A tiny model with random weights and its processor, saved."""
     torch.manual_seed(0)
     config = tiny_config()
     HoVLEForConditionalGeneration(config).save_pretrained(tmp_path / "model")
-    HoVLEProcessor.from_language_model(tokenizer, config, max_tiles=4).save_pretrained(tmp_path / "model")
+    HoVLEProcessor.from_language_model(make_tokenizer(), config, max_tiles=4).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
+from transformers import PreTrainedTokenizerFast
 
 from hovle import HoVLEForConditionalGeneration, HoVLEImageProcessor, HoVLEProcessor, checkpoint_files, cli
 from hovle.conversion import convert
@@ -885,13 +887,19 @@ def test_the_result_knows_how_its_pictures_are_tiled(released, tmp_path):
     assert (processor.size["height"], processor.min_patches, processor.max_patches) == (56, 1, 6)
 
 
-def test_with_a_fast_tokenizer_the_result_takes_chats(released, tmp_path, tokenizer):
-    config, tensors = copy.deepcopy(released)
-    tokenizer = copy.deepcopy(tokenizer)
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of 251 words whose picture tokens have the ids of the golden checkpoints, 251 to 253."""
+    words = Tokenizer(models.WordLevel({f"w{index}": index for index in range(250)} | {"?": 250}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", pad_token="?")
     tokenizer.add_special_tokens({"extra_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
-    config["embedding_config"]["img_context_token_id"] = tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    source = write_checkpoint(tmp_path / "source", config, tensors)
-    tokenizer.save_pretrained(source)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    return tokenizer
+
+
+def test_with_a_fast_tokenizer_the_result_takes_chats(released, tmp_path):
+    source = write_checkpoint(tmp_path / "source", *released)
+    small_tokenizer().save_pretrained(source)
     convert(source, tmp_path / "ours")
     processor = HoVLEProcessor.from_pretrained(tmp_path / "ours")
     picture = {"type": "image", "image": Image.new("RGB", (56, 56))}

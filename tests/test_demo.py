@@ -26,7 +26,7 @@ def test_the_summary_tells_times_cosines_and_all_six_scores():
     text = demo.summary(REPORT)
     assert "5.0 minutes" in text
     assert "distillation 20%" in text
-    assert "0.010 before, 0.500 after" in text
+    assert "0.010 before distillation, 0.500 after" in text
     assert text.count("exact match") == 2
     assert text.count("blank pictures 50.0%") == 2
 

@@ -34,11 +34,11 @@ def test_shuffled_pictures_leave_no_picture_in_place_and_lose_none():
     assert {id(item.picture) for item in shuffled} == {id(item.picture) for item in questions}
 
 
-def test_answers_do_not_depend_on_the_batch(tokenizer, tiny_config):
+def test_answers_do_not_depend_on_the_batch(make_tokenizer, tiny_config):
     torch.manual_seed(0)
     config = tiny_config()
     model = HoVLEForConditionalGeneration(config).eval()
-    processor = HoVLEProcessor.from_language_model(tokenizer, config, max_tiles=3)
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(), config, max_tiles=3)
     questions = make_questions(5)
     together = answer_questions(model, processor, questions, batch_size=5)
     assert together == answer_questions(model, processor, questions, batch_size=1)

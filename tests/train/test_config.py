@@ -208,4 +208,4 @@ def test_every_stage_script_runs_a_recipe_of_its_own_name():
     scripts = sorted((Path(__file__).parents[2] / "train").glob("*.py"))
     assert [script.stem for script in scripts] == ["alignment", "distillation", "instruction_tuning"]
     for script in scripts:
-        assert f'DEFAULT_RECIPE = "demo/{script.stem}"' in script.read_text()
+        assert f'default="demo/{script.stem}"' in script.read_text()
