@@ -13,7 +13,7 @@ from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from .config import ModelConfig, StageConfig
 from .data import RandomTextSamples, ReplySamples
-from .objectives import DistillationObjective, NextTokenObjective
+from .objectives import DistillationObjective, NextTokenObjective, Objective
 from .teachers import ImageTeacher
 
 
@@ -113,7 +113,7 @@ def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def make_objective(config: StageConfig, model: HoVLEForConditionalGeneration, text_table: torch.Tensor) -> nn.Module:
+def make_objective(config: StageConfig, model: HoVLEForConditionalGeneration, text_table: torch.Tensor) -> Objective:
     """Build the objective a config names."""
     if config.objective.name == "next_token":
         return NextTokenObjective(model)
