@@ -24,6 +24,11 @@ AutoImageProcessor.register(
 )
 AutoProcessor.register(HoVLEConfig, HoVLEProcessor, exist_ok=True)
 
+# Saved alone they take their files along, too; models do so by themselves.
+HoVLEConfig.register_for_auto_class()
+HoVLEImageProcessor.register_for_auto_class()
+HoVLEProcessor.register_for_auto_class()
+
 __version__ = "0.1.0"
 
 __all__ = [

@@ -85,13 +85,17 @@ class ChatRenderer:
         template: Jinja source.
         breaker: Character that breaks up special tokens; it occurs in no string of the chat.
         mark: Another such character, for pictures.
+        text_after_picture: Stands after each picture unless the message itself goes on with it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, breaker: str, mark: str):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, template: str, breaker: str, mark: str, text_after_picture: str = ""
+    ):
         self.tokenizer = tokenizer
         self.special_tokens = SpecialTokens.of(tokenizer)
         self.template = template
         self.breaker, self.mark = breaker, mark
+        self.text_after_picture = text_after_picture
 
     def render(self, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs) -> list["Prompt"]:
         """Render a batch of chats.
@@ -132,23 +136,24 @@ class ChatRenderer:
         if not isinstance(content, list | tuple):
             raise ValueError(f"The content of a message must be a string or a list, got {type(content).__name__}.")
         parts: list[str] = []  # text and marks in turn; neighbouring texts are one text
-        text = ""
+        text = pending = ""  # pending: what still has to follow a picture
         for item in content:
             kind = item.get("type") if isinstance(item, dict) else None
-            if isinstance(item, str):
-                text += item
-            elif kind == "text" and isinstance(item.get("text"), str):
-                text += item["text"]
+            words = item if isinstance(item, str) else item.get("text") if kind == "text" else None
+            if isinstance(words, str):
+                text += words if words.startswith(pending) else pending + words
+                pending = ""
             elif kind in ("image", "image_url"):
-                parts += [self._protect(text, at_borders=True), f"{self.mark}{len(pictures)}{self.mark}"]
+                before = self._protect(text + pending, at_borders=True)
+                parts += [before, f"{self.mark}{len(pictures)}{self.mark}"]
                 pictures.append(item)
-                text = ""
+                text, pending = "", self.text_after_picture
             else:
                 found = f"an item of type {kind!r}" if isinstance(item, dict) else type(item).__name__
                 raise ValueError(
                     f'A message holds {found}; items are {{"type": "text", "text": ...}} and {{"type": "image", ...}}.'
                 )
-        prepared["content"] = "".join([*parts, self._protect(text, at_borders=True)])
+        prepared["content"] = "".join([*parts, self._protect(text + pending, at_borders=True)])
         return prepared
 
     def _protect(self, value: Any, at_borders: bool = False) -> Any:

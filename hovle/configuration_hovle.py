@@ -1,6 +1,7 @@
 """Configuration of HoVLE: one stock decoder of N + M layers with a patch stem in front."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -8,6 +9,7 @@ from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
+IMAGE_ATTENTIONS = ("causal", "bidirectional")
 
 
 @strict
@@ -31,7 +33,10 @@ class HoVLEConfig(PreTrainedConfig):
         pixel_shuffle_loc: Where groups of neighbouring patches become one token: `"pre"` before the holistic layers
             (HoVLE), `"post"` after them (HoVLE-HD), `"none"` nowhere (a plain convolution).
         downsample_ratio: Tokens per patch along one side after the shuffle; 0.5 joins 2 x 2 patches.
+        image_attention: How tokens of one picture see each other in the holistic layers: `"causal"` as in the paper,
+            or `"bidirectional"`. Text and the language model's layers stay causal.
         image_token_id: Id of the placeholder that marks where image tokens go.
+        language_head_bias: Whether the language model's head has a bias (Phi).
         initializer_range: Standard deviation of new weights.
     """
 
@@ -47,7 +52,9 @@ class HoVLEConfig(PreTrainedConfig):
     num_channels: int = 3
     pixel_shuffle_loc: str = "pre"
     downsample_ratio: float = 0.5
+    image_attention: str = "causal"
     image_token_id: int = 92546
+    language_head_bias: bool = False
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -73,6 +80,10 @@ class HoVLEConfig(PreTrainedConfig):
             raise ValueError(
                 f"pixel_shuffle_loc must be one of {', '.join(PIXEL_SHUFFLE_LOCATIONS)}, "
                 f"got {self.pixel_shuffle_loc!r}."
+            )
+        if self.image_attention not in IMAGE_ATTENTIONS:
+            raise ValueError(
+                f"image_attention must be one of {', '.join(IMAGE_ATTENTIONS)}, got {self.image_attention!r}."
             )
         if (
             not 0 < self.downsample_ratio <= 1
@@ -114,6 +125,22 @@ class HoVLEConfig(PreTrainedConfig):
                 f"x {self.shuffle_factor} patches per token side); the nearest valid sizes: {nearest}."
             )
         return (tile_size // unit) ** 2
+
+    def split_layers(self, values: Sequence) -> tuple[Sequence, Sequence]:
+        """Split one value per layer into those of the holistic layers and those of the language model.
+
+        Args:
+            values: `attentions` (one per layer), or `hidden_states` (the input, then one per layer). Of hidden states
+                both parts get N + 1 and M + 1: the holistic layers' last output is what enters the language model.
+        """
+        num_holistic, num_layers = self.num_embedding_layers, self.text_config.num_hidden_layers
+        if len(values) == num_layers + 1:
+            return values[: num_holistic + 1], values[num_holistic:]
+        if len(values) != num_layers:
+            raise ValueError(
+                f"Expected {num_layers + 1} hidden states or {num_layers} values of one per layer, got {len(values)}."
+            )
+        return values[:num_holistic], values[num_holistic:]
 
     @property
     def num_language_layers(self) -> int:

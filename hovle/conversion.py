@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from .checkpoint_files import (
     CONFIG,
@@ -53,6 +53,8 @@ from .released_layout import (
     tensor_rows,
     tile_size,
 )
+from .remote_code import AUTO_MAP, copy_code
+from .sentencepiece_tokenizer import CHAT_TEMPLATES, END_OF_TURN, fast_tokenizer
 
 RELEASED_CONFIG, RELEASED_EXTRA = "released_config.json", "released_extra.safetensors"
 HOVLE_CONFIG, GENERATION_CONFIG = "hovle_config.json", "generation_config.json"
@@ -128,6 +130,8 @@ def convert(src: str | os.PathLike, dst: str | os.PathLike, to: str = "hovle") -
     plan = PLANS[to](folder)
     with appear_when_complete(dst) as new_folder:
         plan.write(new_folder)
+        if to == "hovle":
+            copy_code(new_folder)
         if (folder / GENERATION_CONFIG).exists():
             copy_json(folder, new_folder, GENERATION_CONFIG)
         if (folder / LICENCE).exists():
@@ -158,6 +162,7 @@ def _plan_hovle(src: Path) -> Plan:
             raise ValueError(f"llm_config ties the head, but {copy} differs from {original}.")
     outputs = [output for row in rows for output in _split(row, source)]
     config.architectures = [HoVLEForConditionalGeneration.__name__]
+    config.auto_map = dict(AUTO_MAP)
     config.dtype = source.common_dtype()
     content = config.to_json_string(use_diff=False).encode()
     if (src / HOVLE_CONFIG).exists():
@@ -266,8 +271,41 @@ def _save_tokenizer_files(src: Path, dst: Path) -> str | None:
     if "tokenizer.json" in present:
         return None
     if "tokenizer.model" in present:
-        return "The tokenizer was not converted: tokenizer.model was copied for later, but there is no tokenizer.json."
+        return _save_fast_tokenizer(src, dst)
     return "No tokenizer was converted: the source holds none. Weights and config are complete."
+
+
+def _save_fast_tokenizer(src: Path, dst: Path) -> str | None:
+    """Write the fast form of a SentencePiece tokenizer, its chat template and where a turn ends."""
+    try:
+        tokenizer = fast_tokenizer(src)
+    except ImportError:
+        return (
+            "The tokenizer was not converted: tokenizer.model was copied, but there is no tokenizer.json. "
+            "pip install 'hovle[convert]', then convert again."
+        )
+    template = read_json(src, CONFIG).get("template")
+    known = tokenizer.get_vocab()
+    remark = None
+    if template in CHAT_TEMPLATES and END_OF_TURN in known:
+        tokenizer.chat_template = CHAT_TEMPLATES[template]
+        _end_turns(dst, known[END_OF_TURN])
+    elif template is not None:
+        remark = f"No chat template was written: the conversation format {template!r} is unknown here."
+    tokenizer.save_pretrained(dst)
+    return remark
+
+
+def _end_turns(folder: Path, end_of_turn_id: int) -> None:
+    """Let generation also stop at the end of a turn, as the released code's chat does."""
+    if (folder / GENERATION_CONFIG).exists():
+        generation = GenerationConfig.from_pretrained(folder)
+    else:
+        generation = GenerationConfig.from_model_config(HoVLEConfig.from_pretrained(folder))
+    stops = generation.eos_token_id
+    stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
+    generation.eos_token_id = [*stops, *({end_of_turn_id} - set(stops))]
+    generation.save_pretrained(folder)
 
 
 def _other_tiles(released: dict) -> list[str]:
@@ -303,7 +341,9 @@ def _save_processor(folder: Path, image_processor: HoVLEImageProcessor) -> str |
     missing = [token for token in IMAGE_TOKENS.values() if token not in tokenizer.get_vocab()]
     if missing:
         return f"No processor was written: the tokenizer lacks {', '.join(missing)}."
-    processor = HoVLEProcessor(image_processor, tokenizer, config.patch_size * config.shuffle_factor)
+    processor = HoVLEProcessor(
+        image_processor, tokenizer, config.patch_size * config.shuffle_factor, text_after_picture="\n"
+    )
     if processor.image_token_id != config.image_token_id:
         raise ValueError(
             f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, {CONFIG} says "

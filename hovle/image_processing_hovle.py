@@ -9,6 +9,7 @@ what the released model saw, torchvision's differs by a grey level, and pixels d
 import itertools
 
 import numpy as np
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorKwargs,
@@ -28,11 +29,14 @@ class HoVLEImageProcessorKwargs(GotOcr2ImageProcessorKwargs, total=False):  # ty
         Fewest tiles of the grid; another name of `min_patches`.
     max_tiles (`int`):
         Most tiles of the grid, the thumbnail not counted; another name of `max_patches`.
+    tile_limits (`list[int]`):
+        `max_tiles` of each picture, where pictures of one call get different numbers.
     """
 
     tile_size: int | None
     min_tiles: int | None
     max_tiles: int | None
+    tile_limits: list[int] | None
 
 
 class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
@@ -94,6 +98,21 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         if not 1 <= fewest <= most:
             raise ValueError(f"min_tiles ({fewest}) must lie between 1 and max_tiles ({most}).")
         return kwargs
+
+    def _preprocess(self, images, *args, tile_limits: list[int] | None = None, **kwargs) -> BatchFeature:
+        if tile_limits is None:
+            return super()._preprocess(images, *args, **kwargs)
+        if len(tile_limits) != len(images):
+            raise ValueError(f"tile_limits holds {len(tile_limits)} numbers for {len(images)} pictures.")
+        return_tensors = kwargs.pop("return_tensors", None)
+        parts = [
+            super(HoVLEImageProcessor, self)._preprocess(
+                [image], *args, **{**kwargs, "max_patches": limit, "return_tensors": None}
+            )
+            for image, limit in zip(images, tile_limits, strict=True)
+        ]
+        data = {name: [item for part in parts for item in part[name]] for name in ("pixel_values", "num_patches")}
+        return BatchFeature(data, tensor_type=return_tensors)
 
     def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:  # type: ignore[override]
         """Subtract the mean and divide by the standard deviation of each channel, shape `(3, s, s)`.

@@ -3,14 +3,14 @@
 import copy
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import AddedToken
 
+from .backbones import check_backbone, scale_embeddings, zero_residual_writers
 from .configuration_hovle import HoVLEConfig
-from .modeling_hovle import HoVLEForConditionalGeneration, check_backbone
+from .modeling_hovle import HoVLEForConditionalGeneration
 
 IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 """Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
@@ -59,6 +59,7 @@ def build_around_language_model(
     config = HoVLEConfig(
         text_config=text_config.to_dict(),
         num_embedding_layers=num_embedding_layers,
+        language_head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
         image_token_id=image_token_id,
         **config_kwargs,
     )
@@ -96,34 +97,41 @@ def _copy_language_model(model, language_model: PreTrainedModel) -> None:
     model.get_input_embeddings().weight[: len(table)].copy_(table)
     _fill_new_rows(model.get_input_embeddings().weight, table)
     if not model.config.tie_word_embeddings:
-        head = language_model.get_output_embeddings().weight
-        model.lm_head.weight[: len(head)].copy_(head)
-        _fill_new_rows(model.lm_head.weight, head)
+        head = language_model.get_output_embeddings()
+        model.lm_head.weight[: len(head.weight)].copy_(head.weight)
+        _fill_new_rows(model.lm_head.weight, head.weight)
+        if model.config.language_head_bias:
+            model.lm_head.bias[: len(head.bias)].copy_(head.bias)
+            model.lm_head.bias[len(head.bias) :] = head.bias.mean()
 
 
 @torch.no_grad()
 def _start_as_identity(model) -> None:
-    """Zero what the holistic layers add to the residual stream."""
+    """Zero what the holistic layers add to the residual stream; ValueError where that is not all they do."""
     for layer in model.model.embedding_layers:
-        for block, name in (("self_attn", "o_proj"), ("mlp", "down_proj")):
-            projection = getattr(getattr(layer, block, None), name, None)
-            if not isinstance(projection, nn.Linear):
-                raise ValueError(
-                    f"{type(model.model.language_model).__name__} cannot be the backbone of HoVLE: "
-                    f"{type(layer).__name__} has no linear {block}.{name} to start from zero."
-                )
-            projection.weight.zero_()
-            if projection.bias is not None:
-                projection.bias.zero_()
+        zero_residual_writers(layer)
+    input_ids = _some_token_ids(model)
+    found = model.get_holistic_embeddings(input_ids).last_hidden_state
+    expected = scale_embeddings(model.get_input_embeddings()(input_ids), model.config.text_config)
+    if not torch.equal(found, expected):
+        raise ValueError(
+            f"{type(model.model.language_model).__name__} cannot be the backbone of HoVLE: its layers change their "
+            "input even with zero output projections of attention and MLP, so new ones cannot start as the identity."
+        )
+
+
+def _some_token_ids(model) -> torch.Tensor:
+    """Random ids of the vocabulary without the placeholder, shape `(1, about 32)`."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(model.config.text_config.vocab_size, (1, 32), generator=generator)
+    return input_ids[input_ids != model.config.image_token_id][None].to(model.device)
 
 
 @torch.no_grad()
 def _check_same_text_logits(model, language_model: PreTrainedModel) -> None:
     """Raise unless text gives the bare model's logits; a family may scale or cap what this file does not."""
     vocab_size = language_model.get_input_embeddings().num_embeddings
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(vocab_size, (1, 32), generator=generator)
-    input_ids = input_ids[input_ids != model.config.image_token_id][None].to(language_model.device)
+    input_ids = _some_token_ids(model) % vocab_size
     training = model.training, language_model.training
     model.eval()
     language_model.eval()

@@ -12,7 +12,6 @@ Axis legend of this file (logical sizes, never a shard):
 """
 
 import copy
-import inspect
 from dataclasses import dataclass
 
 import torch
@@ -20,22 +19,29 @@ from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .backbones import (
+    MASK_FUNCTIONS,
+    attention_types,
+    check_backbone,
+    final_norm,
+    has_rotary_per_pattern,
+    rotary_tables,
+    scale_embeddings,
+    scale_logits,
+)
 from .configuration_hovle import HoVLEConfig
+from .remote_code import AUTO_MAP, copy_code
 
 IGNORE_INDEX = -100
 """Label of a position without a loss."""
-
-MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-"""Attention patterns a layer may have, under their transformers names."""
 
 
 def pixel_shuffle(patches: torch.Tensor, factor: int) -> torch.Tensor:
@@ -113,6 +119,12 @@ def check_image_tokens(image_mask: torch.Tensor, num_tiles: int, tokens_per_tile
         )
 
 
+def number_pictures(image_mask: torch.Tensor) -> torch.Tensor:
+    """Number the pictures of each prompt, unbroken runs of placeholders, from 0; -1 elsewhere. Shapes `(B, T)`."""
+    is_first = image_mask & ~nn.functional.pad(image_mask, (1, -1))
+    return torch.where(image_mask, is_first.cumsum(dim=1) - 1, -1)
+
+
 @dataclass
 class HolisticLayout:
     """How the short sequence of the language model spreads into the long one of HoVLE-HD's holistic layers.
@@ -163,38 +175,6 @@ class HolisticLayout:
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """Count the real tokens of each row from 0; padding gets position 0. Shapes `(B, T)`."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def attention_types(text_config: PreTrainedConfig) -> list[str]:
-    """Name the attention pattern of each decoder layer, as transformers' caches read it from the config."""
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is not None:
-        return list(layer_types)
-    sliding = getattr(text_config, "sliding_window", None) is not None
-    return ["sliding_attention" if sliding else "full_attention"] * text_config.num_hidden_layers
-
-
-def check_backbone(decoder: PreTrainedModel) -> None:
-    """Raise ValueError, with the backbone's name, unless it is a decoder that HoVLE can run section by section."""
-    config = decoder.config
-    name = f"{type(decoder).__name__} (model_type {config.model_type!r})"
-    missing = [part for part in ("embed_tokens", "layers", "norm", "rotary_emb") if not hasattr(decoder, part)]
-    if missing:
-        raise ValueError(
-            f"{name} cannot be the backbone of HoVLE: it lacks {', '.join(missing)}. HoVLE needs a decoder built like "
-            "Llama's."
-        )
-    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
-        raise ValueError(
-            f"{name} cannot be the backbone of HoVLE: it has a rotary table per attention pattern, and HoVLE runs one "
-            "for its holistic layers and one for the language model."
-        )
-    unknown = sorted(set(attention_types(config)) - MASK_FUNCTIONS.keys())
-    if unknown:
-        raise ValueError(
-            f"{name} cannot be the backbone of HoVLE: it has layers of type {', '.join(unknown)}; only "
-            f"{' and '.join(MASK_FUNCTIONS)} are supported."
-        )
 
 
 class HoVLEPatchEmbedding(nn.Module):
@@ -294,6 +274,8 @@ class PreparedInputs:
     """The caller's padding mask."""
     causal_masks: dict[str, torch.Tensor | None]
     """What the attention function takes, for each attention pattern among the layers."""
+    holistic_masks: dict[str, torch.Tensor | None]
+    """The same for the holistic layers, where the tokens of one picture may see each other (not for HD)."""
     position_ids: torch.Tensor
     """Shape `(B, T)` or `(1, T)`."""
 
@@ -319,6 +301,15 @@ class HoVLEPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, HoVLEPatchEmbedding):
             init.normal_(module.position_embedding, mean=0.0, std=self.config.initializer_range)
+        elif module is getattr(self, "embedding_rotary_emb", None):
+            self.language_model._init_weights(module)  # some families keep a table for each attention pattern
+
+    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
+        """Save weights and configuration, with the code that loads them under `trust_remote_code=True`."""
+        self.config.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            copy_code(save_directory)
 
 
 class HoVLEModel(HoVLEPreTrainedModel):
@@ -361,10 +352,23 @@ class HoVLEModel(HoVLEPreTrainedModel):
     def get_decoder(self) -> nn.Module:
         return self.language_model
 
+    @torch.no_grad()
+    def text_table(self) -> torch.Tensor:
+        """What each token id enters the first layer as, scaled as the family scales it; a copy of shape `(V, D)`."""
+        table = self.get_input_embeddings()
+        weight: torch.Tensor = table.weight  # type: ignore[assignment]
+        embeds = table(torch.arange(len(weight), device=weight.device))
+        return scale_embeddings(embeds, self.config.text_config)
+
     def _embedding_rope_config(self):
         """Text config with the rotary parameters of the holistic layers."""
         rope_config = copy.deepcopy(self.config.text_config)
         if self.config.embedding_rope_parameters is not None:
+            if has_rotary_per_pattern(self.language_model.rotary_emb):
+                raise ValueError(
+                    f"embedding_rope_parameters cannot be combined with {rope_config.model_type}, which has a rotary "
+                    "table for each attention pattern: leave them out."
+                )
             rope_parameters = {"rope_type": "default", **self.config.embedding_rope_parameters}
             rope_config.max_position_embeddings = rope_parameters.pop(
                 "max_position_embeddings", rope_config.max_position_embeddings
@@ -420,7 +424,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         **kwargs,
     ) -> torch.Tensor:
         """Run one section of the decoder, `(B, T, D)` to `(B, T, D)`."""
-        position_embeddings = rotary_emb(hidden_states, position_ids=position_ids)
+        position_embeddings = rotary_tables(rotary_emb, hidden_states, position_ids, attention_types)
         for layer, attention_type in zip(layers, attention_types, strict=True):
             hidden_states = layer(
                 hidden_states,
@@ -428,16 +432,26 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
-                position_embeddings=position_embeddings,
+                position_embeddings=position_embeddings[attention_type],
                 **kwargs,
             )
         return hidden_states
 
-    def _causal_masks(self, hidden_states, attention_mask, position_ids, past_key_values):
-        """Build one mask for each attention pattern among the layers; a mask that `generate` has prepared is kept."""
+    def _causal_masks(self, hidden_states, attention_mask, position_ids, past_key_values, image_mask=None):
+        """Build one mask for each attention pattern among the layers; a mask that `generate` has prepared is kept.
+
+        With `image_mask`, tokens of one picture see each other in both directions.
+        """
         if isinstance(attention_mask, dict):
             return attention_mask
+        pictures = None
+        if image_mask is not None:
+            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            pictures = nn.functional.pad(number_pictures(image_mask), (past_length, 0), value=-1)
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
+            if pictures is not None:
+                queries = pictures[:, -hidden_states.shape[1] :, None]
+                attention_mask = attention_mask | ((queries == pictures[:, None]) & (queries >= 0))[:, None]
             return dict.fromkeys(self.attention_types, self._own_mask(attention_mask, hidden_states.dtype))
         # An empty dynamic cache says nothing, but its mere presence switches off the detection of packed documents.
         if past_key_values is not None and not past_key_values.is_compileable and not past_key_values.get_seq_length():
@@ -449,6 +463,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 attention_mask=attention_mask,
                 past_key_values=past_key_values,
                 position_ids=position_ids,
+                block_sequence_ids=pictures,
             )
             for attention_type in sorted(set(self.attention_types))
         }
@@ -496,7 +511,14 @@ class HoVLEModel(HoVLEPreTrainedModel):
             past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
         causal_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
-        return PreparedInputs(inputs_embeds, image_features, image_mask, attention_mask, causal_masks, position_ids)
+        holistic_masks = causal_masks
+        if image_mask is not None and self.config.image_attention == "bidirectional" and not self.is_hd:
+            holistic_masks = self._causal_masks(
+                inputs_embeds, attention_mask, position_ids, past_key_values, image_mask
+            )
+        return PreparedInputs(
+            inputs_embeds, image_features, image_mask, attention_mask, causal_masks, holistic_masks, position_ids
+        )
 
     def _normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.config.normalize_encoder_output:
@@ -512,8 +534,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             self.embedding_layers,
             self.attention_types[: self.config.num_embedding_layers],
             self.embedding_rotary_emb,
-            embeds,
-            inputs.causal_masks,
+            scale_embeddings(embeds, self.config.text_config),
+            inputs.holistic_masks,
             inputs.position_ids,
             cache,
             **kwargs,
@@ -536,12 +558,15 @@ class HoVLEModel(HoVLEPreTrainedModel):
         view = self._holistic_cache(cache)
         long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, cache)
         long_positions = self._long_positions(embeds, layout, long_mask, inputs, view)
+        pictures = None
+        if layout is not None and self.config.image_attention == "bidirectional":
+            pictures = layout.image_mask
         hidden_states = self._run_layers(
             self.embedding_layers,
             self.attention_types[: self.config.num_embedding_layers],
             self.embedding_rotary_emb,
-            embeds,
-            self._causal_masks(embeds, long_mask, long_positions, view),
+            scale_embeddings(embeds, self.config.text_config),
+            self._causal_masks(embeds, long_mask, long_positions, view, pictures),
             long_positions,
             cache,
             **kwargs,
@@ -589,6 +614,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             past_mask = embeds.new_ones((batch_size, past_length), dtype=torch.bool)
         if past_mask is not None:
             new_mask = torch.cat([past_mask, new_mask], dim=1)
+        if torch.compiler.is_compiling():  # looking at its values would break the graph
+            return new_mask
         return None if bool(new_mask.all()) else new_mask
 
     def _long_positions(self, embeds, layout, long_mask, inputs, view):
@@ -684,7 +711,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             **kwargs,
         )
         return HoVLEModelOutputWithPast(
-            last_hidden_state=self.language_model.norm(hidden_states),
+            last_hidden_state=final_norm(self.language_model)(hidden_states),
             past_key_values=past_key_values,
             image_hidden_states=holistic.image_hidden_states,
         )
@@ -699,8 +726,14 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
     def __init__(self, config: HoVLEConfig):
         super().__init__(config)
         self.model = HoVLEModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(
+            config.text_config.hidden_size, config.text_config.vocab_size, bias=config.language_head_bias
+        )
         self.post_init()
+
+    def compute_logits(self, hidden_states):
+        """Next-token logits of final hidden states, `(..., D)` to `(..., V)`, scaled as the backbone's family does."""
+        return scale_logits(self.lm_head(hidden_states), self.config.text_config)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Run the patch stem; see `HoVLEModel.get_image_features`."""
@@ -763,7 +796,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep])
+        logits = self.compute_logits(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
             is_image = None if input_ids is None else input_ids == self.config.image_token_id
@@ -805,6 +838,39 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             outputs = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
             model_kwargs["mm_encoder_outputs"] = {"image": outputs}
         return input_ids, model_kwargs
+
+    def create_masks_for_generate(self, attention_mask=None, is_first_iteration=False, **kwargs):
+        # HoVLE-HD needs a mask for each of its two sequences, and bidirectional pictures need to know where they are:
+        # both are built in the forward pass, from the padding mask.
+        if self.model.is_hd or (is_first_iteration and self.config.image_attention == "bidirectional"):
+            return attention_mask
+        return create_masks_for_generate(
+            attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+    def _prepare_static_cache(self, *args, model_kwargs, **kwargs) -> Cache:
+        cache = super()._prepare_static_cache(*args, model_kwargs=model_kwargs, **kwargs)
+        if not self.model.is_hd:
+            return cache
+        # Room for the long sequence, as if one prompt had all the pictures.
+        num_patches = 0
+        if (tiles := model_kwargs.get("pixel_values")) is not None:
+            num_patches = len(tiles) * self.config.tokens_per_tile(tiles.shape[-1]) * self.config.shuffle_factor**2
+        elif (image_outputs := (model_kwargs.get("mm_encoder_outputs") or {}).get("image")) is not None:
+            num_patches = image_outputs.pooler_output.shape[:2].numel()
+        for layer in cache.layers[self.config.num_language_layers :]:
+            layer.max_cache_len += num_patches
+        return cache
+
+    def _get_candidate_generator(self, generation_config, *args, **kwargs):
+        if self.model.is_hd:
+            raise ValueError(
+                "HoVLE-HD cannot take back tokens from its two caches, which assisted generation needs: leave out "
+                "assistant_model, prompt_lookup_num_tokens and assistant_early_exit."
+            )
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError("assistant_early_exit would leave out the language model's upper layers; leave it out.")
+        return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     @classmethod
     def from_language_model(

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -38,6 +38,15 @@ MAX_REDIRECTS = 5
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
+
+DOCUMENTS = {
+    b"%PDF": "a PDF document; render the page you want to a PNG first",
+    b"<svg": "an SVG drawing; render it to a PNG first",
+    b"#?RADIANCE": "a Radiance HDR picture; map its tones to a PNG first",
+    b"\x76\x2f\x31\x01": "an OpenEXR picture; map its tones to a PNG first",
+    b"%!PS": "a PostScript document; render the page you want to a PNG first",
+}
+"""What people take for pictures but no decoder here reads: sign near the beginning -> what to do."""
 
 Kind = Literal["url", "path", "base64"]
 """How a string is to be read."""
@@ -74,7 +83,7 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
 
     Returns:
         The picture in mode RGB, upright by its EXIF orientation; the first frame of an animation; transparency lies
-        on white; 16-bit values are scaled, not clipped.
+        on white; 16-bit values are scaled, not clipped; colours of an embedded ICC profile become sRGB.
 
     Raises:
         ValueError: When the picture is missing, unreadable, damaged, empty or too large; it names the picture.
@@ -269,7 +278,14 @@ def _decode(data: io.BytesIO) -> Image.Image:
         raise _PictureError("is empty (0 bytes).")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's size warning (our limit follows) and remarks on odd metadata
-        image = Image.open(data, formats=_known_formats())
+        try:
+            image = Image.open(data, formats=_known_formats())
+        except UnidentifiedImageError:
+            head = data.getvalue()[:1024].lower()
+            found = next((text for sign, text in DOCUMENTS.items() if sign.lower() in head), None)
+            if found is None:
+                raise
+            raise _PictureError(f"is {found}.") from None
         return _to_upright_rgb(_check_size(image))
 
 
@@ -345,7 +361,7 @@ def _to_upright_rgb(image: Image.Image) -> Image.Image:
     """Decode the first frame, turn it upright and bring any mode to RGB."""
     image.load()
     is_sixteen_bit = image.mode == "I" and image.format == "PNG"  # older Pillow has no mode of its own for these
-    image = _upright(image)
+    image = _to_srgb(_upright(image))
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     if image.mode.startswith("I") or image.mode == "F":
@@ -365,6 +381,21 @@ def _upright(image: Image.Image) -> Image.Image:
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if is_turned else image
     except _DECODING_ERRORS:  # damaged metadata of a sound picture
+        return image
+
+
+def _to_srgb(image: Image.Image) -> Image.Image:
+    """Apply an embedded colour profile (Adobe RGB, Display P3, CMYK presses, ...); without one, pixels are sRGB."""
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
+        return image
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" in ImageCms.getProfileDescription(source).lower():
+            return image
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except (*_DECODING_ERRORS, ImageCms.PyCMSError):  # damaged metadata, or a profile of another mode
         return image
 
 

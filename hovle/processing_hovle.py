@@ -11,6 +11,7 @@ Two ways in:
   `<IMG_CONTEXT>` stands for one picture. Do not put a stranger's words into such a string.
 """
 
+import itertools
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -44,6 +45,8 @@ class HoVLEProcessor(ProcessorMixin):
             by default.
         image_seq_length: Tokens of one tile of the default size; another way to give `pixels_per_token_side`.
         chat_template: Jinja template of conversations; the tokenizer's by default.
+        text_after_picture: What a chat writes after each picture unless the message goes on with it; the released
+            models saw a line break.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class HoVLEProcessor(ProcessorMixin):
         pixels_per_token_side: int | None = None,
         image_seq_length: int | None = None,
         chat_template=None,
+        text_after_picture: str = "",
     ):
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
@@ -74,6 +78,7 @@ class HoVLEProcessor(ProcessorMixin):
         self.end_image_token_id = tokenizer.convert_tokens_to_ids(self.end_image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.image_token_ids = [self.image_token_id, self.start_image_token_id, self.end_image_token_id]
+        self.text_after_picture = text_after_picture
         self.pixels_per_token_side = self._side_from(pixels_per_token_side, image_seq_length)
 
     def _side_from(self, pixels_per_token_side: int | None, image_seq_length: int | None) -> int:
@@ -203,9 +208,57 @@ class HoVLEProcessor(ProcessorMixin):
         """Outputs of the image processor that the model does not take."""
         return ["num_patches"]
 
+    def spread_tiles(
+        self, image_sizes: Sequence[tuple[int, int]], max_image_tokens: int, **kwargs
+    ) -> tuple[list[int], list[int]]:
+        """Share a budget of image tokens between the pictures of one prompt; whoever has most tiles gives way first.
+
+        Args:
+            image_sizes: Height and width of each upright picture in pixels.
+            max_image_tokens: Tokens all pictures together may take, `<img>` and `</img>` included.
+            **kwargs: Arguments of a call, for instance `max_tiles`.
+
+        Returns:
+            `max_tiles` for each picture, and the tokens each then takes.
+
+        Raises:
+            ValueError: When even the fewest tiles take more; pictures are never cut.
+        """
+        images_kwargs = self._merge(kwargs)["images_kwargs"]
+        per_tile = self.tokens_per_tile(images_kwargs.get("tile_size") or self.image_processor.size["height"])
+        fewest = images_kwargs.get("min_tiles") or self.image_processor.min_patches
+
+        def grid(size: tuple[int, int], limit: int | None) -> int:
+            options = images_kwargs if limit is None else {**images_kwargs, "max_tiles": limit}
+            columns, rows = self.image_processor.choose_grid(*size, options)
+            return columns * rows
+
+        grids = [grid(size, None) for size in image_sizes]
+        while True:
+            tokens = [2 + per_tile * (tiles + (tiles > 1)) for tiles in grids]
+            if sum(tokens) <= max_image_tokens:
+                return grids, tokens
+            largest = max(range(len(grids)), key=lambda number: grids[number])
+            if grids[largest] <= fewest:
+                raise ValueError(
+                    f"max_image_tokens ({max_image_tokens}) is too small: {len(grids)} pictures take {sum(tokens)} "
+                    f"tokens with the fewest tiles ({fewest} each). Give fewer pictures or a smaller tile_size."
+                )
+            grids[largest] = grid(image_sizes[largest], grids[largest] - 1)
+
+    def _tile_limits(self, pictures: list, counts: list[int], max_image_tokens: int, kwargs: dict) -> list[int]:
+        """`max_tiles` of every picture of a batch of prompts that hold so many pictures each."""
+        limits: list[int] = []
+        for count in counts:
+            sizes = [(picture.height, picture.width) for picture in pictures[len(limits) : len(limits) + count]]
+            limits += self.spread_tiles(sizes, max_image_tokens, **kwargs)[0]
+        return limits
+
     # --- rendered prompts --------------------------------------------------------------------------------------------
 
-    def __call__(self, images=None, text=None, videos=None, audio=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self, images=None, text=None, videos=None, audio=None, max_image_tokens: int | None = None, **kwargs
+    ) -> BatchFeature:
         """Encode rendered prompts and their pictures.
 
         Args:
@@ -214,6 +267,7 @@ class HoVLEProcessor(ProcessorMixin):
                 picture.
             videos: Must be `None`.
             audio: Must be `None`.
+            max_image_tokens: Tokens the pictures of one prompt may take together; see `spread_tiles`.
             **kwargs: `min_tiles`, `max_tiles`, `tile_size` and other arguments of the image processor; arguments of
                 the tokenizer. Prompts are padded on the left as soon as `return_tensors` is given; no special tokens
                 are added unless `add_special_tokens=True`.
@@ -235,6 +289,10 @@ class HoVLEProcessor(ProcessorMixin):
         pictures = _flatten_pictures(images)
         if text is not None:
             self._check_picture_counts(text, images, len(pictures))
+        if max_image_tokens is not None and pictures:
+            pictures = self.image_processor.fetch_images(pictures)
+            counts = [len(pictures)] if text is None else [prompt.count(self.image_token) for prompt in text]
+            kwargs["tile_limits"] = self._tile_limits(pictures, counts, max_image_tokens, kwargs)
         kwargs = _with_text_defaults(kwargs)
         return super().__call__(images=pictures or None, text=text, **kwargs)
 
@@ -287,6 +345,7 @@ class HoVLEProcessor(ProcessorMixin):
         return_tensors=None,
         return_dict: bool = False,
         processor_kwargs: dict | None = None,
+        label_pictures: bool = False,
         **kwargs,
     ):
         """Render conversations with the language model's chat template and, with `tokenize`, encode them.
@@ -295,7 +354,7 @@ class HoVLEProcessor(ProcessorMixin):
             conversation: A list of messages, or a list of such lists. `content` is a string or a list of items:
                 `{"type": "text", "text": ...}` and `{"type": "image", KEY: ...}` with KEY `image` (anything
                 `load_picture` reads), `url` (http, https or `data:`), `path` or `base64`; OpenAI's `image_url` too.
-                A picture stands in the prompt exactly where its item stands, with nothing around it.
+                A picture stands in the prompt exactly where its item stands, followed by `text_after_picture`.
             chat_template: Another template, or the name of one of several.
             tools: As in `tokenizer.apply_chat_template`.
             documents: As in `tokenizer.apply_chat_template`.
@@ -306,8 +365,10 @@ class HoVLEProcessor(ProcessorMixin):
                 typed special tokens are no longer told apart.
             return_tensors: "pt" or "np".
             return_dict: Return everything the model needs instead of the ids alone.
-            processor_kwargs: Arguments of a call (`min_tiles`, `max_tiles`, `tile_size`, `padding`, ...); `images`
-                gives the pictures of items that carry none.
+            processor_kwargs: Arguments of a call (`min_tiles`, `max_tiles`, `max_image_tokens`, `tile_size`,
+                `padding`, ...); `images` gives the pictures of items that carry none.
+            label_pictures: Write "Image-1: " before the first picture of a conversation, "Image-2: " before the
+                second, ..., and a line break after each, so that a question can name them.
             **kwargs: The same arguments, and variables of the template.
 
         Returns:
@@ -324,6 +385,8 @@ class HoVLEProcessor(ProcessorMixin):
         call_kwargs, template_kwargs = self._split_chat_kwargs(template, kwargs)
         call_kwargs = {**call_kwargs, **(processor_kwargs or {})}
         chats, is_batched = _as_batch(conversation)
+        if label_pictures:
+            chats = [_with_labels(chat) for chat in chats]
         prompts = self._render(
             template,
             chats,
@@ -349,7 +412,8 @@ class HoVLEProcessor(ProcessorMixin):
     def _render(self, template: str, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs):
         """Render chats with characters for breaking up and marking that none of their strings contains."""
         unused = unused_characters([chats, tools, documents, template, kwargs])
-        return ChatRenderer(self.tokenizer, template, *unused).render(chats, tools, documents, **kwargs)
+        renderer = ChatRenderer(self.tokenizer, template, *unused, self.text_after_picture)
+        return renderer.render(chats, tools, documents, **kwargs)
 
     def _resolve_template(self, chat_template: str | None, tools: Any) -> str:
         templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
@@ -363,7 +427,12 @@ class HoVLEProcessor(ProcessorMixin):
 
     def _split_chat_kwargs(self, template: str, kwargs: dict) -> tuple[dict, dict]:
         """Tell arguments of a call from variables of the template; the call warns of what neither knows."""
-        known = {"images", *TextKwargs.__annotations__, *self.image_processor.valid_kwargs.__annotations__}
+        known = {
+            "images",
+            "max_image_tokens",
+            *TextKwargs.__annotations__,
+            *self.image_processor.valid_kwargs.__annotations__,
+        }
         call_kwargs: dict[str, Any] = {}
         template_kwargs: dict[str, Any] = {}
         for name, value in kwargs.items():
@@ -388,7 +457,9 @@ class HoVLEProcessor(ProcessorMixin):
 
     # --- prompts in which special tokens were typed ------------------------------------------------------------------
 
-    def _encode_pieces_batch(self, prompts: list[Prompt], pictures: list, **kwargs) -> BatchFeature:
+    def _encode_pieces_batch(
+        self, prompts: list[Prompt], pictures: list, max_image_tokens: int | None = None, **kwargs
+    ) -> BatchFeature:
         """Encode prompts piece by piece, as `__call__` would if typed special tokens were ordinary words."""
         options = self._merge(_with_text_defaults(kwargs))
         text_kwargs = options["text_kwargs"]
@@ -403,6 +474,10 @@ class HoVLEProcessor(ProcessorMixin):
         image_inputs: dict = {}
         num_placeholders: list[int] = []
         if pictures:
+            if max_image_tokens is not None:
+                pictures = self.image_processor.fetch_images(pictures)
+                counts = [len(prompt.pictures) for prompt in prompts]
+                options["images_kwargs"]["tile_limits"] = self._tile_limits(pictures, counts, max_image_tokens, kwargs)
             image_inputs = dict(self.image_processor(pictures, **options["images_kwargs"]))
             num_placeholders = self._num_placeholders(image_inputs)
         input_ids = []
@@ -489,6 +564,25 @@ def _as_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
     if isinstance(conversation[0], dict):
         return [list(conversation)], False
     return [list(getattr(chat, "messages", chat)) for chat in conversation], True
+
+
+def _with_labels(chat: list[dict]) -> list[dict]:
+    """Number the pictures of a conversation in its text."""
+    numbers = itertools.count(1)
+    labelled = []
+    for message in chat:
+        content = message.get("content")
+        if isinstance(content, list | tuple):
+            items: list = []
+            for item in content:
+                if isinstance(item, dict) and item.get("type") in ("image", "image_url"):
+                    label = {"type": "text", "text": f"Image-{next(numbers)}: "}
+                    items += [label, item, {"type": "text", "text": "\n"}]
+                else:
+                    items.append(item)
+            message = {**message, "content": items}
+        labelled.append(message)
+    return labelled
 
 
 def _is_sequence(value: Any) -> bool:

@@ -490,10 +490,19 @@ def test_without_a_tokenizer_the_command_says_so_and_succeeds(tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "hovle"), str(tmp_path / "back"), "--to", "released"]) == 0
 
 
-def test_a_sentencepiece_tokenizer_is_kept_for_later(released, tmp_path):
-    source = write_checkpoint(tmp_path / "released", *released)
+def test_a_file_that_is_no_sentencepiece_model_is_refused(released, tmp_path):
+    source = released()
     (source / "tokenizer.model").write_bytes(b"pieces")
-    assert any("tokenizer was not converted" in remark for remark in convert(source, tmp_path / "hovle"))
+    with pytest.raises(ValueError, match="is no SentencePiece model"):
+        convert(source, tmp_path / "hovle")
+    assert not (tmp_path / "hovle").exists()
+
+
+def test_without_sentencepiece_its_tokenizer_is_kept_for_later(released, tmp_path, monkeypatch):
+    source = released()
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    monkeypatch.setitem(sys.modules, "google.protobuf.message", None)
+    assert any("pip install 'hovle[convert]'" in remark for remark in convert(source, tmp_path / "hovle"))
     assert (tmp_path / "hovle" / "tokenizer.model").read_bytes() == b"pieces"
 
 

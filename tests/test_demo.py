@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections import Counter
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from hovle.assets import easy_vqa
 from hovle.eval.vqa import Question, draw_questions
 from hovle.train.config import load_stage
 
-SCORES = {"accuracy": 0.9, "blank_pictures": 0.5, "shuffled_pictures": 0.4}
+SCORES = {"accuracy": 0.9, "blank_pictures": 0.5, "shuffled_pictures": 0.4, "accuracy_unbalanced": 0.95}
 REPORT = {
     "stages": {
         "distillation": {"training_seconds": 60.0, "teacher_cosine": {"before": 0.01, "after": 0.5}},
@@ -22,13 +23,14 @@ REPORT = {
 }
 
 
-def test_the_summary_tells_times_cosines_and_all_six_scores():
+def test_the_summary_tells_times_cosines_and_all_eight_scores():
     text = demo.summary(REPORT)
     assert "5.0 minutes" in text
     assert "distillation 20%" in text
     assert "0.010 before distillation, 0.500 after" in text
     assert text.count("exact match") == 2
     assert text.count("blank pictures 50.0%") == 2
+    assert text.count("95.0% on questions as they come") == 2
 
 
 def test_the_picture_shows_every_question(tmp_path):
@@ -38,13 +40,34 @@ def test_the_picture_shows_every_question(tmp_path):
         assert picture.width > 1000
 
 
-def test_questions_are_the_same_every_time_and_about_test_pictures():
-    questions = draw_questions(easy_vqa() / "test", 50)
-    assert questions == draw_questions(easy_vqa() / "test", 50)
+@pytest.mark.parametrize("balanced", [True, False])
+def test_questions_are_the_same_every_time_and_about_test_pictures(balanced):
+    questions = draw_questions(easy_vqa() / "test", 50, balanced=balanced)
+    assert questions == draw_questions(easy_vqa() / "test", 50, balanced=balanced)
     assert len({(question.text, question.picture) for question in questions}) == 50
     assert all("test" in question.picture.parts for question in questions)
     with pytest.raises(ValueError, match="not 0"):
-        draw_questions(easy_vqa() / "test", 0)
+        draw_questions(easy_vqa() / "test", 0, balanced=balanced)
+
+
+def best_guess(questions: list[Question]) -> float:
+    """Share of right answers of someone who knows only how often each answer to a wording is right."""
+    answers = Counter((question.text, question.answer) for question in questions)
+    best = Counter()
+    for (text, _), count in answers.items():
+        best[text] = max(best[text], count)
+    return sum(best.values()) / len(questions)
+
+
+def test_the_wording_of_balanced_questions_tells_little():
+    split = easy_vqa() / "test"
+    assert best_guess(draw_questions(split, 5000, balanced=False)) > 0.66
+    balanced = draw_questions(split, 1000, balanced=True)
+    yes = sum(question.answer == "yes" for question in balanced)
+    no = sum(question.answer == "no" for question in balanced)
+    assert 0.8 < yes / no < 1.25
+    # Of ten questions a wording the luckiest answer is above its share by chance alone.
+    assert best_guess(balanced) < 0.6
 
 
 def finish_stage(output, stage, overrides=()):

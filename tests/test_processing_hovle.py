@@ -540,3 +540,77 @@ def test_what_a_template_says_to_a_chat_reaches_the_caller(processor: HoVLEProce
     assert encode(processor, messages, chat_template=strict)["input_ids"].shape[0] == 1
     with pytest.raises(jinja2.TemplateError, match="no system prompt"):
         encode(processor, messages[1:], chat_template=strict)
+
+
+# --- budgets and labels ----------------------------------------------------------------------------------------------
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.effect_noise((width, height), 60).convert("RGB")
+
+
+def test_a_budget_of_image_tokens_is_shared_between_the_pictures(processor: HoVLEProcessor):
+    pictures = [noise(400, 200), noise(100, 100), noise(300, 300)]
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    free, tokens = processor.spread_tiles(sizes, 10_000)
+    assert sum(tokens) <= 10_000
+    for budget in range(sum(tokens), 3 * (2 + processor.image_seq_length) - 1, -1):
+        limits, tokens = processor.spread_tiles(sizes, budget)
+        assert sum(tokens) <= budget
+        assert all(limit <= most for limit, most in zip(limits, free, strict=True))
+        counts = processor._get_num_multimodal_tokens(image_sizes=sizes[:1], max_tiles=limits[0])
+        assert counts["num_image_tokens"][0] == tokens[0]  # the plan is what the processor does
+    assert limits == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"max_image_tokens \(17\) is too small: 3 pictures take 18 tokens"):
+        processor.spread_tiles(sizes, 17)
+
+
+@pytest.mark.parametrize("text", ["What is it?", "Is <IMG_CONTEXT> a word?"])
+def test_every_prompt_has_a_budget_of_its_own(processor: HoVLEProcessor, text: str):
+    chats = [
+        [{"role": "user", "content": [picture_item(noise(400, 200)), picture_item(noise(200, 200)), text]}],
+        [{"role": "user", "content": [picture_item(noise(200, 600)), text]}],
+        [{"role": "user", "content": text}],
+    ]
+    batch = processor.apply_chat_template(chats, tokenize=True, return_dict=True, max_image_tokens=26)
+    for ids in batch["input_ids"]:
+        assert sum(ids.count(token_id) for token_id in processor.image_token_ids) <= 26
+    num_placeholders = sum(ids.count(processor.image_token_id) for ids in batch["input_ids"])
+    assert num_placeholders == len(batch["pixel_values"]) * processor.image_seq_length
+    assert len(batch["pixel_values"]) > 3  # the budget is used
+
+
+def picture_item(picture: Image.Image) -> dict:
+    return {"type": "image", "image": picture}
+
+
+def test_pictures_are_labelled_over_all_turns(processor: HoVLEProcessor):
+    picture = noise(56, 56)
+    chat = [
+        {"role": "user", "content": [picture_item(picture), picture_item(picture), "Which is red?"]},
+        {"role": "assistant", "content": "Image-2."},
+        {"role": "user", "content": [{"type": "text", "text": "And "}, picture_item(picture)]},
+    ]
+    before = copy.deepcopy(chat)
+    rendered = processor.apply_chat_template(chat, label_pictures=True)
+    assert "Image-1: <IMG_CONTEXT>\nImage-2: <IMG_CONTEXT>\nWhich is red?" in rendered
+    assert "And Image-3: <IMG_CONTEXT>\n" in rendered
+    assert [message["content"][-1] for message in chat] == [message["content"][-1] for message in before]
+    assert "Image-" not in processor.apply_chat_template([chat[0]])
+
+
+def test_text_after_each_picture_is_written_once(make_tokenizer, tmp_path: Path):
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(CHATML), image_size=56, max_tiles=4)
+    processor.text_after_picture = "\n"
+    processor.save_pretrained(tmp_path)
+    processor = HoVLEProcessor.from_pretrained(tmp_path)
+    mark = CONTEXT
+    for content, expected in (
+        ([noise(9, 9), "What?"], f"{mark}\nWhat?"),
+        ([noise(9, 9), "\nWhat?"], f"{mark}\nWhat?"),
+        (["See ", noise(9, 9)], f"See {mark}\n"),
+        ([noise(9, 9), noise(9, 9), "a", "\nb"], f"{mark}\n{mark}\na\nb"),
+    ):
+        assert f"user\n{expected}<|im_end|>" in processor.apply_chat_template([user(*content)])
+    labelled = processor.apply_chat_template([user(noise(9, 9), "What?")], label_pictures=True)
+    assert f"user\nImage-1: {mark}\nWhat?<|im_end|>" in labelled

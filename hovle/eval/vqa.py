@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,31 +110,64 @@ def load_questions(folder: Path) -> list[Question]:
     return [Question(question, answer, folder / "images" / f"{image}.png") for question, answer, image in rows]
 
 
-def draw_questions(folder: Path, count: int, seed: int = 0) -> list[Question]:
-    """Draw so many questions of a split, the same ones every time."""
+def wording_weights(questions: Sequence[Question]) -> list[float]:
+    """For each question, how little its wording tells the answer: 1 where always the same is right, else more.
+
+    Drawn with these weights, each answer to a wording comes equally often, so that only looking helps.
+    """
+    wordings = Counter(question.text for question in questions)
+    answered = Counter((question.text, question.answer) for question in questions)
+    return [wordings[item.text] / answered[item.text, item.answer] for item in questions]
+
+
+def draw_weighted(weights: Sequence[float], count: int, seed: int) -> list[int]:
+    """Choose so many places by weight, without repetition, in order (Efraimidis and Spirakis, 2006)."""
+    generator = random.Random(seed)
+    keys = [generator.random() ** (1 / weight) for weight in weights]
+    return sorted(sorted(range(len(keys)), key=lambda place: -keys[place])[:count])
+
+
+def draw_questions(folder: Path, count: int, *, balanced: bool, seed: int = 0) -> list[Question]:
+    """Draw so many questions of a split, the same ones every time.
+
+    Args:
+        folder: The split.
+        count: How many.
+        balanced: Draw by `wording_weights` instead of evenly.
+        seed: Another one gives other questions.
+    """
     questions = load_questions(folder)
     if not 1 <= count <= len(questions):
         raise ValueError(f"Between 1 and {len(questions)} questions can be drawn from {folder.name}, not {count}.")
-    return random.Random(seed).sample(questions, count)
+    weights = wording_weights(questions) if balanced else [1.0] * len(questions)
+    return [questions[place] for place in draw_weighted(weights, count, seed)]
 
 
-def score_model(folder: Path, questions: Sequence[Question]) -> tuple[dict[str, float], list[str]]:
-    """Measure exact match with true, blank and shuffled pictures; also return the answers to the true ones.
+def score_model(folder: Path, split: Path, count: int) -> tuple[dict[str, float], list[tuple[Question, str]]]:
+    """Measure exact match on questions of a split, with true, blank and shuffled pictures.
 
     Args:
         folder: Model folder; it is loaded in the number format this machine is fastest with.
-        questions: What to ask.
+        split: Where the questions are.
+        count: How many to ask in each variant.
+
+    Returns:
+        Scores: `accuracy`, `blank_pictures` and `shuffled_pictures` on balanced questions, and
+        `accuracy_unbalanced` on evenly drawn ones; and the balanced questions with their answers.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = HoVLEForConditionalGeneration.from_pretrained(folder, dtype=fastest_dtype(device)).to(device).eval()
     processor = HoVLEProcessor.from_pretrained(folder)
+    questions = draw_questions(split, count, balanced=True)
     variants = {
         "accuracy": questions,
         "blank_pictures": with_blank_pictures(questions),
         "shuffled_pictures": with_shuffled_pictures(questions),
+        "accuracy_unbalanced": draw_questions(split, count, balanced=False),
     }
     answers = {
         name: answer_questions(model, processor, variant, description=name.replace("_", " "))
         for name, variant in variants.items()
     }
-    return {name: exact_match(answers[name], variants[name]) for name in variants}, answers["accuracy"]
+    scores = {name: exact_match(answers[name], variants[name]) for name in variants}
+    return scores, list(zip(questions, answers["accuracy"], strict=True))

@@ -45,10 +45,14 @@ class ModelConfig:
     """Side of one patch in pixels."""
     pixel_shuffle_loc: str = "pre"
     """`pre` (HoVLE), `post` (HoVLE-HD) or `none` (plain convolution)."""
+    image_attention: str = "causal"
+    """`causal` as in the paper, or `bidirectional`: tokens of one picture see each other in the holistic layers."""
     untie_text_embeddings: bool = False
     """Give the holistic layers a text table of their own, as the paper does."""
     max_tiles: int = 12
     """Most tiles a picture is cut into."""
+    chat_template: str | None = None
+    """Jinja source of a chat template instead of the language model's own; a base model has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,9 @@ class DataConfig:
     """Part of the asset to read."""
     questions_per_sample: int = 1
     """Questions about one picture that share its tokens; each sees the picture and itself only (easy_vqa)."""
+    balance_answers: bool = False
+    """Draw `questions_per_sample` of a picture's questions anew each time, those seldom whose wording gives the answer
+    away, so that only looking helps (easy_vqa); otherwise every question is asked once an epoch."""
 
     def __post_init__(self):
         if self.questions_per_sample < 1:

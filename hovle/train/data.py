@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from ..assets import easy_vqa
-from ..eval.vqa import load_questions
+from ..eval.vqa import Question, draw_weighted, load_questions, wording_weights
 from ..modeling_hovle import IGNORE_INDEX
 from ..pictures import load_picture
 from ..processing_hovle import HoVLEProcessor
@@ -34,6 +34,18 @@ class Record:
     """Chat messages with picture paths."""
     others: tuple[list[dict], ...] = ()
     """Conversations that start with the same pictures; none sees another."""
+    weights: tuple[float, ...] = ()
+    """How readily each conversation is drawn, this record's own first; empty: all take part."""
+    num_drawn: int = 0
+    """How many of them make a sample when they are drawn."""
+
+    def draw(self, seed: int) -> "Record":
+        """Choose `num_drawn` of the conversations by weight, without repetition."""
+        if not self.weights:
+            return self
+        chosen = draw_weighted(self.weights, self.num_drawn, seed)
+        first, *others = [[self.messages, *self.others][place] for place in chosen]
+        return Record(self.name, first, tuple(others))
 
 
 @dataclass
@@ -67,7 +79,10 @@ def load_records(config: DataConfig) -> list[Record]:
     """Read the list of conversations of a source; pictures stay on disk."""
     if config.source == "easy_vqa":
         folder = Path(config.path) if config.path else easy_vqa()
-        return _easy_vqa_records(folder / config.split, config.questions_per_sample)
+        questions = load_questions(folder / config.split)
+        if config.balance_answers:
+            return _balanced_records(questions, config.questions_per_sample)
+        return _question_records(questions, config.questions_per_sample)
     if config.path is None:
         raise ValueError(f"data.path is missing: the source {config.source!r} needs a file or folder.")
     if config.source == "chat":
@@ -77,16 +92,33 @@ def load_records(config: DataConfig) -> list[Record]:
     raise ValueError(f"Unknown data.source {config.source!r}; known: easy_vqa, chat, pictures.")
 
 
-def _easy_vqa_records(folder: Path, questions_per_sample: int) -> list[Record]:
-    by_picture: dict[Path, list[tuple[str, str]]] = {}
-    for question in load_questions(folder):
-        by_picture.setdefault(question.picture, []).append((question.text, question.answer))
+def _question_records(questions: list[Question], questions_per_sample: int) -> list[Record]:
+    """Records of so many questions about one picture; a picture's last record may hold fewer."""
     records = []
-    for picture, turns in by_picture.items():
-        for start in range(0, len(turns), questions_per_sample):
-            first, *others = [conversation(picture, *turn) for turn in turns[start : start + questions_per_sample]]
+    for picture, asked in _by_picture(questions).items():
+        conversations = [conversation(picture, question.text, question.answer) for question in asked]
+        for start in range(0, len(asked), questions_per_sample):
+            first, *others = conversations[start : start + questions_per_sample]
             records.append(Record(f"{picture.name}[{start}]", first, tuple(others)))
     return records
+
+
+def _balanced_records(questions: list[Question], questions_per_sample: int) -> list[Record]:
+    """One record per picture; its questions are drawn the more readily the less their wording tells the answer."""
+    weights = dict(zip(questions, wording_weights(questions), strict=True))
+    records = []
+    for picture, asked in _by_picture(questions).items():
+        first, *others = [conversation(picture, question.text, question.answer) for question in asked]
+        weights_here = tuple(weights[question] for question in asked)
+        records.append(Record(picture.name, first, tuple(others), weights_here, questions_per_sample))
+    return records
+
+
+def _by_picture(questions: list[Question]) -> dict[Path, list[Question]]:
+    groups: dict[Path, list[Question]] = {}
+    for question in questions:
+        groups.setdefault(question.picture, []).append(question)
+    return groups
 
 
 def conversation(picture: Path, question: str, answer: str) -> list[dict]:
@@ -168,8 +200,8 @@ class ReplySamples:
             if input_ids[: len(end)] != end or end[: len(start)] != start:
                 raise ValueError(f"{name}: the chat template rewrites earlier turns; replies cannot be located.")
             stop = max((place for place in range(len(start), len(end)) if end[place] in special), default=len(end) - 1)
-            labels[len(start) : stop + 1] = end[len(start) : stop + 1]  # templates may add a line break after it
-        return input_ids, labels
+            labels[len(start) : stop + 1] = end[len(start) : stop + 1]
+        return input_ids[: stop + 1], labels[: stop + 1]  # templates may add a line break, which teaches nothing
 
 
 def share_beginning(conversations: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[int]]:
@@ -338,12 +370,12 @@ class PackedBatches(IterableDataset):
         self._order: list[int] = []
 
     def record_at(self, index: int) -> Record:
-        """Record of a stream index: every epoch visits each record once, in an order of its own."""
+        """Record of a stream index: every epoch visits each record once, in an order and with draws of its own."""
         epoch, position = divmod(index, len(self.records))
         if self._epoch != epoch:
             generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
             self._epoch, self._order = epoch, torch.randperm(len(self.records), generator=generator).tolist()
-        return self.records[self._order[position]]
+        return self.records[self._order[position]].draw(self.seed * 1_000_003 + index)
 
     def __iter__(self) -> Iterator[dict]:
         """Yield batches; `position` of a batch is where a resumed stream continues."""

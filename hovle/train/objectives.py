@@ -59,7 +59,7 @@ class NextTokenObjective(Objective):
         ).last_hidden_state
         labels = batch["labels"][:, 1:]
         supervised = labels != IGNORE_INDEX
-        logits = self.model.lm_head(hidden_states[:, :-1][supervised]).float()
+        logits = self.model.compute_logits(hidden_states[:, :-1][supervised]).float()
         labels = labels[supervised]
         terms = {
             "reply_nats": nn.functional.cross_entropy(logits, labels, reduction="sum"),

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .. import assets
+from ..backbones import final_norm
 from ..machine import compiler_problem, fastest_dtype
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
@@ -39,9 +40,11 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
         image_size=start.image_size,
         patch_size=start.patch_size,
         pixel_shuffle_loc=start.pixel_shuffle_loc,
+        image_attention=start.image_attention,
         dtype=torch.float32,
     )
-    return model, HoVLEProcessor.from_language_model(name, model.config, max_tiles=start.max_tiles)
+    own_template: dict = {} if start.chat_template is None else {"chat_template": start.chat_template}
+    return model, HoVLEProcessor.from_language_model(name, model.config, max_tiles=start.max_tiles, **own_template)
 
 
 def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
@@ -51,8 +54,10 @@ def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration
         "image_size": model.config.image_size,
         "patch_size": model.config.patch_size,
         "pixel_shuffle_loc": model.config.pixel_shuffle_loc,
+        "image_attention": model.config.image_attention,
         "untie_text_embeddings": not model.config.tie_word_embeddings,
         "max_tiles": processor.image_processor.max_patches,
+        "chat_template": processor.chat_template,
     }
     for name, value in found.items():
         stated = getattr(start, name)
@@ -80,12 +85,12 @@ def parameter_groups(model: HoVLEForConditionalGeneration) -> dict[str, list[nn.
     if base.projector is not None:
         stem += list(base.projector.parameters())
     table = model.get_input_embeddings().weight
-    language_model = [*base.language_layers.parameters(), *base.language_model.norm.parameters()]
+    language_model = [*base.language_layers.parameters(), *final_norm(base.language_model).parameters()]
     return {
         "stem": stem,
         "holistic_layers": list(base.embedding_layers.parameters()),
         "text_embeddings": [] if model.config.tie_word_embeddings else [table],
-        "language_model": [*language_model, model.lm_head.weight],
+        "language_model": [*language_model, *model.lm_head.parameters()],
     }
 
 

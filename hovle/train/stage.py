@@ -158,7 +158,7 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     if config.model.checkpoint is not None:
         handoff = checkpoints.check_handoff(model, Path(config.model.checkpoint))
     check_hd(config, model)
-    text_table = model.get_input_embeddings().weight.detach().clone()
+    text_table = model.model.text_table()
     dtype = agree_on_dtype(config, state, accelerator)
     select_trainable(model, config)
     peft_model = add_lora(model, config.lora) if config.lora else None
@@ -288,7 +288,7 @@ def fingerprint_records(records) -> str:
     """Short hash of a source's conversations."""
     digest = hashlib.sha256()
     for record in records:
-        digest.update(repr((record.name, record.messages, record.others)).encode())
+        digest.update(repr(record).encode())
     return digest.hexdigest()[:16]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -139,7 +140,11 @@ def test_a_sample_reads_as_the_processor_would_encode_the_chat(processor, chat_r
     for record in chat_records[:4]:
         sample = ReplySamples(processor).make(record, 0)
         expected = processor.apply_chat_template(record.messages, tokenize=True, return_dict=True, return_tensors="pt")
-        assert torch.equal(sample.input_ids, expected["input_ids"][0])
+        length = len(sample.input_ids)
+        assert torch.equal(sample.input_ids, expected["input_ids"][0, :length])
+        assert (
+            processor.decode(expected["input_ids"][0, length:]) == "\n"
+        )  # after the last reply there is nothing to learn
         if "pixel_values" in expected:
             assert torch.equal(sample.pixel_values, expected["pixel_values"])
         else:
@@ -246,6 +251,28 @@ def test_easy_vqa_questions_about_one_picture_share_a_record(tmp_path):
     assert records[0].messages == conversation(picture, "What color?", "red")
     assert records[0].others == (conversation(picture, "A circle?", "no"),)
     assert records[1].others == ()
+
+
+def test_balanced_questions_are_drawn_anew_and_seldom_where_the_wording_tells_the_answer(tmp_path):
+    """Of two pictures each is asked one question that always has the same answer and one that has two."""
+    rows = [["Is it?", "yes", 0], ["Is it?", "yes", 1], *([f"What {n}?", "ab"[n % 2], n // 4] for n in range(8))]
+    rows += [[f"What {n}?", "ba"[n % 2], 1 - n // 4] for n in range(8)]
+    (tmp_path / "train" / "images").mkdir(parents=True)
+    (tmp_path / "train" / "questions.json").write_text(json.dumps(rows))
+    config = DataConfig(source="easy_vqa", path=str(tmp_path), questions_per_sample=3, balance_answers=True)
+    records = load_records(config)
+    assert [record.name for record in records] == ["0.png", "1.png"]
+    asked: Counter[str] = Counter()
+    for seed in range(400):
+        drawn = records[0].draw(seed)
+        assert drawn == records[0].draw(seed)
+        conversations = [drawn.messages, *drawn.others]
+        texts = [messages[0]["content"][1]["text"] for messages in conversations]
+        assert len(set(texts)) == 3
+        asked.update(texts)
+    assert set(asked) == {"Is it?", *(f"What {n}?" for n in range(8))}
+    others = [count for text, count in asked.items() if text != "Is it?"]
+    assert asked["Is it?"] < 0.75 * min(others)  # half the weight
 
 
 # --- several questions about one picture -----------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""What families of decoders do differently from Llama, gathered in one place.
+
+HoVLE runs a stock decoder section by section (holistic layers, then language model), so it repeats the few lines that
+join a decoder's layers. This module knows how those lines differ between families; what it does not know is found by
+comparing text logits with the bare model's (`language_model.py`) and refused by name.
+"""
+
+import inspect
+import re
+
+import torch
+from torch import nn
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import PreTrainedModel
+
+MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+"""Attention patterns a layer may have, under their transformers names."""
+
+NORM_NAMES = ("norm", "final_layernorm")
+"""Names of the norm after the last layer: most families', Phi's."""
+
+RESIDUAL_WRITERS = re.compile(r"(^|\.)(o_proj|dense|down_proj|fc2|c_proj)(\.weight|\.bias)?$")
+"""Parameters of attention and MLP whose product is added to the residual stream, experts included."""
+
+
+def attention_types(text_config: PreTrainedConfig) -> list[str]:
+    """Name the attention pattern of each decoder layer, as transformers' caches read it from the config."""
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types is not None:
+        return list(layer_types)
+    sliding = getattr(text_config, "sliding_window", None) is not None
+    return ["sliding_attention" if sliding else "full_attention"] * text_config.num_hidden_layers
+
+
+def check_backbone(decoder: PreTrainedModel) -> None:
+    """Raise ValueError, with the backbone's name, unless it is a decoder that HoVLE can run section by section."""
+    config = decoder.config
+    name = f"{type(decoder).__name__} (model_type {config.model_type!r})"
+    missing = [part for part in ("embed_tokens", "layers", "rotary_emb") if not hasattr(decoder, part)]
+    if not any(hasattr(decoder, norm) for norm in NORM_NAMES):
+        missing.append("norm")
+    if missing:
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: it lacks {', '.join(missing)}. HoVLE needs a decoder built like "
+            "Llama's."
+        )
+    unknown = sorted(set(attention_types(config)) - MASK_FUNCTIONS.keys())
+    if unknown:
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: it has layers of type {', '.join(unknown)}; only "
+            f"{' and '.join(MASK_FUNCTIONS)} are supported."
+        )
+
+
+def final_norm(decoder: PreTrainedModel) -> nn.Module:
+    """The norm after the last layer."""
+    return next(getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name))
+
+
+def has_rotary_per_pattern(rotary_emb: nn.Module) -> bool:
+    """Whether a family (Gemma 3, OLMo 3) has a rotary table of its own for each attention pattern."""
+    return "layer_type" in inspect.signature(rotary_emb.forward).parameters
+
+
+def rotary_tables(
+    rotary_emb: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor, types: list[str]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Cosines and sines of the positions for each attention pattern among some layers."""
+    patterns = sorted(set(types))
+    if has_rotary_per_pattern(rotary_emb):
+        return {pattern: rotary_emb(hidden_states, position_ids, pattern) for pattern in patterns}
+    return dict.fromkeys(patterns, rotary_emb(hidden_states, position_ids=position_ids))
+
+
+def scale_embeddings(embeds: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """Scale what enters the first layer, as Granite does; Gemma's text table scales itself."""
+    multiplier = getattr(text_config, "embedding_multiplier", None)
+    return embeds if multiplier is None else embeds * multiplier
+
+
+def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
+    """Scale the head's output: Granite divides, Cohere multiplies, Gemma 2 squeezes it between two bounds."""
+    if (divisor := getattr(text_config, "logits_scaling", None)) is not None:
+        logits = logits / divisor
+    if (factor := getattr(text_config, "logit_scale", None)) is not None:
+        logits = logits * factor
+    if (bound := getattr(text_config, "final_logit_softcapping", None)) is not None:
+        logits = torch.tanh(logits / bound) * bound
+    return logits
+
+
+@torch.no_grad()
+def zero_residual_writers(layer: nn.Module) -> None:
+    """Make a decoder layer the identity: zero what its attention and MLP add to the residual stream."""
+    for block in (getattr(layer, "self_attn", None), getattr(layer, "mlp", None)):
+        writers = (
+            [] if block is None else [item for name, item in block.named_parameters() if RESIDUAL_WRITERS.search(name)]
+        )
+        for parameter in writers:
+            parameter.zero_()

@@ -1,0 +1,138 @@
+"""Say what is installed, what this machine is fast at, and what to install for more.
+
+hovle doctor          a report for people, and for issues
+hovle doctor --json   the same for programs
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+
+FLOORS = {"torch": "2.6", "transformers": "5.16.1"}
+"""Oldest versions hovle runs with."""
+
+OPTIONAL = {
+    "accelerate": ("hovle[train]", "training"),
+    "peft": ("hovle[train]", "LoRA"),
+    "timm": ("hovle[teacher]", "teachers for distillation"),
+    "matplotlib": ("hovle[demo]", "the demo's picture"),
+    "torchvision": ("hovle[vision]", "faster decoding and resizing of pictures"),
+    "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
+}
+"""Package -> (what pip installs it with, what it is for)."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    topic: str
+    found: str
+    advice: str = ""
+    """What to do about it; empty when all is well."""
+    is_problem: bool = False
+    """Whether hovle cannot work like this."""
+
+
+def examine() -> list[Finding]:
+    """Look at versions, device, number format, compiler and optional packages."""
+    findings = [Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    findings += [_required(package, floor) for package, floor in FLOORS.items()]
+    if any(finding.is_problem for finding in findings):
+        return findings  # what follows needs them
+    findings += _device()
+    findings += _fast_paths()
+    findings += [_optional(package, *what) for package, what in OPTIONAL.items()]
+    return findings
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _required(package: str, floor: str) -> Finding:
+    from packaging.version import Version  # comes with transformers
+
+    version = _version(package)
+    if version is None:
+        return Finding(package, "missing", f"pip install '{package}>={floor}'", is_problem=True)
+    if Version(version) < Version(floor):
+        return Finding(package, version, f"older than {floor}: pip install -U {package}", is_problem=True)
+    return Finding(package, version)
+
+
+def _optional(package: str, requirement: str, purpose: str) -> Finding:
+    version = _version(package.replace("_", "-"))
+    if version is None:
+        return Finding(package, "missing", f"for {purpose}: pip install '{requirement}'")
+    return Finding(package, version)
+
+
+def _device() -> list[Finding]:
+    import torch
+
+    from .machine import fastest_dtype
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        name = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name(0)}, {memory:.0f} GiB"
+    else:
+        device = torch.device("cpu")
+        name = f"CPU, {torch.get_num_threads()} threads"
+    dtype = str(fastest_dtype(device)).removeprefix("torch.")
+    advice = "" if dtype == "bfloat16" else "this machine is not faster in bfloat16; float32 takes twice the memory"
+    return [Finding("device", name), Finding("number format", dtype, advice)]
+
+
+def _fast_paths() -> list[Finding]:
+    import torch
+
+    from .machine import compiler_problem
+
+    problem = compiler_problem()
+    compiler = shutil.which("g++") or shutil.which("clang++") or "none found"
+    compiled = (
+        Finding("torch.compile", f"works (C++ compiler: {compiler})")
+        if problem is None
+        else Finding(
+            "torch.compile", f"fails: {problem}", "training runs eager, which is slower: install a C++ compiler"
+        )
+    )
+    attention = ["sdpa", "eager"]
+    if torch.cuda.is_available():
+        attention.append("flex_attention")
+        if _version("flash-attn"):
+            attention.append("flash_attention_2")
+    return [compiled, Finding("attention", ", ".join(attention))]
+
+
+def report(findings: list[Finding]) -> str:
+    """The findings as aligned lines."""
+    width = max(len(finding.topic) for finding in findings)
+    lines = []
+    for finding in findings:
+        mark = "x" if finding.is_problem else "-" if finding.advice else "+"
+        lines.append(f"{mark} {finding.topic:<{width}}  {finding.found}")
+        if finding.advice:
+            lines.append(f"  {'':<{width}}  {finding.advice}")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `hovle doctor`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; exit code 1 when hovle cannot work here."""
+    findings = examine()
+    text = json.dumps([asdict(finding) for finding in findings], indent=1) if args.json else report(findings)
+    print(text)  # noqa: T201 - this is the command's output
+    return int(any(finding.is_problem for finding in findings))

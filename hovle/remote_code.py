@@ -1,0 +1,30 @@
+"""Take the model's code along, so that a saved folder also loads where hovle is not installed.
+
+With `trust_remote_code=True`, transformers finds the classes of a folder through `auto_map` in its config.json. Its
+own saving names only the class that is saved, but engines ask for `AutoModel` where generation models are stored.
+"""
+
+import shutil
+from pathlib import Path
+
+from transformers.dynamic_module_utils import get_relative_import_files
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_hovle.HoVLEConfig",
+    "AutoModel": "modeling_hovle.HoVLEModel",
+    "AutoModelForImageTextToText": "modeling_hovle.HoVLEForConditionalGeneration",
+    "AutoImageProcessor": "image_processing_hovle.HoVLEImageProcessor",
+    "AutoProcessor": "processing_hovle.HoVLEProcessor",
+}
+"""Auto class -> file and class in a model folder."""
+
+
+def copy_code(folder: str | Path) -> None:
+    """Copy the files that `AUTO_MAP` names, and those they import, into a model folder.
+
+    Code that itself came from a model folder holds only what has been loaded from there so far.
+    """
+    modules = {target.partition(".")[0] for target in AUTO_MAP.values()}
+    for file in filter(Path.exists, (Path(__file__).with_name(f"{module}.py") for module in sorted(modules))):
+        for needed in [file, *map(Path, get_relative_import_files(file))]:
+            shutil.copyfile(needed, Path(folder) / needed.name)

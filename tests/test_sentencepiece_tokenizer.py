@@ -1,0 +1,222 @@
+"""The fast form of a SentencePiece tokenizer gives sentencepiece's own ids."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from hovle.sentencepiece_tokenizer import CHAT_TEMPLATES, SYSTEM_MESSAGE, fast_tokenizer
+
+WORDS = [
+    *[
+        "the",
+        "a",
+        "cat",
+        "dog",
+        "house",
+        "street",
+        "picture",
+        "shows",
+        "two",
+        "people",
+        "walking",
+        "along",
+        "river",
+        "under",
+        "bridge",
+        "while",
+        "it's",
+        "don't",
+    ],
+    *[
+        "number",
+        "12",
+        "345",
+        "3.14",
+        "2024",
+        "def",
+        "return",
+        "self",
+        "import",
+        "x",
+        "=",
+        "y",
+        "+",
+        "z",
+        "(",
+        ")",
+        "{",
+        "}",
+        "[",
+        "]",
+        ";",
+        ":",
+        ",",
+        ".",
+        "!",
+        "?",
+        "-",
+        "_",
+        "/",
+        "|",
+        "@",
+        "#",
+        "$",
+        "%",
+        "^",
+        "&",
+        "*",
+        "~",
+    ],
+    *[
+        "人",
+        "工",
+        "智能",
+        "实验室",
+        "猫",
+        "坐",
+        "在",
+        "垫子",
+        "上",
+        "。",
+        "、",
+        "привет",
+        "мир",
+        "как",
+        "дела",
+        "こんにちは",
+        "世界",
+        "안녕",
+        "naïve",
+        "café",
+        "ß",
+        "é",
+        "ü",
+    ],
+]
+
+
+def corpus(seed: int, count: int) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(1, 12))) for _ in range(count)]
+
+
+def hostile(seed: int, count: int) -> list[str]:
+    """Strings of random characters of all planes, odd spaces and pieces of special tokens."""
+    rng = random.Random(seed)
+    spaces = [" ", "  ", "\t", "\n", "\u3000", "\xa0", "\u200b", "▁"]
+    special = ["<s>", "</s>", "<unk>", "<0x41>", "<|im_end|>", "<img>", "[UNUSED_TOKEN_1]"]
+
+    def part() -> str:
+        kind = rng.random()
+        if kind < 0.4:
+            return rng.choice(WORDS)
+        if kind < 0.6:
+            return rng.choice(spaces)
+        if kind < 0.7:
+            return rng.choice(special)
+        return chr(rng.choice([rng.randint(1, 0x7F), rng.randint(0x80, 0xD7FF), rng.randint(0x10000, 0x1FFFF)]))
+
+    return ["".join(part() for _ in range(rng.randint(1, 20))) for _ in range(count)]
+
+
+def train(folder: Path, **options) -> Path:
+    """A byte-pair model like InternLM2's: byte fallback, split digits, spaces kept; some unused pieces at the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus(0, 3000)),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=640,
+        **{
+            "model_type": "bpe",
+            "byte_fallback": True,
+            "character_coverage": 0.999,
+            "split_digits": True,
+            "normalization_rule_name": "identity",
+            "remove_extra_whitespaces": False,
+            "add_dummy_prefix": True,
+            "allow_whitespace_only_pieces": True,
+            "control_symbols": ["[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]"],
+            "minloglevel": 2,
+            **options,
+        },
+    )
+    settings = {
+        "add_bos_token": True,
+        "added_tokens_decoder": {
+            "3": {"content": "<|im_end|>", "special": True},
+            "4": {"content": "<|im_start|>", "special": True},
+            "640": {"content": "<img>", "special": True},
+            "641": {"content": "</img>", "special": True},
+            "642": {"content": "<IMG_CONTEXT>", "special": True},
+        },
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}], ids=lambda item: str(item)
+)
+def test_ten_thousand_strings_get_the_same_ids(tmp_path, options):
+    folder = train(tmp_path / "model", **options)
+    fast = fast_tokenizer(folder)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    strings = corpus(1, 5000) + hostile(2, 5000)
+    if options.get("remove_extra_whitespaces"):
+        strings = [text for text in strings if set(text) - set(" \u3000\xa0▁")]  # nothing but space is its own case
+    found = fast(strings, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    wrong = [
+        (text, ids, expected)
+        for text, ids, expected in zip(strings, found, reference.encode(strings), strict=True)
+        if ids != expected
+    ]
+    assert not wrong, f"{len(wrong)} differ, for instance {wrong[:3]}"
+
+
+def test_the_tokenizer_survives_saving_and_decodes(tmp_path):
+    fast = fast_tokenizer(train(tmp_path / "model"))
+    fast.save_pretrained(tmp_path / "saved")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    for text in corpus(3, 50):
+        assert loaded(text)["input_ids"] == fast(text)["input_ids"]
+        assert loaded.decode(loaded(text, add_special_tokens=False)["input_ids"]) == text
+
+
+def test_named_tokens_have_their_ids_and_bos_starts_a_text(tmp_path):
+    fast = fast_tokenizer(train(tmp_path / "model"))
+    names = ["<|im_end|>", "<|im_start|>", "<img>", "</img>", "<IMG_CONTEXT>"]
+    assert fast.convert_tokens_to_ids(names) == [3, 4, 640, 641, 642]
+    assert fast("a<|im_end|>")["input_ids"][0] == fast.bos_token_id == 1
+    assert fast("a<|im_end|>")["input_ids"][-1] == 3
+    assert (fast.eos_token, fast.unk_token) == ("</s>", "<unk>")
+
+
+def test_the_released_chat_format(tmp_path):
+    fast = fast_tokenizer(train(tmp_path / "model"))
+    fast.chat_template = CHAT_TEMPLATES["internlm2-chat"]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}]
+    start = f"<s><|im_start|>system\n{SYSTEM_MESSAGE}<|im_end|><|im_start|>user\nHi<|im_end|><|im_start|>assistant\n"
+    assert fast.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True) == start
+    assert fast.apply_chat_template(messages, tokenize=False) == f"{start}Yes?<|im_end|>"
+    own = [{"role": "system", "content": "Be brief."}, *messages]
+    assert fast.apply_chat_template(own, tokenize=False).startswith("<s><|im_start|>system\nBe brief.<|im_end|>")
+
+
+def test_models_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="only byte-pair"):
+        fast_tokenizer(train(tmp_path / "unigram", model_type="unigram"))
+    with pytest.raises(ValueError, match="changes characters"):
+        fast_tokenizer(train(tmp_path / "nfkc", normalization_rule_name="nfkc"))
+
+
+def test_added_tokens_that_leave_a_gap_are_refused(tmp_path):
+    folder = train(tmp_path / "model")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["added_tokens_decoder"]["641"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="'<IMG_CONTEXT>' has the id 642, but the one before is missing"):
+        fast_tokenizer(folder)
