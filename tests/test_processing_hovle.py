@@ -475,6 +475,11 @@ def test_token_type_ids_of_pictures(processor: HoVLEProcessor):
 # --- building, saving, loading ---------------------------------------------------------------------------------------
 
 
+def without_code(processor: HoVLEProcessor) -> dict:
+    """A processor's settings; saving adds where its code is."""
+    return {key: value for key, value in processor.to_dict().items() if key != "auto_map"}
+
+
 def test_save_and_load(processor: HoVLEProcessor, tmp_path: Path):
     processor.save_pretrained(tmp_path)
     messages = [user("<img>", picture(112, 56), "What?")]
@@ -482,7 +487,7 @@ def test_save_and_load(processor: HoVLEProcessor, tmp_path: Path):
     for loaded in (AutoProcessor.from_pretrained(tmp_path), HoVLEProcessor.from_pretrained(tmp_path)):
         assert type(loaded) is HoVLEProcessor
         assert loaded.image_seq_length == 4
-        assert loaded.to_dict() == processor.to_dict()
+        assert without_code(loaded) == without_code(processor)
         batch = encode(loaded, messages)
         assert all(torch.equal(batch[name], expected[name]) for name in expected)
         assert torch.equal(
