@@ -3,7 +3,13 @@
 Importing this package needs torch and transformers only and registers HoVLE with transformers' Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+)
 
 # From its own module: without torchvision, transformers 5.16 offers only a stand-in at the top level.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -16,6 +22,7 @@ from .processing_hovle import HoVLEProcessor
 AutoConfig.register("hovle", HoVLEConfig, exist_ok=True)
 AutoModel.register(HoVLEConfig, HoVLEModel, exist_ok=True)
 AutoModelForImageTextToText.register(HoVLEConfig, HoVLEForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(HoVLEConfig, HoVLEForConditionalGeneration, exist_ok=True)
 AutoImageProcessor.register(
     HoVLEConfig,
     # One class under both names: its pixels do not depend on whether torchvision is installed.

@@ -13,6 +13,7 @@ AUTO_MAP = {
     "AutoConfig": "configuration_hovle.HoVLEConfig",
     "AutoModel": "modeling_hovle.HoVLEModel",
     "AutoModelForImageTextToText": "modeling_hovle.HoVLEForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_hovle.HoVLEForConditionalGeneration",
     "AutoImageProcessor": "image_processing_hovle.HoVLEImageProcessor",
     "AutoProcessor": "processing_hovle.HoVLEProcessor",
 }

@@ -35,7 +35,7 @@ def answer_questions(
     processor: HoVLEProcessor,
     questions: Sequence[Question],
     *,
-    batch_size: int = 50,
+    batch_size: int = 100,
     max_new_tokens: int = 8,
     description: str = "answering",
 ) -> list[str]:

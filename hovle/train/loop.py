@@ -107,7 +107,8 @@ def validate(
     sums = torch.zeros(2, len(inner.weights), device=accelerator.device)  # terms, counts
     inner.eval()
     for batch in batches:
-        with autocast:
+        # Uncompiled: a graph without gradients would be built for a handful of batches.
+        with autocast, torch.compiler.set_stance("force_eager"):
             output = inner(_to_device(batch, accelerator.device))
         for column, name in enumerate(inner.weights):
             sums[0, column] += output.terms[name]
