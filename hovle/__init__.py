@@ -31,8 +31,7 @@ AutoImageProcessor.register(
 )
 AutoProcessor.register(HoVLEConfig, HoVLEProcessor, exist_ok=True)
 
-# Saved alone they take their files along, too; models do so by themselves.
-HoVLEConfig.register_for_auto_class()
+# Saved processors take their files along, too, as models do with their configuration.
 HoVLEImageProcessor.register_for_auto_class()
 HoVLEProcessor.register_for_auto_class()
 

@@ -20,7 +20,7 @@ MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": cre
 NORM_NAMES = ("norm", "final_layernorm")
 """Names of the norm after the last layer: most families', Phi's."""
 
-RESIDUAL_WRITERS = re.compile(r"(^|\.)(o_proj|dense|down_proj|fc2|c_proj)(\.weight|\.bias)?$")
+RESIDUAL_WRITERS = re.compile(r"(^|\.)(o_proj|dense|down_proj|fc2|c_proj|output_linear)([._](weight|bias))?$")
 """Parameters of attention and MLP whose product is added to the residual stream, experts included."""
 
 
@@ -93,9 +93,6 @@ def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.T
 @torch.no_grad()
 def zero_residual_writers(layer: nn.Module) -> None:
     """Make a decoder layer the identity: zero what its attention and MLP add to the residual stream."""
-    for block in (getattr(layer, "self_attn", None), getattr(layer, "mlp", None)):
-        writers = (
-            [] if block is None else [item for name, item in block.named_parameters() if RESIDUAL_WRITERS.search(name)]
-        )
-        for parameter in writers:
+    for name, parameter in layer.named_parameters():
+        if RESIDUAL_WRITERS.search(name):
             parameter.zero_()

@@ -2,11 +2,14 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
+
+from .remote_code import AUTO_MAP, copy_code
 
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
 IMAGE_ATTENTIONS = ("causal", "bidirectional")
@@ -95,6 +98,13 @@ class HoVLEConfig(PreTrainedConfig):
         if self.patch_size < 1:
             raise ValueError(f"patch_size ({self.patch_size}) must be positive.")
         self.tokens_per_tile(self.image_size)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """Save the configuration, with the code that loads a model under `trust_remote_code=True`; models call it."""
+        self.auto_map = dict(AUTO_MAP)
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        copy_code(save_directory)
+        super().save_pretrained(save_directory, **kwargs)
 
     @property
     def shuffle_factor(self) -> int:

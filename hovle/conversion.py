@@ -136,7 +136,7 @@ def convert(src: str | os.PathLike, dst: str | os.PathLike, to: str = "hovle") -
             copy_json(folder, new_folder, GENERATION_CONFIG)
         if (folder / LICENCE).exists():
             shutil.copyfile(inside(folder, LICENCE), new_folder / LICENCE)
-        plan.remarks += filter(None, [_save_tokenizer_files(folder, new_folder)])
+        plan.remarks += filter(None, [_save_tokenizer_files(folder, new_folder, to)])
         if plan.image_processor is not None:
             plan.remarks += filter(None, [_save_processor(new_folder, plan.image_processor)])
     return plan.remarks
@@ -167,7 +167,11 @@ def _plan_hovle(src: Path) -> Plan:
     content = config.to_json_string(use_diff=False).encode()
     if (src / HOVLE_CONFIG).exists():
         check_same_model(HOVLE_CONFIG, config, load_config(read_json(src, HOVLE_CONFIG)))
-        content = inside(src, HOVLE_CONFIG).read_bytes()
+        kept = read_json(src, HOVLE_CONFIG)
+        if kept.get("auto_map") == AUTO_MAP:
+            content = inside(src, HOVLE_CONFIG).read_bytes()
+        else:  # pointers to foreign code stay behind
+            content = dump_json(kept | {"auto_map": AUTO_MAP})
     plan = Plan(
         outputs=[output for output in outputs if not is_extra(output.name)],
         documents={CONFIG: content, RELEASED_CONFIG: inside(src, CONFIG).read_bytes()},
@@ -260,7 +264,7 @@ def _same_bits(source: Checkpoint, left: str, right: str) -> bool:
     return torch.equal(*(source.tensor(name).view(torch.uint8) for name in (left, right)))
 
 
-def _save_tokenizer_files(src: Path, dst: Path) -> str | None:
+def _save_tokenizer_files(src: Path, dst: Path, to: str) -> str | None:
     """Copy the tokenizer; return what the user should know about it, or None when there is nothing to say."""
     present = [name for name in TOKENIZER_FILES if (src / name).exists()]
     for name in present:
@@ -271,7 +275,7 @@ def _save_tokenizer_files(src: Path, dst: Path) -> str | None:
     if "tokenizer.json" in present:
         return None
     if "tokenizer.model" in present:
-        return _save_fast_tokenizer(src, dst)
+        return None if to == "released" else _save_fast_tokenizer(src, dst)
     return "No tokenizer was converted: the source holds none. Weights and config are complete."
 
 
@@ -280,17 +284,16 @@ def _save_fast_tokenizer(src: Path, dst: Path) -> str | None:
     try:
         tokenizer = fast_tokenizer(src)
     except ImportError:
-        return (
-            "The tokenizer was not converted: tokenizer.model was copied, but there is no tokenizer.json. "
-            "pip install 'hovle[convert]', then convert again."
-        )
+        return "The tokenizer was not converted, only copied: pip install 'hovle[convert]', then convert again."
+    except ValueError as error:
+        return f"The tokenizer was not converted, only copied: {error}"
     template = read_json(src, CONFIG).get("template")
     known = tokenizer.get_vocab()
     remark = None
     if template in CHAT_TEMPLATES and END_OF_TURN in known:
         tokenizer.chat_template = CHAT_TEMPLATES[template]
         _end_turns(dst, known[END_OF_TURN])
-    elif template is not None:
+    elif template is not None and tokenizer.chat_template is None:
         remark = f"No chat template was written: the conversation format {template!r} is unknown here."
     tokenizer.save_pretrained(dst)
     return remark
@@ -299,13 +302,13 @@ def _save_fast_tokenizer(src: Path, dst: Path) -> str | None:
 def _end_turns(folder: Path, end_of_turn_id: int) -> None:
     """Let generation also stop at the end of a turn, as the released code's chat does."""
     if (folder / GENERATION_CONFIG).exists():
-        generation = GenerationConfig.from_pretrained(folder)
+        generation = read_json(folder, GENERATION_CONFIG)
     else:
-        generation = GenerationConfig.from_model_config(HoVLEConfig.from_pretrained(folder))
-    stops = generation.eos_token_id
+        generation = GenerationConfig.from_model_config(HoVLEConfig.from_pretrained(folder)).to_diff_dict()
+    stops = generation.get("eos_token_id")
     stops = [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
-    generation.eos_token_id = [*stops, *({end_of_turn_id} - set(stops))]
-    generation.save_pretrained(folder)
+    generation["eos_token_id"] = [*stops, *({end_of_turn_id} - set(stops))]
+    (folder / GENERATION_CONFIG).write_bytes(dump_json(generation))
 
 
 def _other_tiles(released: dict) -> list[str]:

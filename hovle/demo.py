@@ -161,8 +161,8 @@ def summary(report: dict) -> str:
     for stage in STAGES[1:]:
         scores = stages[stage]
         lines.append(
-            f"After {stage.replace('_', ' ')}: {scores['accuracy']:.1%} exact match on questions whose wording does "
-            f"not tell the answer (blank pictures {scores['blank_pictures']:.1%}, shuffled pictures "
+            f"After {stage.replace('_', ' ')}: {scores['accuracy']:.1%} exact match on questions whose wording tells "
+            f"little (blank pictures {scores['blank_pictures']:.1%}, shuffled pictures "
             f"{scores['shuffled_pictures']:.1%}), {scores['accuracy_unbalanced']:.1%} on questions as they come."
         )
     return "\n".join(lines)

@@ -19,6 +19,7 @@ OPTIONAL = {
     "peft": ("hovle[train]", "LoRA"),
     "timm": ("hovle[teacher]", "teachers for distillation"),
     "matplotlib": ("hovle[demo]", "the demo's picture"),
+    "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "torchvision": ("hovle[vision]", "faster decoding and resizing of pictures"),
     "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
 }
@@ -59,9 +60,7 @@ def _version(package: str) -> str | None:
 def _required(package: str, floor: str) -> Finding:
     from packaging.version import Version  # comes with transformers
 
-    version = _version(package)
-    if version is None:
-        return Finding(package, "missing", f"pip install '{package}>={floor}'", is_problem=True)
+    version = importlib.metadata.version(package)  # it is there: the package imports it
     if Version(version) < Version(floor):
         return Finding(package, version, f"older than {floor}: pip install -U {package}", is_problem=True)
     return Finding(package, version)

@@ -79,12 +79,17 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         Returns:
             Columns, rows.
         """
-        defaults = {name: getattr(self, name) for name in ("size", "min_patches", "max_patches", "crop_to_patches")}
-        kwargs = self._standardize_kwargs(**{**defaults, **(images_kwargs or {})})
+        kwargs = self.grid_settings(images_kwargs)
         if not kwargs["crop_to_patches"] or kwargs["max_patches"] == 1:
             return 1, 1
         tile = (kwargs["size"].height, kwargs["size"].width)
         return get_optimal_tiled_canvas((height, width), tile, kwargs["min_patches"], kwargs["max_patches"])
+
+    def grid_settings(self, images_kwargs: dict | None = None) -> dict:
+        """`size`, `min_patches`, `max_patches` and `crop_to_patches` of a call with these arguments."""
+        names = ("size", "min_patches", "max_patches", "crop_to_patches")
+        defaults = {name: getattr(self, name) for name in names}
+        return self._standardize_kwargs(**{**defaults, **(images_kwargs or {})})
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of a picture without its pixels, the thumbnail included; arguments as in `choose_grid`."""

@@ -70,9 +70,17 @@ def build_around_language_model(
         attn_implementation=language_model.config._attn_implementation,
     ).to(language_model.device)
     _copy_language_model(model, language_model)
-    _start_as_identity(model)
-    if not config.normalize_encoder_output:
+    # Normalised output cannot give the bare model's logits, but the rest of the forward pass must.
+    config.normalize_encoder_output, normalizes = False, config.normalize_encoder_output
+    try:
+        _start_as_identity(model)
         _check_same_text_logits(model, language_model)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot be the backbone of HoVLE: its layers need more than Llama's "
+            f"({error})."
+        ) from error
+    config.normalize_encoder_output = normalizes
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [image_token_id]  # a placeholder means a picture, never a word
     return model
@@ -100,9 +108,10 @@ def _copy_language_model(model, language_model: PreTrainedModel) -> None:
         head = language_model.get_output_embeddings()
         model.lm_head.weight[: len(head.weight)].copy_(head.weight)
         _fill_new_rows(model.lm_head.weight, head.weight)
-        if model.config.language_head_bias:
-            model.lm_head.bias[: len(head.bias)].copy_(head.bias)
-            model.lm_head.bias[len(head.bias) :] = head.bias.mean()
+    if model.config.language_head_bias:
+        bias = language_model.get_output_embeddings().bias
+        model.lm_head.bias[: len(bias)].copy_(bias)
+        model.lm_head.bias[len(bias) :] = bias.mean()
 
 
 @torch.no_grad()

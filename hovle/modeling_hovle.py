@@ -38,7 +38,6 @@ from .backbones import (
     scale_logits,
 )
 from .configuration_hovle import HoVLEConfig
-from .remote_code import AUTO_MAP, copy_code
 
 IGNORE_INDEX = -100
 """Label of a position without a loss."""
@@ -304,13 +303,6 @@ class HoVLEPreTrainedModel(PreTrainedModel):
         elif module is getattr(self, "embedding_rotary_emb", None):
             self.language_model._init_weights(module)  # some families keep a table for each attention pattern
 
-    def save_pretrained(self, save_directory, is_main_process=True, **kwargs):
-        """Save weights and configuration, with the code that loads them under `trust_remote_code=True`."""
-        self.config.auto_map = dict(AUTO_MAP)
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            copy_code(save_directory)
-
 
 class HoVLEModel(HoVLEPreTrainedModel):
     """Patch stem and the decoder of holistic layers and language model, without the head."""
@@ -446,6 +438,10 @@ class HoVLEModel(HoVLEPreTrainedModel):
             return attention_mask
         pictures = None
         if image_mask is not None:
+            if "flash" in self.config.text_config._attn_implementation:
+                raise ValueError(
+                    "Flash attention is causal; bidirectional pictures need sdpa, eager or flex_attention."
+                )
             past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
             pictures = nn.functional.pad(number_pictures(image_mask), (past_length, 0), value=-1)
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
@@ -472,7 +468,10 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """Put a caller's mask, `(B, 1, T, past + T)`, True where a token may look, into the form attention takes."""
         if "sliding_attention" in self.attention_types:
             raise ValueError("A 4-D attention_mask cannot be combined with sliding attention; give a 2-D one.")
-        if self.config.text_config._attn_implementation != "eager":
+        attention = self.config.text_config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ValueError(f"A 4-D attention_mask needs sdpa or eager attention, not {attention}.")
+        if attention == "sdpa":
             return attention_mask
         return torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device).masked_fill(
             ~attention_mask, torch.finfo(dtype).min
@@ -844,9 +843,22 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         # both are built in the forward pass, from the padding mask.
         if self.model.is_hd or (is_first_iteration and self.config.image_attention == "bidirectional"):
             return attention_mask
-        return create_masks_for_generate(
+        masks = create_masks_for_generate(
             attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
         )
+        if masks is None or isinstance(masks, dict):
+            return masks
+        return dict.fromkeys(self.model.attention_types, masks)  # says that it is ready, unlike a caller's own
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        has_pictures = any(model_kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
+        is_special = self.model.is_hd or self.config.image_attention == "bidirectional"
+        if generation_config.prefill_chunk_size is not None and has_pictures and is_special:
+            raise ValueError(
+                "prefill_chunk_size would cut pictures, which HoVLE-HD and bidirectional pictures do not allow; leave "
+                "it out."
+            )
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_static_cache(self, *args, model_kwargs, **kwargs) -> Cache:
         cache = super()._prepare_static_cache(*args, model_kwargs=model_kwargs, **kwargs)

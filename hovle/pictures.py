@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -83,7 +83,7 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
 
     Returns:
         The picture in mode RGB, upright by its EXIF orientation; the first frame of an animation; transparency lies
-        on white; 16-bit values are scaled, not clipped; colours of an embedded ICC profile become sRGB.
+        on white; 16-bit values are scaled, not clipped; 8-bit colours of an embedded ICC profile become sRGB.
 
     Raises:
         ValueError: When the picture is missing, unreadable, damaged, empty or too large; it names the picture.
@@ -387,14 +387,21 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Apply an embedded colour profile (Adobe RGB, Display P3, CMYK presses, ...); without one, pixels are sRGB."""
     profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("L", "RGB", "RGBA", "CMYK"):
+    if not profile or image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
         return image
     try:
+        from PIL import ImageCms  # missing where Pillow was built without LittleCMS
+
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" in ImageCms.getProfileDescription(source).lower():
+        name = ImageCms.getProfileDescription(source).lower()
+        if "srgb" in name and "linear" not in name:
             return image
-        mode = "RGBA" if image.mode == "RGBA" else "RGB"
+        mode = "RGBA" if image.has_transparency_data else "RGB"
+        if image.mode in ("LA", "P", "PA") or (mode == "RGBA" and image.mode != "RGBA"):
+            image = image.convert(mode)
         return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode) or image
+    except ImportError:
+        return image
     except (*_DECODING_ERRORS, ImageCms.PyCMSError):  # damaged metadata, or a profile of another mode
         return image
 

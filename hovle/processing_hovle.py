@@ -101,6 +101,7 @@ class HoVLEProcessor(ProcessorMixin):
         *,
         min_tiles: int = 1,
         max_tiles: int = 12,
+        text_after_picture: str = "",
         **kwargs,
     ) -> "HoVLEProcessor":
         """Build the processor that goes with `HoVLEForConditionalGeneration.from_language_model`.
@@ -112,6 +113,7 @@ class HoVLEProcessor(ProcessorMixin):
                 against the tokenizer.
             min_tiles: Fewest tiles of a picture.
             max_tiles: Most tiles of a picture, the thumbnail not counted.
+            text_after_picture: What a chat writes after each picture.
             **kwargs: Without `config`, fields of `HoVLEConfig` that give the geometry (`image_size`, `patch_size`,
                 `pixel_shuffle_loc`, `downsample_ratio`); all others go to `AutoTokenizer.from_pretrained`.
 
@@ -122,6 +124,8 @@ class HoVLEProcessor(ProcessorMixin):
         if config is not None and fields:
             raise ValueError(f"Give config or {', '.join(fields)}, not both.")
         if isinstance(name_or_path, PreTrainedTokenizerBase):
+            if kwargs:
+                raise ValueError(f"{', '.join(kwargs)}: no use beside a tokenizer that is loaded already.")
             tokenizer = name_or_path
         else:
             tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
@@ -130,7 +134,8 @@ class HoVLEProcessor(ProcessorMixin):
             tokenizer.pad_token = tokenizer.eos_token
         geometry = config or HoVLEConfig(**fields)
         image_processor = HoVLEImageProcessor(tile_size=geometry.image_size, min_tiles=min_tiles, max_tiles=max_tiles)
-        processor = cls(image_processor, tokenizer, geometry.patch_size * geometry.shuffle_factor)
+        side = geometry.patch_size * geometry.shuffle_factor
+        processor = cls(image_processor, tokenizer, side, text_after_picture=text_after_picture)
         if config is not None and processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, the configuration "
@@ -182,7 +187,7 @@ class HoVLEProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         images_kwargs = self._merge(kwargs)["images_kwargs"]
-        per_tile = self.tokens_per_tile(images_kwargs.get("tile_size") or self.image_processor.size["height"])
+        per_tile = self.tokens_per_tile(self.image_processor.grid_settings(images_kwargs)["size"].height)
         num_tiles = [
             self.image_processor.get_number_of_image_patches(height, width, images_kwargs)
             for height, width in image_sizes
@@ -225,11 +230,11 @@ class HoVLEProcessor(ProcessorMixin):
             ValueError: When even the fewest tiles take more; pictures are never cut.
         """
         images_kwargs = self._merge(kwargs)["images_kwargs"]
-        per_tile = self.tokens_per_tile(images_kwargs.get("tile_size") or self.image_processor.size["height"])
-        fewest = images_kwargs.get("min_tiles") or self.image_processor.min_patches
+        settings = self.image_processor.grid_settings(images_kwargs)
+        per_tile, fewest = self.tokens_per_tile(settings["size"].height), settings["min_patches"]
 
         def grid(size: tuple[int, int], limit: int | None) -> int:
-            options = images_kwargs if limit is None else {**images_kwargs, "max_tiles": limit}
+            options = images_kwargs if limit is None else {**images_kwargs, "max_patches": limit, "max_tiles": None}
             columns, rows = self.image_processor.choose_grid(*size, options)
             return columns * rows
 

@@ -64,6 +64,7 @@ UNSUPPORTED_OPTIONS = ("mlp_bias", "use_ls", "use_2d_sincos_pos_embed", "special
 COMPARED_FIELDS = (
     *("num_embedding_layers", "normalize_encoder_output", "image_size", "patch_size", "num_channels"),
     *("pixel_shuffle_loc", "shuffle_factor", "image_token_id"),
+    *("image_attention", "language_head_bias"),
 )
 COMPARED_TEXT_FIELDS = (
     *DECODER_FIELDS,

@@ -1,7 +1,7 @@
 """Turn the SentencePiece tokenizer of the released checkpoints (InternLM2) into a fast tokenizer.
 
 The library parts (vocabulary, merges, byte fallback) are transformers' and tokenizers'; here are the rules of the
-model file, the tokens a tokenizer_config.json adds or renames, and a check of every id against sentencepiece itself.
+model file, the tokens a tokenizer_config.json adds or renames, and a check against sentencepiece on odd strings.
 """
 
 import json
@@ -88,6 +88,9 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     )
     tokenizer.normalizer, tokenizer.decoder = _white_space_rules(proto.normalizer_spec)
     names = _special_names(proto, settings)
+    unknown = sorted(set(names.values()) - vocabulary.keys())
+    if unknown:
+        raise ValueError(f"{folder}: tokenizer_config.json names {', '.join(unknown)}, which the model does not know.")
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
     tokenizer.add_tokens(list(added.values()))
     if settings.get("add_bos_token", True) and "bos_token" in names:
@@ -95,8 +98,10 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
         )
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names)
-    _check_probes(fast, file)
+    kept = {key: settings[key] for key in ("model_max_length", "padding_side", "chat_template") if settings.get(key)}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names, **kept)
+    # sentencepiece takes user-defined pieces whole before it looks for merges.
+    _check_probes(fast, file, [f"a{piece.piece}b" for piece in proto.pieces if piece.type == USER_DEFINED])
     return fast
 
 
@@ -164,12 +169,12 @@ def _white_space_rules(spec):
     return normalizers.Sequence(steps), decoders.Sequence(back)
 
 
-def _check_probes(tokenizer: PreTrainedTokenizerFast, file: Path) -> None:
-    """Compare ids with sentencepiece; special tokens stay text on both sides."""
+def _check_probes(tokenizer: PreTrainedTokenizerFast, file: Path, more: list[str]) -> None:
+    """Compare ids with sentencepiece on `PROBES` and more strings; special tokens stay text on both sides."""
     from sentencepiece import SentencePieceProcessor
 
     reference = SentencePieceProcessor(model_file=str(file))
-    for probe in PROBES:
+    for probe in (*PROBES, *more):
         expected = reference.encode(probe)
         found = tokenizer(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if found != expected:

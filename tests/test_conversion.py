@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hovle import HoVLEForConditionalGeneration, HoVLEImageProcessor, HoVLEProcessor, checkpoint_files, cli
 from hovle.conversion import convert
+from hovle.remote_code import AUTO_MAP
 
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("hovle-tiny", "hovle-hd-tiny")
@@ -490,12 +491,30 @@ def test_without_a_tokenizer_the_command_says_so_and_succeeds(tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "hovle"), str(tmp_path / "back"), "--to", "released"]) == 0
 
 
-def test_a_file_that_is_no_sentencepiece_model_is_refused(released, tmp_path):
+def test_a_tokenizer_that_cannot_be_converted_does_not_stop_the_weights(released, tmp_path):
     source = released()
     (source / "tokenizer.model").write_bytes(b"pieces")
-    with pytest.raises(ValueError, match="is no SentencePiece model"):
-        convert(source, tmp_path / "hovle")
-    assert not (tmp_path / "hovle").exists()
+    remarks = convert(source, tmp_path / "hovle")
+    assert any("not converted, only copied" in remark and "no SentencePiece model" in remark for remark in remarks)
+    assert load(tmp_path / "hovle").config.num_embedding_layers == 3
+
+
+def test_pointers_to_foreign_code_in_a_kept_config_stay_behind(released, tmp_path):
+    source = released()
+    convert(source, tmp_path / "hovle")
+    convert(tmp_path / "hovle", tmp_path / "back", to="released")
+    kept = tmp_path / "back" / "hovle_config.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"auto_map": {"AutoModel": "foreign/code--m.C"}}))
+    convert(tmp_path / "back", tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["auto_map"] == AUTO_MAP
+
+
+def test_models_the_released_layout_cannot_express_are_refused(released, tmp_path):
+    convert(released(), tmp_path / "hovle")
+    config = json.loads((tmp_path / "hovle" / "config.json").read_text())
+    (tmp_path / "hovle" / "config.json").write_text(json.dumps(config | {"image_attention": "bidirectional"}))
+    with pytest.raises(ValueError, match="image_attention"):
+        convert(tmp_path / "hovle", tmp_path / "back", to="released")
 
 
 def test_without_sentencepiece_its_tokenizer_is_kept_for_later(released, tmp_path, monkeypatch):

@@ -673,6 +673,26 @@ def test_a_static_cache_generates_the_same_tokens(stem, image_attention):
     assert torch.equal(dynamic, static)
 
 
+def test_a_static_cache_works_with_one_sliding_window_in_all_layers():
+    bare = bare_language_model(MistralConfig, sliding_window=4)
+    model = shake(HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56, image_token_id=IMAGE))
+    dynamic = greedy(model.eval(), **batch(), max_new_tokens=5)
+    static = greedy(model, **batch(), max_new_tokens=5, cache_implementation="static", disable_compile=True)
+    assert torch.equal(dynamic, static)
+
+
+def test_attention_that_would_ignore_a_mask_is_refused():
+    model = tiny_model("pre", image_attention="bidirectional")
+    length = PROMPTS[0].shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="bidirectional pictures need"):
+        model(PROMPTS[0], PICTURES[0])
+    model.config.text_config._attn_implementation = "flex_attention"
+    with pytest.raises(ValueError, match="needs sdpa or eager"):
+        model(PROMPTS[0], PICTURES[0], attention_mask=mask)
+
+
 def test_prompt_lookup_decoding_gives_the_greedy_tokens():
     model = shared_model("pre")
     ids = torch.cat([PROMPTS[0], PROMPTS[2], PROMPTS[2]], dim=1)  # repeats, so that guesses are accepted

@@ -324,6 +324,10 @@ def test_embedded_colour_profiles_become_srgb():
     plain = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     assert tuple(pixels(encoded(image, icc_profile=plain))[0, 0]) == (255, 0, 0)
     assert np.abs(pixels(encoded(image, icc_profile=swapped_profile()))[0, 0].astype(int) - (0, 255, 0)).max() <= 2
+    palette = image.quantize(4)
+    assert np.abs(pixels(encoded(palette, icc_profile=swapped_profile()))[0, 0].astype(int) - (0, 255, 0)).max() <= 2
+    keyed = encoded(image, icc_profile=swapped_profile(), transparency=(255, 0, 0))
+    assert tuple(pixels(keyed)[0, 0]) == WHITE
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert tuple(pixels(encoded(clear, icc_profile=swapped_profile()))[0, 0]) == WHITE
 

@@ -570,6 +570,20 @@ def test_a_budget_of_image_tokens_is_shared_between_the_pictures(processor: HoVL
         processor.spread_tiles(sizes, 17)
 
 
+def test_a_budget_counts_the_tiles_of_the_call(processor: HoVLEProcessor):
+    sizes = [(112, 224)]
+    for options in ({"tile_size": 112}, {"size": {"height": 112, "width": 112}}):
+        assert processor.spread_tiles(sizes, 10_000, **options) == ([2], [2 + 3 * 16])
+        assert processor.spread_tiles(sizes, 40, **options) == ([1], [18])
+    with pytest.raises(ValueError, match="with the fewest tiles"):
+        processor.spread_tiles(sizes, 10, min_patches=2)
+
+
+def test_arguments_without_use_are_refused(make_tokenizer):
+    with pytest.raises(ValueError, match="chat_template: no use beside a tokenizer"):
+        HoVLEProcessor.from_language_model(make_tokenizer(), image_size=56, chat_template="{{ x }}")
+
+
 @pytest.mark.parametrize("text", ["What is it?", "Is <IMG_CONTEXT> a word?"])
 def test_every_prompt_has_a_budget_of_its_own(processor: HoVLEProcessor, text: str):
     chats = [

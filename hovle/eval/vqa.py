@@ -113,7 +113,7 @@ def load_questions(folder: Path) -> list[Question]:
 def wording_weights(questions: Sequence[Question]) -> list[float]:
     """For each question, how little its wording tells the answer: 1 where always the same is right, else more.
 
-    Drawn with these weights, each answer to a wording comes equally often, so that only looking helps.
+    Drawn with these weights, the answers to a wording come nearly equally often while there are plenty of each.
     """
     wordings = Counter(question.text for question in questions)
     answered = Counter((question.text, question.answer) for question in questions)
@@ -121,7 +121,7 @@ def wording_weights(questions: Sequence[Question]) -> list[float]:
 
 
 def draw_weighted(weights: Sequence[float], count: int, seed: int) -> list[int]:
-    """Choose so many places by weight, without repetition, in order (Efraimidis and Spirakis, 2006)."""
+    """Choose so many places by weight, or all if there are fewer, in order (Efraimidis and Spirakis, 2006)."""
     generator = random.Random(seed)
     keys = [generator.random() ** (1 / weight) for weight in weights]
     return sorted(sorted(range(len(keys)), key=lambda place: -keys[place])[:count])

@@ -68,12 +68,14 @@ class DataConfig:
     questions_per_sample: int = 1
     """Questions about one picture that share its tokens; each sees the picture and itself only (easy_vqa)."""
     balance_answers: bool = False
-    """Draw `questions_per_sample` of a picture's questions anew each time, those seldom whose wording gives the answer
-    away, so that only looking helps (easy_vqa); otherwise every question is asked once an epoch."""
+    """Draw `questions_per_sample` of a picture's questions anew each time, those less often whose wording gives the
+    answer away, so that looking pays (easy_vqa); otherwise every question is asked once an epoch."""
 
     def __post_init__(self):
         if self.questions_per_sample < 1:
             raise ValueError(f"questions_per_sample must be at least 1, got {self.questions_per_sample}.")
+        if self.balance_answers and self.source != "easy_vqa":
+            raise ValueError(f"balance_answers balances the questions of easy_vqa; {self.source!r} has none.")
 
 
 @dataclass(frozen=True, kw_only=True)

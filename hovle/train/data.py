@@ -39,6 +39,11 @@ class Record:
     num_drawn: int = 0
     """How many of them make a sample when they are drawn."""
 
+    @property
+    def has_branches(self) -> bool:
+        """Whether samples of it hold several conversations."""
+        return bool(self.others) and self.num_drawn != 1
+
     def draw(self, seed: int) -> "Record":
         """Choose `num_drawn` of the conversations by weight, without repetition."""
         if not self.weights:
@@ -201,7 +206,9 @@ class ReplySamples:
                 raise ValueError(f"{name}: the chat template rewrites earlier turns; replies cannot be located.")
             stop = max((place for place in range(len(start), len(end)) if end[place] in special), default=len(end) - 1)
             labels[len(start) : stop + 1] = end[len(start) : stop + 1]
-        return input_ids[: stop + 1], labels[: stop + 1]  # templates may add a line break, which teaches nothing
+        if not self.processor.tokenizer.decode(input_ids[stop + 1 :]).strip():  # a line break teaches nothing
+            input_ids, labels = input_ids[: stop + 1], labels[: stop + 1]
+        return input_ids, labels
 
 
 def share_beginning(conversations: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[int]]:
@@ -365,7 +372,7 @@ class PackedBatches(IterableDataset):
         self.pad_token_id = pad_token_id
         self.window_size = config.packing_window
         # In every batch or in none: one compiled graph.
-        self.has_branches = isinstance(maker, ReplySamples) and any(record.others for record in records)
+        self.has_branches = isinstance(maker, ReplySamples) and any(record.has_branches for record in records)
         self._epoch = -1
         self._order: list[int] = []
 

@@ -235,8 +235,11 @@ def check_hd(config: StageConfig, model: HoVLEForConditionalGeneration) -> None:
             "HoVLE-HD trains on one packed row at a time, because rows differ in their long sequences: set "
             "rows_per_batch to 1 and row_length or gradient_accumulation_steps higher."
         )
-    if config.objective.name == "next_token" and config.data.questions_per_sample > 1:
-        raise ValueError("HoVLE-HD cannot share a picture between questions: set data.questions_per_sample to 1.")
+    for name, data in (("data", config.data), ("validation", config.validation)):
+        if config.objective.name == "next_token" and data is not None and data.questions_per_sample > 1:
+            raise ValueError(
+                f"HoVLE-HD cannot share a picture between questions: set {name}.questions_per_sample to 1."
+            )
 
 
 def load_state(config: StageConfig, fingerprint: str, num_processes: int) -> dict:

@@ -273,6 +273,11 @@ def test_balanced_questions_are_drawn_anew_and_seldom_where_the_wording_tells_th
     assert set(asked) == {"Is it?", *(f"What {n}?" for n in range(8))}
     others = [count for text, count in asked.items() if text != "Is it?"]
     assert asked["Is it?"] < 0.75 * min(others)  # half the weight
+    one = dataclasses.replace(records[0], num_drawn=1)
+    assert records[0].has_branches
+    assert not one.has_branches  # although it knows more conversations
+    with pytest.raises(ValueError, match="balances the questions of easy_vqa"):
+        DataConfig(source="chat", path="x", balance_answers=True)
 
 
 # --- several questions about one picture -----------------------------------------------------------------------------
