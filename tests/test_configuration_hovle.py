@@ -18,7 +18,9 @@ OWN_FIELDS = {
     "num_channels",
     "pixel_shuffle_loc",
     "downsample_ratio",
+    "image_attention",
     "image_token_id",
+    "language_head_bias",
     "initializer_range",
     "tie_word_embeddings",
 }
@@ -32,7 +34,9 @@ UNUSUAL = {
     "num_channels": 1,
     "pixel_shuffle_loc": "post",
     "downsample_ratio": 0.25,
+    "image_attention": "bidirectional",
     "image_token_id": 7,
+    "language_head_bias": True,
     "initializer_range": 0.01,
 }
 
