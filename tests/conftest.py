@@ -57,7 +57,7 @@ def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
     return build_tokenizer
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_config() -> Callable[..., HoVLEConfig]:
     """`tiny_config(**fields)`: 2 + 2 layers, hidden size 64, tiles of 56 px with 4 tokens each."""
 

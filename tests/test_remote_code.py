@@ -48,26 +48,11 @@ print(json.dumps({"tokens": tokens, "names": names, "hovle": "hovle" in sys.modu
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, make_tokenizer):
+def saved(tmp_path_factory, make_tokenizer, tiny_config):
     """A folder with a tiny model, its processor and a picture beside it; also the model and the processor."""
     folder = tmp_path_factory.mktemp("saved")
     processor = HoVLEProcessor.from_language_model(make_tokenizer(), image_size=56, max_tiles=4)
-    from hovle import HoVLEConfig
-
-    config = HoVLEConfig(
-        text_config={
-            "model_type": "llama",
-            "vocab_size": 512,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-        },
-        num_embedding_layers=2,
-        image_size=56,
-        image_token_id=processor.image_token_id,
-    )
+    config = tiny_config(image_token_id=processor.image_token_id)
     torch.manual_seed(0)
     model = HoVLEForConditionalGeneration(config).eval()
     model.save_pretrained(folder)
