@@ -1,7 +1,7 @@
 """Run the test suite with other versions of transformers or torch, and note the result in dev/versions.json.
 
   .venv/bin/python dev/versions.py                          # what is installed
-  .venv/bin/python dev/versions.py transformers==5.16.1     # the oldest transformers
+  .venv/bin/python dev/versions.py transformers==5.16.1 'huggingface_hub<2' httpx httpcore h11 anyio
   .venv/bin/python dev/versions.py torch==2.6.0 torchvision==0.21.0
 
 The named packages are installed into a temporary folder that comes before the environment's own; all others stay as
@@ -42,8 +42,12 @@ def main(requirements: list[str]) -> int:
             check=False,
         )
     print(finished.stdout[-4000:])  # noqa: T201
-    summary = next(line for line in reversed(finished.stdout.splitlines()) if re.search(r"\d+ (passed|failed)", line))
-    counts = {kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error|deselected)", summary)}
+    summaries = [line for line in finished.stdout.splitlines() if re.search(r"\d+ (passed|failed)", line)]
+    if not summaries:
+        raise SystemExit("The suite did not run; name what these versions need besides. Nothing was noted.")
+    counts = {
+        kind: int(number) for number, kind in re.findall(r"(\d+) (passed|failed|error|deselected)", summaries[-1])
+    }
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     )

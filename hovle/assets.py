@@ -588,7 +588,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
     if not isinstance(loaded, LlamaForCausalLM):
         raise ValueError(f"{gguf.name} holds a {type(loaded).__name__}; expected a Llama.")
     fields = loaded.config.to_dict()
-    del fields["quantization_config"]  # the weights are not quantized any more; with it they could not be saved
+    fields.pop("quantization_config", None)  # the weights are not quantized any more, so they can be saved
     fields.pop("_model_name_or_path", None)
     fields["rms_norm_eps"] = float(f"{loaded.config.rms_norm_eps:.6g}")  # 1e-05 went through float32
     model = LlamaForCausalLM(LlamaConfig(**fields))
@@ -610,12 +610,12 @@ def _convert_tokenizer(gguf: Path, model_max_length: int) -> Any:
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, model_max_length=model_max_length, clean_up_tokenization_spaces=False
-    )
     rule = _gguf_string(gguf, "tokenizer.ggml.pre")
     if rule != "smollm":
         raise ValueError(f"{gguf.name} splits text by the rule {rule!r}; only 'smollm' is converted.")
+    tokenizer = AutoTokenizer.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, model_max_length=model_max_length, clean_up_tokenization_spaces=False
+    )
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -35,7 +35,7 @@ from transformers import (
     SmolLM3Config,
     Starcoder2Config,
 )
-from transformers.models.internlm3.configuration_internlm3 import InternLM3Config
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
@@ -1199,10 +1199,11 @@ BACKBONES = {
     ),
     "cohere2": (Cohere2Config, {"sliding_window": 4, "logit_scale": 0.5}),
     "phi": (PhiConfig, {"partial_rotary_factor": 0.5}),
-    "internlm3": (InternLM3Config, {"head_dim": 8}),
     "starcoder2": (Starcoder2Config, {"sliding_window": None}),
     "mixtral": (MixtralConfig, {"num_local_experts": 2, "num_experts_per_tok": 1}),
 }
+if "internlm3" in CONFIG_MAPPING:  # transformers 5.16 does not have it yet
+    BACKBONES["internlm3"] = (CONFIG_MAPPING["internlm3"], {"head_dim": 8})
 
 
 @pytest.mark.parametrize("name", BACKBONES)
