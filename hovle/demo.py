@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     started_at = time.perf_counter()
     report: dict = {"stages": {stage: stage_facts(args.output / stage) for stage in STAGES}}
     for stage in STAGES[1:]:
-        _say(f"{stage}: answering {args.questions} questions about unseen pictures, four times")
+        _say(f"{stage}: answering {args.questions} questions about unseen pictures, five times")
         scores, answers = score_model(args.output / stage / "model", split, args.questions)
         report["stages"][stage].update(scores)
     report["num_questions"] = args.questions
@@ -163,7 +163,8 @@ def summary(report: dict) -> str:
         lines.append(
             f"After {stage.replace('_', ' ')}: {scores['accuracy']:.1%} exact match on questions whose wording tells "
             f"little (blank pictures {scores['blank_pictures']:.1%}, shuffled pictures "
-            f"{scores['shuffled_pictures']:.1%}), {scores['accuracy_unbalanced']:.1%} on questions as they come."
+            f"{scores['shuffled_pictures']:.1%}), {scores['accuracy_unbalanced']:.1%} on questions as they come "
+            f"(blank pictures {scores['blank_pictures_unbalanced']:.1%})."
         )
     return "\n".join(lines)
 

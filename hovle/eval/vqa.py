@@ -1,5 +1,6 @@
 """Visual question answering by free generation: answer questions about pictures and compare with the truth."""
 
+import functools
 import json
 import random
 from collections import Counter
@@ -39,7 +40,7 @@ def answer_questions(
     max_new_tokens: int = 8,
     description: str = "answering",
 ) -> list[str]:
-    """Answer questions greedily, in order.
+    """Answer questions greedily, in order; the same words about the same picture are answered once.
 
     Args:
         model: In evaluation mode; its dtype decides the number format.
@@ -49,8 +50,9 @@ def answer_questions(
         max_new_tokens: Longest answer in tokens.
         description: Shown on the progress bar.
     """
+    distinct = {(question.text, _identity(question.picture)): question for question in questions}
     answers: list[str] = []
-    for start in tqdm(range(0, len(questions), batch_size), desc=description, unit="batch"):
+    for start in tqdm(range(0, len(distinct), batch_size), desc=description, unit="batch"):
         chats = [
             [
                 {
@@ -58,7 +60,7 @@ def answer_questions(
                     "content": [{"type": "image", "image": load_picture(question.picture)}, _text(question.text)],
                 }
             ]
-            for question in questions[start : start + batch_size]
+            for question in list(distinct.values())[start : start + batch_size]
         ]
         inputs = processor.apply_chat_template(
             chats,
@@ -71,7 +73,12 @@ def answer_questions(
         generated = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = processor.batch_decode(generated[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers.extend(text.strip() for text in texts)
-    return answers
+    answer_of = dict(zip(distinct, answers, strict=True))
+    return [answer_of[question.text, _identity(question.picture)] for question in questions]
+
+
+def _identity(picture: Any) -> Any:
+    return picture if isinstance(picture, (str, Path)) else id(picture)
 
 
 def _text(text: str) -> dict:
@@ -90,10 +97,8 @@ def _normal(text: str) -> str:
 
 def with_blank_pictures(questions: Sequence[Question]) -> list[Question]:
     """The same questions about white pictures of the same size: what can be guessed without looking."""
-    return [
-        Question(item.text, item.answer, Image.new("RGB", load_picture(item.picture).size, "white"))
-        for item in questions
-    ]
+    blank = functools.cache(lambda size: Image.new("RGB", size, "white"))
+    return [Question(item.text, item.answer, blank(load_picture(item.picture).size)) for item in questions]
 
 
 def with_shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list[Question]:
@@ -152,18 +157,20 @@ def score_model(folder: Path, split: Path, count: int) -> tuple[dict[str, float]
         count: How many to ask in each variant.
 
     Returns:
-        Scores: `accuracy`, `blank_pictures` and `shuffled_pictures` on balanced questions, and
-        `accuracy_unbalanced` on evenly drawn ones; and the balanced questions with their answers.
+        Scores: `accuracy`, `blank_pictures` and `shuffled_pictures` on balanced questions, `accuracy_unbalanced` and
+        `blank_pictures_unbalanced` on evenly drawn ones; and the balanced questions with their answers.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = HoVLEForConditionalGeneration.from_pretrained(folder, dtype=fastest_dtype(device)).to(device).eval()
     processor = HoVLEProcessor.from_pretrained(folder)
     questions = draw_questions(split, count, balanced=True)
+    unbalanced = draw_questions(split, count, balanced=False)
     variants = {
         "accuracy": questions,
         "blank_pictures": with_blank_pictures(questions),
         "shuffled_pictures": with_shuffled_pictures(questions),
-        "accuracy_unbalanced": draw_questions(split, count, balanced=False),
+        "accuracy_unbalanced": unbalanced,
+        "blank_pictures_unbalanced": with_blank_pictures(unbalanced),
     }
     answers = {
         name: answer_questions(model, processor, variant, description=name.replace("_", " "))

@@ -1,5 +1,6 @@
 """Scoring by free generation."""
 
+import pytest
 import torch
 from PIL import Image
 
@@ -34,11 +35,27 @@ def test_shuffled_pictures_leave_no_picture_in_place_and_lose_none():
     assert {id(item.picture) for item in shuffled} == {id(item.picture) for item in questions}
 
 
-def test_answers_do_not_depend_on_the_batch(make_tokenizer, tiny_config):
+@pytest.fixture
+def answerer(make_tokenizer, tiny_config):
     torch.manual_seed(0)
     config = tiny_config()
     model = HoVLEForConditionalGeneration(config).eval()
-    processor = HoVLEProcessor.from_language_model(make_tokenizer(), config, max_tiles=3)
+    return model, HoVLEProcessor.from_language_model(make_tokenizer(), config, max_tiles=3)
+
+
+def test_the_same_words_about_the_same_picture_are_answered_once(answerer):
+    model, processor = answerer
+    questions = with_blank_pictures([*make_questions(3), *make_questions(3)])
+    calls = []
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
+    together = answer_questions(model, processor, questions, batch_size=1, max_new_tokens=1)
+    handle.remove()
+    assert together[:3] == together[3:]
+    assert len(calls) == 3
+
+
+def test_answers_do_not_depend_on_the_batch(answerer):
+    model, processor = answerer
     questions = make_questions(5)
     together = answer_questions(model, processor, questions, batch_size=5)
     assert together == answer_questions(model, processor, questions, batch_size=1)
