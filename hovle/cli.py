@@ -10,6 +10,7 @@ from .errors import StopRunError
 COMMANDS = {
     "tiles": ("hovle.tiles", "draw how a picture is cut into tiles and count its tokens"),
     "chat": ("hovle.chat", "talk with a model about pictures in the terminal"),
+    "serve": ("hovle.serve", "answer requests of OpenAI's chat API with a model"),
     "convert": ("hovle.conversion", "turn a released checkpoint into a hovle model, and back"),
     "fetch": ("hovle.assets", "download the real model, teacher and data the demo uses"),
     "train": ("hovle.train.__main__", "run one training stage from a YAML recipe"),
