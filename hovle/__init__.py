@@ -1,39 +1,10 @@
 """HoVLE: a monolithic vision-language model with a holistic embedding, open and trainable.
 
-Importing this package needs torch and transformers only and registers HoVLE with transformers' Auto classes.
+Importing this package needs torch and transformers only and registers HoVLE with transformers' Auto classes. Where one
+of them is missing, too old or broken, the names below say so when they are used, and `hovle doctor` still runs.
 """
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    AutoProcessor,
-)
-
-# From its own module: without torchvision, transformers 5.16 offers only a stand-in at the top level.
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-from .configuration_hovle import HoVLEConfig
-from .image_processing_hovle import HoVLEImageProcessor
-from .modeling_hovle import HoVLEForConditionalGeneration, HoVLEModel
-from .processing_hovle import HoVLEProcessor
-
-AutoConfig.register("hovle", HoVLEConfig, exist_ok=True)
-AutoModel.register(HoVLEConfig, HoVLEModel, exist_ok=True)
-AutoModelForImageTextToText.register(HoVLEConfig, HoVLEForConditionalGeneration, exist_ok=True)
-AutoModelForMultimodalLM.register(HoVLEConfig, HoVLEForConditionalGeneration, exist_ok=True)
-AutoImageProcessor.register(
-    HoVLEConfig,
-    # One class under both names: its pixels do not depend on whether torchvision is installed.
-    image_processor_classes={"pil": HoVLEImageProcessor, "torchvision": HoVLEImageProcessor},
-    exist_ok=True,
-)
-AutoProcessor.register(HoVLEConfig, HoVLEProcessor, exist_ok=True)
-
-# Saved processors take their files along, too, as models do with their configuration.
-HoVLEImageProcessor.register_for_auto_class()
-HoVLEProcessor.register_for_auto_class()
+from .requirements import unmet
 
 __version__ = "0.1.0"
 
@@ -44,3 +15,18 @@ __all__ = [
     "HoVLEModel",
     "HoVLEProcessor",
 ]
+
+if (_problem := unmet()) is None:
+    from .configuration_hovle import HoVLEConfig
+    from .image_processing_hovle import HoVLEImageProcessor
+    from .modeling_hovle import HoVLEForConditionalGeneration, HoVLEModel
+    from .processing_hovle import HoVLEProcessor
+    from .registration import register_classes
+
+    register_classes()
+else:
+
+    def __getattr__(name: str):
+        if name in __all__:
+            raise ImportError(f"hovle.{name} is not available. {_problem} (`hovle doctor` looks at the rest.)")
+        raise AttributeError(f"module 'hovle' has no attribute {name!r}")

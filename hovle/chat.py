@@ -61,7 +61,7 @@ class Conversation:
     """
 
     def __init__(self, model: str, max_new_tokens: int = 256, max_tiles: int | None = None):
-        _refuse_missing_folder(model)
+        refuse_missing_folder(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor = HoVLEProcessor.from_pretrained(model)
         self.model = HoVLEForConditionalGeneration.from_pretrained(model).to(device).eval()
@@ -102,8 +102,8 @@ class Conversation:
         return reply
 
 
-def _refuse_missing_folder(model: str) -> None:
-    """A mistyped path would be taken for a Hub id, whose error message misleads."""
+def refuse_missing_folder(model: str) -> None:
+    """Raise for a folder without a model; a mistyped path would be taken for a Hub id, whose error misleads."""
     looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or Path(model).parent.is_dir()
     if looks_like_path and not (Path(model) / "config.json").is_file():
         raise ValueError(f"No model in {model}: expected a folder with config.json, or a Hub id such as owner/name.")

@@ -6,10 +6,12 @@ import sys
 from collections.abc import Sequence
 
 from .errors import StopRunError
+from .requirements import unmet
 
 COMMANDS = {
     "tiles": ("hovle.tiles", "draw how a picture is cut into tiles and count its tokens"),
     "chat": ("hovle.chat", "talk with a model about pictures in the terminal"),
+    "serve": ("hovle.serve", "answer requests of OpenAI's chat API with a model"),
     "convert": ("hovle.conversion", "turn a released checkpoint into a hovle model, and back"),
     "fetch": ("hovle.assets", "download the real model, teacher and data the demo uses"),
     "train": ("hovle.train.__main__", "run one training stage from a YAML recipe"),
@@ -50,6 +52,8 @@ def _refuse(name: str, message: str) -> int:
 
 
 def _run_command(name: str, argv: Sequence[str]) -> int:
+    if name != "doctor" and (problem := unmet()) is not None:
+        return _refuse(name, f"{problem} (`hovle doctor` looks at the rest.)")
     module = importlib.import_module(COMMANDS[name][0])
     parser = argparse.ArgumentParser(
         prog=f"hovle {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -61,7 +65,7 @@ def _run_command(name: str, argv: Sequence[str]) -> int:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("hovle"):
             raise
-        return _refuse(name, f"{error.name} is missing; pip install 'hovle[train,teacher,demo]' brings it.")
+        return _refuse(name, f"{error.name} is missing; `hovle doctor` says what brings it.")
     except (ValueError, OSError, StopRunError) as error:
         return _refuse(name, str(error))
     except KeyboardInterrupt:

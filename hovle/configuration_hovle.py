@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
-from .remote_code import AUTO_MAP, copy_code
+from .remote_code import AUTO_MAP, copy_code, register_names
 
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
 IMAGE_ATTENTIONS = ("causal", "bidirectional")
@@ -157,5 +157,8 @@ class HoVLEConfig(PreTrainedConfig):
         """Layers of the language model (M)."""
         return self.text_config.num_hidden_layers - self.num_embedding_layers
 
+
+# Here, because a server that trusts a folder's code imports this file before any other.
+register_names(HoVLEConfig.model_type)
 
 __all__ = ["HoVLEConfig"]

@@ -5,14 +5,12 @@ hovle doctor --json   the same for programs
 """
 
 import argparse
-import importlib.metadata
 import json
 import platform
 import shutil
 from dataclasses import asdict, dataclass
 
-FLOORS = {"torch": "2.6", "transformers": "5.16.1"}
-"""Oldest versions hovle runs with."""
+from .requirements import installed_version, problem_with, required
 
 OPTIONAL = {
     "accelerate": ("hovle[train]", "training"),
@@ -20,6 +18,7 @@ OPTIONAL = {
     "timm": ("hovle[teacher]", "teachers for distillation"),
     "matplotlib": ("hovle[demo]", "the demo's picture"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
+    "fastapi": ("hovle[serve]", "hovle serve"),
     "torchvision": ("hovle[vision]", "faster decoding and resizing of pictures"),
     "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
 }
@@ -41,7 +40,10 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at versions, device, number format, compiler and optional packages."""
     findings = [Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
-    findings += [_required(package, floor) for package, floor in FLOORS.items()]
+    for requirement in required():
+        problem = problem_with(requirement)
+        version = installed_version(requirement.name) or "missing"
+        findings.append(Finding(requirement.name, version, problem or "", is_problem=problem is not None))
     if any(finding.is_problem for finding in findings):
         return findings  # what follows needs them
     findings += _device()
@@ -50,24 +52,8 @@ def examine() -> list[Finding]:
     return findings
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _required(package: str, floor: str) -> Finding:
-    from packaging.version import Version  # comes with transformers
-
-    version = importlib.metadata.version(package)  # it is there: the package imports it
-    if Version(version) < Version(floor):
-        return Finding(package, version, f"older than {floor}: pip install -U {package}", is_problem=True)
-    return Finding(package, version)
-
-
 def _optional(package: str, requirement: str, purpose: str) -> Finding:
-    version = _version(package.replace("_", "-"))
+    version = installed_version(package.replace("_", "-"))
     if version is None:
         return Finding(package, "missing", f"for {purpose}: pip install '{requirement}'")
     return Finding(package, version)
@@ -107,7 +93,7 @@ def _fast_paths() -> list[Finding]:
     attention = ["sdpa", "eager"]
     if torch.cuda.is_available():
         attention.append("flex_attention")
-        if _version("flash-attn"):
+        if installed_version("flash-attn"):
             attention.append("flash_attention_2")
     return [compiled, Finding("attention", ", ".join(attention))]
 

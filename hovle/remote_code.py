@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.models.auto import modeling_auto
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hovle.HoVLEConfig",
@@ -29,3 +30,13 @@ def copy_code(folder: str | Path) -> None:
     for file in filter(Path.exists, (Path(__file__).with_name(f"{module}.py") for module in sorted(modules))):
         for needed in [file, *map(Path, get_relative_import_files(file))]:
             shutil.copyfile(needed, Path(folder) / needed.name)
+
+
+def register_names(model_type: str) -> None:
+    """Enter the generation model into transformers' tables of names.
+
+    `transformers serve` looks there, not among registered classes, for how to load a model and what it can read.
+    """
+    name = AUTO_MAP["AutoModelForImageTextToText"].rpartition(".")[2]
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type] = name
+    modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[model_type] = name

@@ -1,0 +1,62 @@
+"""Answer requests of OpenAI's chat API with a model, through transformers' own server.
+
+  hovle serve runs/demo/instruction_tuning/model             at http://localhost:8000/v1
+  transformers chat runs/demo/instruction_tuning/model       talks to it from another terminal, text only
+
+Requests name the model as it is named here. Pictures come as `image_url` items: http(s) or `data:` URLs.
+Where hovle is not installed, `transformers serve DIR --trust-remote-code` does the same with the code in the folder,
+but answers a picture it cannot read with a bare status 500; here the answer is status 400 and the reason.
+"""
+
+import argparse
+from collections.abc import Callable
+
+from transformers.utils.import_utils import is_serve_available
+
+from .chat import refuse_missing_folder
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hovle serve`, a choice of those of `transformers serve`."""
+    parser.add_argument("model", help="model folder or Hub id")
+    parser.add_argument("--host", default="localhost", help="address to listen at (default: localhost)")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="number format, for instance bfloat16 (default: as saved)")
+    parser.add_argument("--attn-implementation", help="sdpa, eager, flex_attention or flash_attention_2")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    refuse_missing_folder(args.model)
+    if not is_serve_available():
+        raise ValueError("The server's packages are missing: pip install 'hovle[serve]' brings them.")
+    from transformers.cli.serve import Serve
+    from transformers.cli.serving import server
+
+    server.build_server = _with_reasons(server.build_server)
+    Serve(
+        force_model=args.model,
+        host=args.host,
+        port=args.port,
+        device=args.device,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+    )
+    return 0
+
+
+def _with_reasons(build_server: Callable) -> Callable:
+    """Let the server tell a client what was wrong with its request; transformers' own leaves it at status 500."""
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+
+    async def refuse(_: Request, error: Exception) -> JSONResponse:
+        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
+
+    def build(*args, **kwargs):
+        app = build_server(*args, **kwargs)
+        app.add_exception_handler(ValueError, refuse)
+        return app
+
+    return build

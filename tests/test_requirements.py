@@ -1,0 +1,108 @@
+"""hovle where torch or transformers is missing, too old or broken."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+from hovle import requirements
+
+WITHOUT_TORCH = """
+import importlib.metadata, sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ImportError("libtorch.so: cannot open shared object file")
+
+sys.meta_path.insert(0, Absent())
+if sys.argv[1] == "missing":
+    real = importlib.metadata.version
+
+    def version(name):
+        if name == "torch":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return real(name)
+
+    importlib.metadata.version = version
+"""
+
+
+def without_torch(program: str, how: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run a program in a process in which torch is "missing" or "broken"."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH + program, how, *arguments], capture_output=True, text=True, check=False
+    )
+
+
+COMMAND = "import runpy; sys.argv = ['hovle', *sys.argv[2:]]; runpy.run_module('hovle', run_name='__main__')"
+
+
+@pytest.mark.parametrize(
+    ("how", "found", "advice"),
+    [
+        ("missing", "missing", "hovle needs torch"),
+        ("broken", r"\d", "cannot be imported (libtorch.so: cannot open shared object file)"),
+    ],
+)
+def test_the_doctor_explains_what_is_wrong_with_torch(how, found, advice):
+    finished = without_torch(COMMAND, how, "doctor")
+    assert finished.returncode == 1, finished.stderr
+    assert re.search(rf"^x torch +{found}", finished.stdout, re.MULTILINE)
+    assert advice in finished.stdout
+    assert "Traceback" not in finished.stderr
+
+
+def test_other_commands_refuse_in_one_line_and_help_still_works():
+    refused = without_torch(COMMAND, "missing", "tiles", "picture.png")
+    assert refused.returncode == 1
+    assert "hovle tiles: torch is missing: hovle needs torch" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert "doctor" in without_torch(COMMAND, "missing", "--help").stdout
+
+
+def test_the_package_imports_but_its_names_say_what_is_missing():
+    program = """
+import hovle, hovle.doctor
+assert not hasattr(hovle, "nonsense")
+try:
+    hovle.HoVLEConfig
+except ImportError as error:
+    print(error)
+"""
+    finished = without_torch(program, "missing")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith("hovle.HoVLEConfig is not available. torch is missing")
+    assert "`hovle doctor`" in finished.stdout
+
+
+def test_the_requirements_are_those_of_the_installed_metadata(monkeypatch):
+    text = ["torch>=2.6", "numpy", 'timm>=1; extra == "teacher"']
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: text if name == "hovle" else [])
+    assert [str(requirement) for requirement in requirements.required()] == ["torch>=2.6", "numpy"]
+
+
+def test_torch_and_transformers_stand_in_pyproject():
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert set(requirements.TRIED) < {Requirement(line).name for line in project["dependencies"]}
+
+
+def test_without_metadata_of_hovle_the_packages_are_still_tried(monkeypatch):
+    def requires(name: str):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    assert [requirement.name for requirement in requirements.required()] == ["torch", "transformers"]
+    assert requirements.unmet() is None
+
+
+@pytest.mark.parametrize(("version", "is_met"), [("2.5.1", False), ("2.6.0+cpu", True), ("2.15.0.dev20261101", True)])
+def test_local_and_development_versions_are_compared_like_others(monkeypatch, version, is_met):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    problem = requirements.problem_with(Requirement("torch>=2.6"))
+    assert (problem is None) == is_met

@@ -1,0 +1,212 @@
+"""A saved folder behind transformers' server: with `hovle serve`, and without hovle as `transformers serve`."""
+
+import base64
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+import openai
+import pytest
+import torch
+from PIL import Image
+
+from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.cli import main
+
+TRANSFORMERS_WITHOUT_HOVLE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hovle":
+            raise ImportError("hovle is not installed here")
+
+sys.meta_path.insert(0, Absent())
+from transformers.cli.transformers import app
+
+app()
+"""
+
+COMMANDS = {
+    "hovle": ["-m", "hovle", "serve"],
+    "transformers": ["-c", TRANSFORMERS_WITHOUT_HOVLE, "serve", "--trust-remote-code"],
+}
+MAX_NEW_TOKENS = 6
+BROKEN_PICTURE = "data:image/png;base64," + base64.b64encode(b"not a picture").decode()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, make_tokenizer, tiny_config):
+    """A folder with a tiny model that answers in whole words; also the model and its processor."""
+    folder = tmp_path_factory.mktemp("saved")
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(), image_size=56, max_tiles=4)
+    torch.manual_seed(0)
+    model = HoVLEForConditionalGeneration(tiny_config(image_token_id=processor.image_token_id)).eval()
+    vocabulary = processor.tokenizer.get_vocab()
+    words = [index for token, index in vocabulary.items() if len(token) > 2 and token[1:].isalpha()]
+    with torch.no_grad():
+        rows = model.lm_head.weight[words].clone()
+        model.lm_head.weight.zero_()[words] = rows
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder, model, processor
+
+
+@dataclass
+class Server:
+    """A running server and a client of it."""
+
+    kind: str
+    url: str
+    model: str
+    client: openai.OpenAI
+
+    def ask(self, content, **kwargs):
+        """One greedy answer, as the client's library returns it."""
+        return self.client.chat.completions.create(
+            **{"model": self.model, **kwargs},
+            messages=[{"role": "user", "content": content}],
+            max_completion_tokens=MAX_NEW_TOKENS,
+            temperature=0,
+        )
+
+
+@pytest.fixture(scope="module", params=COMMANDS)
+def server(request, saved, tmp_path_factory):
+    folder = saved[0]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp(request.param) / "log.txt"
+    options = [str(folder), "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(log.parent / "modules")}
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, *COMMANDS[request.param], *options], env=environment, stdout=output, stderr=output
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_until_ready(url, process, log)
+        # One retry: after a status 500 the server hangs up without telling the next request.
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as client:
+            yield Server(request.param, url, str(folder), client)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+
+
+def wait_until_ready(url: str, process: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()[-3000:]
+        try:
+            with urllib.request.urlopen(f"{url}/health") as response:
+                assert response.status == 200
+                return
+        except urllib.error.URLError:
+            time.sleep(0.2)
+    raise AssertionError(log.read_text()[-3000:])
+
+
+def picture() -> Image.Image:
+    return Image.radial_gradient("L").resize((80, 60)).convert("RGB")
+
+
+def picture_url() -> str:
+    data = io.BytesIO()
+    picture().save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def about(url: str) -> list[dict]:
+    return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
+
+
+def greedy(saved, content) -> tuple[str, int]:
+    """The answer of `generate`, and the number of tokens in the prompt."""
+    _, model, processor = saved
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    prompt_length = inputs["input_ids"].shape[1]
+    tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0, prompt_length:]
+    return processor.decode(tokens, skip_special_tokens=True), prompt_length
+
+
+@pytest.mark.parametrize("content", ["What is in the picture?", about(picture_url())], ids=["text", "picture"])
+def test_answers_equal_greedy_generation(server, saved, content):
+    expected, prompt_length = greedy(saved, content)
+    completion = server.ask(content)
+    assert completion.choices[0].message.content == expected
+    assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (prompt_length, MAX_NEW_TOKENS)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in server.ask(content, stream=True)]
+    assert "".join(pieces) == expected
+    assert len(pieces) > 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_broken_picture_is_refused_and_the_server_goes_on(server, saved, stream):
+    status = {"hovle": 400, "transformers": 500}[server.kind]
+    with pytest.raises(openai.APIStatusError) as refused:
+        server.ask(about(BROKEN_PICTURE), stream=stream)
+    assert refused.value.status_code == status
+    if server.kind == "hovle":
+        assert "picture 1 of the request: cannot be decoded" in refused.value.message
+    assert server.ask("hello").choices[0].message.content == greedy(saved, "hello")[0]
+
+
+@pytest.mark.parametrize("url", ["/etc/hostname", "file:///etc/hostname"])
+def test_a_client_cannot_make_the_server_read_its_files(server, url):
+    with pytest.raises(openai.APIStatusError) as refused:
+        server.ask(about(url))
+    if server.kind == "hovle":
+        assert "only http and https URLs are read" in refused.value.message
+
+
+def test_another_model_is_refused(server):
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.ask("hello", model="someone/else")
+    assert "pinned to" in refused.value.response.text
+
+
+def test_transformers_chat_talks_to_the_server(server, saved, tmp_path):
+    command = ["chat", str(saved[0]), server.url, f"max_new_tokens={MAX_NEW_TOKENS}", "do_sample=False"]
+    finished = subprocess.run(
+        [sys.executable, "-c", TRANSFORMERS_WITHOUT_HOVLE, *command],
+        input="What is in the picture?\nn\n!exit\n",
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "0",
+            "COLUMNS": "200",
+        },  # offline, it refuses servers on this machine, too
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    expected = greedy(saved, "What is in the picture?")[0]
+    assert expected.strip() in finished.stdout
+
+
+def test_a_folder_without_a_model_ends_in_a_message(tmp_path, capsys):
+    assert main(["serve", str(tmp_path)]) == 1
+    assert "expected a folder with config.json" in capsys.readouterr().err
+
+
+def test_without_the_servers_packages_the_message_names_the_extra(saved, monkeypatch, capsys):
+    monkeypatch.setattr("hovle.serve.is_serve_available", lambda: False)
+    assert main(["serve", str(saved[0])]) == 1
+    assert "pip install 'hovle[serve]'" in capsys.readouterr().err
