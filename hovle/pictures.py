@@ -114,6 +114,33 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
     )
 
 
+def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
+    """Read height and width of a picture, upright by its EXIF orientation, from the header of its file.
+
+    Args:
+        source: Path or bytes of the file. The pixels behind a sound header may still turn out damaged.
+
+    Raises:
+        ValueError: As `load_picture`, for a missing file or a header that makes no sense.
+    """
+    label = _label(Path(source) if isinstance(source, str) else source, None, None)
+    try:
+        if not isinstance(source, bytes):
+            _check_file(Path(source))
+        with _open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            width, height = _check_size(image).size
+            if image.format == "TIFF":  # versions of Pillow differ in whether its header gives the upright size
+                width, height = load_picture(source).size
+                return height, width
+            exif = Image.Image.getexif(image)  # the method of PNG files decodes the pixels first
+            is_sideways = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            return (width, height) if is_sideways else (height, width)
+    except _PictureError as error:
+        raise ValueError(f"{label}: {error}") from error.__cause__
+    except _DECODING_ERRORS as error:
+        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
+
+
 class _PictureError(Exception):
     """A fault with a message of our own; `load_picture` adds the picture's name."""
 
@@ -150,15 +177,19 @@ def _open_file(path: str | os.PathLike) -> io.BytesIO:
     """Read a regular file; pipes and devices could block for ever."""
     file = Path(path)
     try:
-        if file.is_dir():
-            raise _PictureError("is a directory, not a picture file.")
-        if not file.exists():
-            raise _PictureError("no such file.")
-        if not file.is_file():
-            raise _PictureError("is not a regular file.")
+        _check_file(file)
         return io.BytesIO(file.read_bytes())
     except (OSError, ValueError) as error:
         raise _PictureError(f"cannot be read ({error}).") from error
+
+
+def _check_file(file: Path) -> None:
+    if file.is_dir():
+        raise _PictureError("is a directory, not a picture file.")
+    if not file.exists():
+        raise _PictureError("no such file.")
+    if not file.is_file():
+        raise _PictureError("is not a regular file.")
 
 
 def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
@@ -272,14 +303,20 @@ def _known_formats() -> list[str]:
     return [name for name in FORMATS if name in Image.OPEN]
 
 
+def _open_image(file: io.BytesIO | str | os.PathLike) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's size warning (our limit follows) and remarks on odd metadata
+        return Image.open(file, formats=_known_formats())
+
+
 def _decode(data: io.BytesIO) -> Image.Image:
     """Decode the bytes of a picture file after a look at its header."""
     if not data.getbuffer().nbytes:
         raise _PictureError("is empty (0 bytes).")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's size warning (our limit follows) and remarks on odd metadata
+        warnings.simplefilter("ignore")
         try:
-            image = Image.open(data, formats=_known_formats())
+            image = _open_image(data)
         except UnidentifiedImageError:
             head = data.getvalue()[:1024].lower()
             found = next((text for sign, text in DOCUMENTS.items() if sign.lower() in head), None)

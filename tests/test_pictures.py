@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from hovle import HoVLEImageProcessor, pictures
-from hovle.pictures import load_picture
+from hovle.pictures import load_picture, picture_size
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
 
@@ -197,6 +197,27 @@ def test_exif_orientation_stands_upright(orientation: int):
     loaded = load_picture(encoded(image, exif=exif))
     assert np.array_equal(np.asarray(loaded), np.asarray(upright))
     assert load_picture(loaded).size == upright.size  # turned once, not twice
+
+
+@pytest.mark.parametrize("name", ["PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_the_size_in_the_header_is_that_of_the_upright_picture(name, orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {} if name in ("GIF", "BMP") else {"exif": exif}  # these know no orientation
+    data = encoded(sample(), name, **options)
+    (tmp_path / "picture").write_bytes(data)
+    loaded = load_picture(data)
+    for source in (data, tmp_path / "picture", str(tmp_path / "picture")):
+        assert picture_size(source) == (loaded.height, loaded.width)
+
+
+def test_the_size_is_read_without_the_pixels_and_what_is_no_picture_is_refused(tmp_path):
+    data = encoded(sample())
+    assert picture_size(data[: len(data) // 2]) == (30, 40)
+    for bad, message in ((b"", "not a picture file"), (tmp_path / "gone.png", "gone.png: no such file")):
+        with pytest.raises(ValueError, match=message):
+            picture_size(bad)
 
 
 def test_animations_give_their_first_frame():

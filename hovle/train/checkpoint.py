@@ -19,8 +19,16 @@ from .config import StageConfig
 TRAINING_STATE = "training_state.pt"
 HANDOFF_PROBE = "handoff_probe.safetensors"
 
-RESUMABLE_CHANGES = ("output", "num_workers", "log_every", "checkpoint_every")
-"""Fields a resumed run may change: they move no number."""
+RESUMABLE_CHANGES = (
+    "output",
+    "num_workers",
+    "log_every",
+    "checkpoint_every",
+    "max_skip_fraction",
+    "gradient_accumulation_steps",
+)
+"""Fields a resumed run may change: they move no number. The last one goes with the number of processes; their product
+must stay (`stage.load_state`)."""
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:

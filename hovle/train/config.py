@@ -60,11 +60,26 @@ class DataConfig:
     """One source of training samples."""
 
     source: str
-    """`easy_vqa` (the asset), `chat` (JSON lines of messages) or `pictures` (a folder, for distillation)."""
+    """`easy_vqa` (the asset), `chat` (JSON lines of messages), `llava` (JSON or JSON lines of conversations as LLaVA
+    and InternVL write them), `pictures` (a folder, for distillation) or `huggingface` (read by `datasets`)."""
     path: str | None = None
-    """File or folder of the source; the easy_vqa asset needs none."""
+    """File or folder of the source, or a data set's Hub id (huggingface); the easy_vqa asset needs none."""
+    weight: float = 1.0
+    """Samples drawn from this source in proportion to those of the others in the list."""
+    name: str | None = None
+    """What logs and errors call the source; by default its kind and the name of its file."""
     split: str = "train"
-    """Part of the asset to read."""
+    """Part of the asset or data set to read."""
+    picture_folder: str | None = None
+    """Folder that picture paths are relative to, and which they may not leave (llava); by default the file's own."""
+    format: typing.Literal["auto", "parquet", "webdataset", "imagefolder"] = "auto"
+    """How local files are laid out (huggingface); `auto` goes by their names, and by the card of a Hub id."""
+    subset: str | None = None
+    """Which of a data set's configurations to read (huggingface)."""
+    streaming: bool = False
+    """Read shards one after another instead of preparing all of them on disk first (huggingface)."""
+    prompt: str = ""
+    """What the user says beside the picture where a row holds a picture and its caption only (huggingface)."""
     questions_per_sample: int = 1
     """Questions about one picture that share its tokens; each sees the picture and itself only (easy_vqa)."""
     balance_answers: bool = False
@@ -74,8 +89,20 @@ class DataConfig:
     def __post_init__(self):
         if self.questions_per_sample < 1:
             raise ValueError(f"questions_per_sample must be at least 1, got {self.questions_per_sample}.")
+        if not 0 < self.weight < float("inf"):
+            raise ValueError(f"weight must be a number above 0, got {self.weight}; leave a source out to mute it.")
+        only_for = {"picture_folder": "llava", "format": "huggingface", "subset": "huggingface"}
+        only_for |= {"streaming": "huggingface", "prompt": "huggingface"}
+        for field, source in only_for.items():
+            if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.source != source:
+                raise ValueError(f"{field} belongs to the source {source}; {self.source!r} does not read it.")
         if self.balance_answers and self.source != "easy_vqa":
             raise ValueError(f"balance_answers balances the questions of easy_vqa; {self.source!r} has none.")
+
+    @property
+    def label(self) -> str:
+        """What logs and errors call the source."""
+        return self.name or self.source + (f":{Path(self.path).name}" if self.path else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +159,8 @@ class StageConfig:
     """Where the stage starts."""
     objective: ObjectiveConfig
     """What it minimises."""
-    data: DataConfig
-    """What it reads."""
+    data: tuple[DataConfig, ...]
+    """What it reads: one source, or a list of sources mixed by `weight`."""
     validation: DataConfig | None = None
     """Held-out data, measured before the first step and after the last."""
     num_validation_batches: int = 4
@@ -153,6 +180,10 @@ class StageConfig:
     """Tokens of one packed row; samples are packed, never cut."""
     packing_window: int = 64
     """Samples drawn ahead to choose from when rows are packed; more of them waste less padding."""
+    max_tiles_per_batch: int | None = None
+    """Most picture tiles of one micro-batch on one process, where pictures would overflow the memory."""
+    max_skip_fraction: float = 0.001
+    """The run stops when a larger share of the samples (of the first thousand at least) had to be skipped."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     learning_rate: float
@@ -175,7 +206,8 @@ class StageConfig:
     compile: typing.Literal["auto", "on", "off"] = "auto"
     """Compile decoder layers; `auto` runs eager, and says so, where there is no working C++ compiler."""
     num_workers: int = 0
-    """1: a process of its own prepares the batches; 0: the training process does."""
+    """0: the training process prepares the batches; 1: a process of its own does; more: one of them tokenises and
+    packs, the others read pictures. The batches are the same."""
     log_every: int = 10
     """Steps between log lines."""
     checkpoint_every: int = 0
@@ -200,8 +232,16 @@ class StageConfig:
         for name, smallest in SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}.")
-        if self.num_workers > 1:
-            raise ValueError(f"num_workers must be 0 or 1, got {self.num_workers}: packing is one after another.")
+        if not self.data:
+            raise ValueError("data is an empty list: name at least one source.")
+        labels = [data.label for data in self.data]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"data names several sources {', '.join(repeated)}: give each a `name` of its own.")
+        if self.max_tiles_per_batch is not None and self.max_tiles_per_batch < 1:
+            raise ValueError(f"max_tiles_per_batch must be at least 1, got {self.max_tiles_per_batch}.")
+        if not 0 <= self.max_skip_fraction <= 1:
+            raise ValueError(f"max_skip_fraction must lie in [0, 1], got {self.max_skip_fraction}.")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
         if len(self.adam_betas) != 2:
@@ -229,7 +269,8 @@ def load_stage(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Stage
 
     Args:
         name_or_path: YAML file or the name of a shipped recipe.
-        overrides: `key=value` strings that replace fields, dots for nested ones: `model.image_size=224`.
+        overrides: `key=value` strings that replace fields, dots for nested ones: `model.image_size=224`,
+            `data.0.weight=2` for the first of a list.
 
     Raises:
         ValueError: For unknown or missing keys and values of the wrong type, naming the key.
@@ -256,12 +297,21 @@ def _override(values: dict, override: str) -> None:
         raise ValueError(f"Overrides read key=value, got {override!r}.")
     *parents, last = key.split(".")
     for parent in parents:
-        if values.get(parent) is None:
+        if isinstance(values, dict) and values.get(parent) is None:
             values[parent] = {}
-        values = values[parent]
-        if not isinstance(values, dict):
+        values = values[_place(values, parent, key)]
+        if not isinstance(values, (dict, list)):
             raise ValueError(f"{key}: {parent} has no fields to override.")
-    values[last] = _read_yaml(text, override)
+    values[_place(values, last, key)] = _read_yaml(text, override)
+
+
+def _place(values: dict | list, name: str, key: str) -> str | int:
+    """A field of a mapping, or the number of an item of a list."""
+    if isinstance(values, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(values):
+        raise ValueError(f"{key}: {name!r} is none of the list's {len(values)} items; they count from 0.")
+    return int(name)
 
 
 def _build(cls, values: dict, where: str):
@@ -296,6 +346,10 @@ def _convert(hint, value, where: str):
             raise ValueError(f"{where} must be one of {', '.join(arguments)}, got {value!r}.")
         return value
     if origin is tuple:
+        if dataclasses.is_dataclass(arguments[0]):
+            if isinstance(value, dict):
+                return (_convert(arguments[0], value, where),)  # one needs no list
+            where += " item"
         if not isinstance(value, (list, tuple)):
             raise ValueError(f"{where} must be a list, got {value!r}.")
         return tuple(_convert(arguments[0], item, where) for item in value)

@@ -1,157 +1,362 @@
-"""Packing: samples fill rows of fixed length whole, and the stream of packed batches continues exactly."""
+"""Packing: samples fill rows of fixed length whole, and the stream of packed batches continues exactly.
 
-from collections.abc import Iterator
+Invariants, which tests hold:
+
+- A step of the run has `gradient_accumulation_steps x processes` micro-batches, whoever computes them. Micro-batch `n`
+  of the run belongs to lane `n % num_lanes`, where there are as many lanes as micro-batches in a step.
+- A lane is a stream of its own: it takes stream indices `lane, lane + num_lanes, ...` and packs them. Its batches
+  depend on the recipe and on its number alone, neither on other lanes nor on processes and workers.
+- Process `r` of `w` computes lanes `r, r + w, ...`. The position of the data is the positions of all lanes, so a run
+  goes on with another number of processes as long as the number of lanes stays: no sample is lost, none repeated.
+- A skipped sample leaves its index empty; no other one moves.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..modeling_hovle import IGNORE_INDEX
 from .config import StageConfig
-from .samples import RandomTextSamples, ReplySamples, Sample
-from .sources import Record
+from .mixture import Mixture, MixtureReader
+from .samples import ReplySamples, Sample, SampleMaker
+from .skips import MOST_IN_A_ROW, Skip, SkipBudgetError, SkipSampleError, count_skips, describe_skips
+from .sources import Records
+
+
+@dataclass(frozen=True)
+class LanePosition:
+    """Where one lane stands between two of its batches."""
+
+    next_index: int
+    """Stream index it draws next."""
+    pending: list[list[int]] = field(default_factory=list)
+    """Index and part of the samples it has drawn but not packed."""
+    streams: dict[int, dict] = field(default_factory=dict)
+    """Source number -> state of a streamed source before the oldest pending sample."""
 
 
 @dataclass(frozen=True)
 class StreamPosition:
-    """Where a stream of samples stands between two batches; plain numbers, so that a checkpoint can hold them."""
+    """Where a run's data stands between two steps; plain values, so that a checkpoint can hold them."""
 
-    next_index: int = 0
-    """Where this rank draws next, its rank added."""
-    pending: list[int] = field(default_factory=list)
-    """Indices this rank has drawn but not packed."""
+    lanes: dict[int, LanePosition] = field(default_factory=dict)
+    """Lane number -> position; empty at the beginning. A process knows its own lanes, a checkpoint all of them."""
+
+    @classmethod
+    def join(cls, parts: Sequence[dict]) -> "StreamPosition":
+        """Put together the positions of all processes, each as `dataclasses.asdict` gives it."""
+        lanes = {number: LanePosition(**lane) for part in parts for number, lane in part["lanes"].items()}
+        return cls(dict(sorted(lanes.items())))
 
 
-def pack_rows(window: list[Sample], num_rows: int, row_length: int) -> tuple[list[list[Sample]], list[Sample]]:
+class Place(NamedTuple):
+    """Where a sample lies in a packed batch, and what is still to be read for it."""
+
+    source: str
+    name: str
+    row: int
+    start: int
+    end: int
+    pictures: list[str | bytes]
+    num_tiles: list[int]
+
+
+def pack_rows(
+    window: list[Sample], num_rows: int, row_length: int, max_tiles: int | None = None
+) -> tuple[list[list[Sample]], list[Sample]]:
     """Pack whole samples into rows: the oldest first, so that none waits for ever, then the longest that fit.
 
     Args:
         window: Samples in the order they were drawn, none longer than a row.
         num_rows: Rows to fill.
         row_length: Tokens of a row.
+        max_tiles: Tiles all rows may hold together; None for any number. No sample has more.
 
     Returns:
         The rows, and the samples that found no place, in their order.
     """
     rows: list[list[Sample]] = [[] for _ in range(num_rows)]
     free = [row_length] * num_rows
+    free_tiles = float("inf") if max_tiles is None else max_tiles
     oldest, *others = window
     left = []
     for sample in [oldest, *sorted(others, key=lambda item: -len(item.input_ids))]:
-        length = len(sample.input_ids)
+        length, num_tiles = len(sample.input_ids), sum(sample.num_tiles)
         fitting = [row for row in range(num_rows) if free[row] >= length]
-        if not fitting:
+        if not fitting or num_tiles > free_tiles:
             left.append(sample)
             continue
         row = min(fitting, key=lambda candidate: free[candidate])  # best fit: the fullest row that has room
         rows[row].append(sample)
         free[row] -= length
-    return rows, sorted(left, key=lambda sample: sample.index)
+        free_tiles -= num_tiles
+    return rows, sorted(left, key=lambda sample: (sample.index, sample.part))
+
+
+class Lane:
+    """One packed stream of samples; see the invariants above.
+
+    Args:
+        number: Its first stream index.
+        num_lanes: From one of its indices to the next.
+        mixture: What it reads.
+        maker: Turns a record and its stream index into samples.
+        config: Row count, row length and window.
+        start: Where it continues.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        num_lanes: int,
+        mixture: Mixture,
+        maker: SampleMaker,
+        config: StageConfig,
+        start: LanePosition,
+    ):
+        self.num_lanes = num_lanes
+        self.mixture = mixture
+        self.maker = maker
+        self.config = config
+        self.reader = MixtureReader(mixture, number, num_lanes, start.streams)
+        self.next_index = start.next_index
+        self.window: list[Sample] = []
+        self._restore(start)
+        self._forget_counts()
+
+    def _restore(self, start: LanePosition) -> None:
+        """Make the pending samples again; streams are read again from the oldest of them on."""
+        pending = {tuple(entry) for entry in start.pending}
+        indices = {index for index, _ in pending}
+        for index in range(min(indices, default=start.next_index), start.next_index, self.num_lanes):
+            if index in indices:
+                made = [item for item in self._make(index) if isinstance(item, Sample)]
+                self.window += [sample for sample in made if (index, sample.part) in pending]
+            elif self.reader.reads_stream(index):
+                with contextlib.suppress(SkipSampleError):
+                    self.reader.record_at(index)
+
+    def _forget_counts(self) -> None:
+        self.num_drawn = self.num_split = self.num_skipped_in_a_row = 0
+        self.skips: list[Skip] = []
+
+    @property
+    def position(self) -> LanePosition:
+        """Where it continues after the last batch it gave."""
+        pending = [[sample.index, sample.part] for sample in self.window]
+        oldest = pending[0][0] if pending else self.next_index
+        return LanePosition(self.next_index, pending, self.reader.states(oldest))
+
+    def next_rows(self) -> list[list[Sample]]:
+        """Draw until there is enough to choose from, and pack one batch."""
+        self._forget_counts()
+        config = self.config
+        wanted = config.rows_per_batch * config.row_length
+        while len(self.window) < config.packing_window or sum(len(item.input_ids) for item in self.window) < wanted:
+            self._draw()
+        rows, self.window = pack_rows(
+            self.window, config.rows_per_batch, config.row_length, config.max_tiles_per_batch
+        )
+        return rows
+
+    def _draw(self) -> None:
+        made = self._make(self.next_index)
+        label = self.label_of(self.next_index)
+        self.next_index += self.num_lanes
+        self.num_drawn += 1
+        self.num_split += len(made) > 1
+        faults = [item for item in made if isinstance(item, SkipSampleError)]
+        self.window += [item for item in made if isinstance(item, Sample)]
+        self.skips += [Skip(label, fault.reason, fault.name, fault.detail) for fault in faults]
+        self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if len(faults) == len(made) else 0
+        if self.num_skipped_in_a_row >= MOST_IN_A_ROW:
+            raise SkipBudgetError(
+                f"{MOST_IN_A_ROW} samples in a row had to be skipped.\n{describe_skips(*count_skips(self.skips))}\n"
+                "`hovle data doctor RECIPE` looks through the data."
+            )
+
+    def _make(self, index: int) -> list[Sample | SkipSampleError]:
+        try:
+            record = self.reader.record_at(index)
+        except SkipSampleError as error:
+            return [error]
+        return self.maker.make_all(record, index, self.config.row_length, self.config.max_tiles_per_batch)
+
+    def label_of(self, index: int) -> str:
+        """What the source of an index is called."""
+        return self.mixture.labels[self.mixture.place(index)[0]]
 
 
 class PackedBatches(IterableDataset):
-    """Endless packed batches of one rank.
+    """Endless packed batches of one process.
 
     Args:
-        records: The source.
-        maker: Turns a record and its stream index into a `Sample`.
-        config: Row count, row length and seed.
-        start: Where the stream continues, for resuming.
+        records: A mixture, or the records of a single source.
+        maker: Turns a record and its stream index into samples.
+        config: Rows, window and seed; with the processes, its micro-batches make the lanes.
+        start: Where the stream continues, for resuming; it must know this process's lanes, or be empty.
         rank: This process.
-        world_size: Processes that share the stream; each takes every `world_size`-th sample.
+        world_size: Processes that share the lanes.
         pad_token_id: Fills row ends.
     """
 
     def __init__(
         self,
-        records: list[Record],
-        maker: "ReplySamples | RandomTextSamples",
+        records: Mixture | Records,
+        maker: SampleMaker,
         config: StageConfig,
         start: StreamPosition,
         rank: int,
         world_size: int,
         pad_token_id: int,
     ):
-        self.records = records
+        self.mixture = records if isinstance(records, Mixture) else Mixture([records], config.seed)
         self.maker = maker
-        self.num_rows = config.rows_per_batch
-        self.row_length = config.row_length
-        self.seed = config.seed
+        self.config = config
         self.start = start
-        self.rank = rank
-        self.world_size = world_size
+        self.num_lanes = config.gradient_accumulation_steps * world_size
+        self.lane_numbers = range(rank, self.num_lanes, world_size)
         self.pad_token_id = pad_token_id
-        self.window_size = config.packing_window
         # In every batch or in none: one compiled graph.
-        self.has_branches = isinstance(maker, ReplySamples) and any(record.has_branches for record in records)
-        self._epoch = -1
-        self._order: list[int] = []
-
-    def record_at(self, index: int) -> Record:
-        """Record of a stream index: every epoch visits each record once, in an order and with draws of its own."""
-        epoch, position = divmod(index, len(self.records))
-        if self._epoch != epoch:
-            generator = torch.Generator().manual_seed(self.seed * 7919 + epoch)
-            self._epoch, self._order = epoch, torch.randperm(len(self.records), generator=generator).tolist()
-        return self.records[self._order[position]].draw(self.seed * 1_000_003 + index)
+        self.has_branches = isinstance(maker, ReplySamples) and self.mixture.has_branches
 
     def __iter__(self) -> Iterator[dict]:
         """Yield batches; `position` of a batch is where a resumed stream continues."""
-        position = self.start
-        window = [self._sample(index) for index in position.pending]
-        next_index = position.next_index
-        while True:
-            while len(window) < self.window_size or self._num_tokens(window) < self.num_rows * self.row_length:
-                window.append(self._sample(next_index + self.rank))
-                next_index += self.world_size
-            rows, window = pack_rows(window, self.num_rows, self.row_length)
-            yield self._batch(rows, StreamPosition(next_index, [sample.index for sample in window]))
+        return map(self.complete, self.plans())
 
-    @staticmethod
-    def _num_tokens(window: list[Sample]) -> int:
-        return sum(len(sample.input_ids) for sample in window)
-
-    def _sample(self, index: int) -> Sample:
-        sample = self.maker.make(self.record_at(index), index)
-        if len(sample.input_ids) > self.row_length:
-            raise ValueError(
-                f"{sample.name} has {len(sample.input_ids)} tokens, more than row_length ({self.row_length}); samples "
-                "are never cut: raise row_length, or ask fewer questions or use fewer tiles per sample."
+    def plans(self) -> Iterator[dict]:
+        """Yield batches that lack their pixels."""
+        lanes = {
+            number: Lane(
+                number,
+                self.num_lanes,
+                self.mixture,
+                self.maker,
+                self.config,
+                self.start.lanes.get(number, LanePosition(number)),
             )
-        return sample
+            for number in self.lane_numbers
+        }
+        positions = {number: lane.position for number, lane in lanes.items()}
+        for number in itertools.cycle(lanes):
+            lane = lanes[number]
+            rows = lane.next_rows()
+            positions = {**positions, number: lane.position}
+            yield {
+                **self._lay_out(rows, lane),
+                "position": StreamPosition(positions),
+                "num_drawn": lane.num_drawn,
+                "num_split": lane.num_split,
+                "skips": lane.skips,
+            }
 
-    def _batch(self, rows: list[list[Sample]], position: StreamPosition) -> dict:
-        shape = (self.num_rows, self.row_length)
-        input_ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORE_INDEX)
-        position_ids = torch.zeros(shape, dtype=torch.long)
-        document_ids = torch.full(shape, -1)  # padding is a document of its own
-        branch_ids = torch.zeros(shape, dtype=torch.long)
+    def _lay_out(self, rows: list[list[Sample]], lane: Lane) -> dict:
+        """Token tensors of shape `(rows, row_length)`, and where each sample lies in them."""
+        tokens = {name: torch.full((len(rows), self.config.row_length), fill) for name, fill in self.fills.items()}
+        places = []
         for row, samples in enumerate(rows):
             end = 0
             for number, sample in enumerate(samples):
                 start, end = end, end + len(sample.input_ids)
-                input_ids[row, start:end] = sample.input_ids
-                labels[row, start:end] = sample.labels
-                labels[row, start] = IGNORE_INDEX  # nothing before a sample may predict its first token
-                position_ids[row, start:end] = sample.position_ids
-                document_ids[row, start:end] = number
+                tokens["input_ids"][row, start:end] = sample.input_ids
+                tokens["labels"][row, start:end] = sample.labels
+                tokens["labels"][row, start] = IGNORE_INDEX  # nothing before a sample may predict its first token
+                tokens["position_ids"][row, start:end] = sample.position_ids
+                tokens["document_ids"][row, start:end] = number
                 if sample.branch_ids is not None:
-                    branch_ids[row, start:end] = sample.branch_ids
-            position_ids[row, end:] = torch.arange(self.row_length - end)
-        samples = [sample for row in rows for sample in row]
+                    tokens["branch_ids"][row, start:end] = sample.branch_ids
+                label = lane.label_of(sample.index)
+                places.append(Place(label, sample.name, row, start, end, sample.pictures, sample.num_tiles))
+        return {**tokens, "places": places}
+
+    @property
+    def fills(self) -> dict[str, int]:
+        """What stands where no sample is; padding is a document of its own."""
+        return {
+            "input_ids": self.pad_token_id,
+            "labels": IGNORE_INDEX,
+            "position_ids": 0,
+            "document_ids": -1,
+            "branch_ids": 0,
+        }
+
+    def complete(self, plan: dict) -> dict:
+        """Read the pixels of a plan; samples with a damaged picture are taken out of their rows."""
+        pixel_values = [self.maker.load_pixels("no picture", [], [])]  # gives a batch without pictures its shape
+        names, skips, damaged = [], list(plan["skips"]), []
+        for place in plan["places"]:
+            try:
+                pixel_values.append(self.maker.load_pixels(place.name, place.pictures, place.num_tiles))
+                names.append(place.name)
+            except SkipSampleError as error:
+                skips.append(Skip(place.source, error.reason, error.name, error.detail))
+                damaged.append(place)
+        tokens = {name: plan[name] for name in self.fills}
+        for place in reversed(damaged):  # from the end of a row, so that the others' places hold
+            self._take_out(tokens, place)
+        is_sample = tokens["document_ids"] >= 0
+        for row, end in enumerate(is_sample.sum(dim=1).tolist()):
+            tokens["position_ids"][row, end:] = torch.arange(self.config.row_length - end)
         batch = {
-            "input_ids": input_ids,
-            "labels": labels,
-            "position_ids": position_ids,
-            "is_sample": document_ids >= 0,
-            "pixel_values": torch.cat([sample.pixel_values for sample in samples]),
-            "names": [sample.name for sample in samples],
-            "position": position,
+            **{name: tokens[name] for name in ("input_ids", "labels", "position_ids")},
+            "is_sample": is_sample,
+            "pixel_values": torch.cat(pixel_values),
+            "names": names,
+            **{name: plan[name] for name in ("position", "num_drawn", "num_split")},
+            "skips": skips,
         }
         if self.has_branches:
-            batch["attention_mask"] = branch_mask(document_ids, branch_ids)
+            batch["attention_mask"] = branch_mask(tokens["document_ids"], tokens["branch_ids"])
         return batch
+
+    def _take_out(self, tokens: dict[str, torch.Tensor], place: Place) -> None:
+        """Close the gap of a sample in its row; padding grows by its length."""
+        for name, fill in self.fills.items():
+            line = tokens[name][place.row]
+            padding = line.new_full((place.end - place.start,), fill)
+            tokens[name][place.row] = torch.cat([line[: place.start], line[place.end :], padding])
+
+
+class _Plans(IterableDataset):
+    """The plans of a process's batches."""
+
+    def __init__(self, batches: PackedBatches):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.batches.plans()
+
+
+class _Completed(Dataset):
+    """Completes the plan it is asked for."""
+
+    def __init__(self, batches: PackedBatches):
+        self.batches = batches
+
+    def __getitem__(self, plan: dict) -> dict:
+        return self.batches.complete(plan)
+
+
+def load_batches(batches: PackedBatches, num_workers: int) -> Iterator[dict]:
+    """Prepare batches in worker processes; in the same order, and the same ones, however many there are.
+
+    Args:
+        batches: What to prepare.
+        num_workers: 0: this process does it. 1: another one does. More: one plans, the others read pictures.
+    """
+    options: dict = {
+        "batch_size": None,
+        "generator": torch.Generator(),
+    }  # a draw from the global one moves a resumed run
+    if num_workers <= 1:
+        return iter(DataLoader(batches, num_workers=num_workers, **options))
+    plans: DataLoader = DataLoader(_Plans(batches), num_workers=1, **options)
+    return iter(DataLoader(_Completed(batches), sampler=plans, num_workers=num_workers - 1, **options))
 
 
 def branch_mask(document_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:

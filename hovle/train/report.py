@@ -15,6 +15,7 @@ from ..modeling_hovle import IGNORE_INDEX
 from ..processing_hovle import HoVLEProcessor
 from . import checkpoint as checkpoints
 from .config import StageConfig
+from .data import Mixture
 from .setup import dtype_name
 
 
@@ -49,7 +50,7 @@ def environment(dtype: torch.dtype, is_compiled: bool, accelerator) -> dict:
 
 
 def describe(
-    objective: nn.Module, batch: dict, processor: HoVLEProcessor, num_records: int, config: StageConfig
+    objective: nn.Module, batch: dict, processor: HoVLEProcessor, mixture: Mixture, config: StageConfig
 ) -> str:
     """What a stage would train on what, in a few lines, with one decoded sample."""
     trained = sum(item.numel() for item in objective.parameters() if item.requires_grad)
@@ -61,7 +62,7 @@ def describe(
     lines = [
         f"objective       {config.objective.name}",
         f"trains          {', '.join(config.trainable) or 'adapters'}: {trained:,} of {total:,} parameters",
-        f"source          {config.data.source}: {num_records:,} records",
+        *(f"source          {line}" for line in mixture.describe()),
         f"one batch       {samples} samples in {config.rows_per_batch} rows of {config.row_length} tokens, "
         f"{len(batch['pixel_values'])} tiles, {float(batch['is_sample'].float().mean()):.1%} filled, "
         f"{supervised} supervised tokens",

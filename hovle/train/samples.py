@@ -1,14 +1,22 @@
-"""Samples: a record tokenised for an objective, its pictures tiled."""
+"""Samples: a record tokenised for an objective.
 
-from dataclasses import dataclass
+The tiles of a picture are counted from the header of its file, so samples wait to be packed without their pixels;
+these are read for a whole batch at once (`load_pixels`).
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import torch
 
 from ..modeling_hovle import IGNORE_INDEX
-from ..pictures import load_picture
+from ..pictures import load_picture, picture_size
 from ..processing_hovle import HoVLEProcessor
-from .sources import Record, conversation, picture_paths
+from .skips import NO_PICTURE, SkipSampleError
+from .sources import Record, conversation, picture_item, picture_sources
 
 
 @dataclass
@@ -22,10 +30,14 @@ class Sample:
     """Shape `(T,)`."""
     labels: torch.Tensor
     """Ids to predict at their own position, -100 elsewhere, shape `(T,)`."""
-    pixel_values: torch.Tensor
-    """Normalised tiles, shape `(N, 3, s, s)`."""
+    pictures: list[str | bytes] = field(default_factory=list)
+    """Paths, or bytes of the files."""
+    num_tiles: list[int] = field(default_factory=list)
+    """Tiles of each picture."""
     branch_ids: torch.Tensor | None = None
     """0 where conversations share their beginning, then 1, 2, ... for the rest of each; None for one conversation."""
+    part: int = 0
+    """Counts the samples of a conversation that was cut between turns."""
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -38,33 +50,146 @@ class Sample:
         return positions
 
 
-class ReplySamples:
-    """Conversations with a loss on every reply (`next_token`)."""
+class SampleMaker:
+    """Makes the samples of one objective.
+
+    Args:
+        processor: Of the model that is trained.
+    """
 
     def __init__(self, processor: HoVLEProcessor):
         self.processor = processor
 
     def make(self, record: Record, index: int) -> Sample:
+        """Tokenise a record; SkipSampleError where it is of no use."""
+        raise NotImplementedError  # subclasses say
+
+    def cuts(self, record: Record) -> Iterator[tuple[Record, Record]]:
+        """Ways to cut a record that is too long in two, the longest first part first; none by default."""
+        yield from ()
+
+    def make_all(
+        self, record: Record, index: int, max_tokens: int, max_tiles: int | None = None
+    ) -> list[Sample | SkipSampleError]:
+        """Samples of a record, several where it is too long for one; in place of what cannot be used stands why.
+
+        No picture and no turn is ever cut: the first sample takes the turns that fit, the next starts with all
+        pictures and goes on from there. So later turns do not see earlier ones of another sample.
+        """
+        made = self._make_fitting(record, index, max_tokens, max_tiles)
+        if len(made) > 1:
+            for part, item in enumerate(made):
+                if isinstance(item, Sample):
+                    item.name, item.part = f"{record.name} ({part + 1} of {len(made)})", part
+        return made
+
+    def _make_fitting(
+        self, record: Record, index: int, max_tokens: int, max_tiles: int | None
+    ) -> list[Sample | SkipSampleError]:
+        first, rest = self._make_checked(record, index, max_tokens, max_tiles), None
+        for start, end in self.cuts(record):
+            if isinstance(first, Sample) or first.reason != OVER_LONG:
+                break
+            first, rest = self._make_checked(start, index, max_tokens, max_tiles), end
+        return [first, *(self._make_fitting(rest, index, max_tokens, max_tiles) if rest else [])]
+
+    def _make_checked(
+        self, record: Record, index: int, max_tokens: int, max_tiles: int | None
+    ) -> Sample | SkipSampleError:
+        try:
+            sample = self.make(record, index)
+        except SkipSampleError as error:
+            return error
+        num_tokens, num_tiles = len(sample.input_ids), sum(sample.num_tiles)
+        if num_tokens > max_tokens:
+            detail = (
+                f"has {num_tokens} tokens, more than row_length ({max_tokens}); pictures and turns are never cut: "
+                "raise row_length, or ask fewer questions or use fewer tiles per sample."
+            )
+            return SkipSampleError(record.name, OVER_LONG, detail)
+        if max_tiles is not None and num_tiles > max_tiles:
+            detail = (
+                f"has {num_tiles} tiles, more than max_tiles_per_batch ({max_tiles}); raise it, or lower max_tiles."
+            )
+            return SkipSampleError(record.name, "too many tiles", detail)
+        return sample
+
+    def load_pixels(self, name: str, pictures: list[str | bytes], num_tiles: list[int]) -> torch.Tensor:
+        """Read the tiles of a sample's pictures, shape `(N, 3, s, s)`; SkipSampleError where one is damaged."""
+        try:
+            messages = [{"role": "user", "content": [picture_item(picture) for picture in pictures]}]
+            pixel_values, found = load_tiles(self.processor, messages)
+        except ValueError as error:
+            raise SkipSampleError(name, _picture_fault(pictures), str(error)) from error
+        if found != num_tiles:
+            detail = f"the headers of its pictures promise {num_tiles} tiles, their pixels make {found}."
+            raise SkipSampleError(name, "unreadable picture", detail)
+        return pixel_values
+
+    def count_tiles(self, name: str, pictures: list[str | bytes]) -> list[int]:
+        """Tiles of each picture, from the headers of the files."""
+        count = self.processor.image_processor.get_number_of_image_patches
+        try:
+            return [count(*picture_size(picture)) for picture in pictures]
+        except ValueError as error:
+            raise SkipSampleError(name, _picture_fault(pictures), str(error)) from error
+
+    def encode(self, name: str, chats: list[list[dict]], num_tiles: list[int], **kwargs) -> list[list[int]]:
+        """Token ids of conversations about the same pictures; SkipSampleError where the template refuses one."""
+        try:
+            return self.processor.encode_chats(chats, num_tiles, **kwargs)
+        except (ValueError, jinja2.TemplateError) as error:
+            raise SkipSampleError(name, "refused by the chat template", str(error)) from error
+
+
+OVER_LONG = "over-long"
+"""Reason of a sample that no row can hold and that cannot be cut further."""
+
+
+def _picture_fault(pictures: list[str | bytes]) -> str:
+    is_missing = any(isinstance(picture, str) and not Path(picture).exists() for picture in pictures)
+    return "missing file" if is_missing else "unreadable picture"
+
+
+class ReplySamples(SampleMaker):
+    """Conversations with a loss on every reply (`next_token`)."""
+
+    def make(self, record: Record, index: int) -> Sample:
         """Tokenise a record; its replies, end-of-turn tokens included, are supervised."""
-        pixel_values, num_tiles = load_tiles(self.processor, record.messages)
+        pictures = picture_sources(record.messages)
+        num_tiles = self.count_tiles(record.name, pictures)
         input_ids, labels = self._encode(record.name, record.messages, num_tiles)
-        if not record.others:
-            return Sample(record.name, index, torch.tensor(input_ids), torch.tensor(labels), pixel_values)
-        others = [self._encode(record.name, messages, num_tiles) for messages in record.others]
-        input_ids, labels, branch_ids = share_beginning([(input_ids, labels), *others])
+        branch_ids = None
+        if record.others:
+            others = [self._encode(record.name, messages, num_tiles) for messages in record.others]
+            input_ids, labels, branches = share_beginning([(input_ids, labels), *others])
+            branch_ids = torch.tensor(branches)
         return Sample(
-            record.name, index, torch.tensor(input_ids), torch.tensor(labels), pixel_values, torch.tensor(branch_ids)
+            record.name, index, torch.tensor(input_ids), torch.tensor(labels), pictures, num_tiles, branch_ids
         )
+
+    def cuts(self, record: Record) -> Iterator[tuple[Record, Record]]:
+        """Cut between conversations about the same pictures, or between the turns of a single one."""
+        conversations = [record.messages, *record.others]
+        for place in range(len(conversations) - 1, 0, -1):
+            (first, *others), (next_one, *rest) = conversations[:place], conversations[place:]
+            yield Record(record.name, first, tuple(others)), Record(record.name, next_one, tuple(rest))
+        if record.others:
+            return
+        ends = [number + 1 for number, message in enumerate(record.messages) if message["role"] == "assistant"]
+        for end in reversed(ends[:-1]):
+            start, following = record.messages[:end], continue_conversation(record.messages, end)
+            yield dataclasses.replace(record, messages=start), dataclasses.replace(record, messages=following)
 
     def _encode(self, name: str, messages: list[dict], num_tiles: list[int]) -> tuple[list[int], list[int]]:
         """Ids and labels of one conversation whose pictures have so many tiles."""
         replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        if not replies:
-            raise ValueError(f"{name}: no reply to learn from.")
+        if not any(_has_text(messages[number]) for number in replies):
+            raise SkipSampleError(name, "no supervised token", "no reply to learn from.")
         prompts = [messages[:number] for number in replies]
         answered = [messages[: number + 1] for number in replies]
-        starts = self.processor.encode_chats(prompts, num_tiles, add_generation_prompt=True)
-        ends = self.processor.encode_chats(answered, num_tiles)
+        starts = self.encode(name, prompts, num_tiles, add_generation_prompt=True)
+        ends = self.encode(name, answered, num_tiles)
         input_ids = ends[-1]  # what follows the last reply teaches nothing
         labels = [IGNORE_INDEX] * len(input_ids)
         special = special_ids(self.processor.tokenizer)
@@ -76,6 +201,21 @@ class ReplySamples:
         if not self.processor.tokenizer.decode(input_ids[stop + 1 :]).strip():  # a line break teaches nothing
             input_ids, labels = input_ids[: stop + 1], labels[: stop + 1]
         return input_ids, labels
+
+
+def _has_text(message: dict) -> bool:
+    content = message["content"]
+    return bool(content if isinstance(content, str) else any(item.get("text") for item in content))
+
+
+def continue_conversation(messages: list[dict], start: int) -> list[dict]:
+    """The messages from a place on, after the system message and with the pictures of those left out."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    pictures = [picture_item(picture) for picture in picture_sources(messages[:start])]
+    first, *others = messages[start:]
+    content = first["content"]
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [*system, {**first, "content": [*pictures, *items]} if pictures else first, *others]
 
 
 def share_beginning(conversations: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[int]]:
@@ -110,23 +250,23 @@ def special_ids(tokenizer) -> set[int]:
 
 def load_tiles(processor: HoVLEProcessor, messages: list[dict]) -> tuple[torch.Tensor, list[int]]:
     """Read and tile the pictures of a conversation: `(N, 3, s, s)`, and the tile count of each picture."""
-    paths = picture_paths(messages)
-    if not paths:
+    sources = picture_sources(messages)
+    if not sources:
         size = processor.image_processor.size["height"]
         return torch.zeros(0, 3, size, size), []
-    pictures = [load_picture(path) for path in paths]
+    pictures = [load_picture(source) for source in sources]
     tiles = processor.image_processor(pictures, return_tensors="pt")
     return tiles["pixel_values"], [int(count) for count in tiles["num_patches"]]
 
 
-class RandomTextSamples:
+class RandomTextSamples(SampleMaker):
     """Pictures with unrelated random tokens (`distillation`): the whole vocabulary is covered, no pairs are needed."""
 
     STAND_IN = "\uf8ff"
     """Marks in the rendered chat where random tokens go: a private character no template contains."""
 
     def __init__(self, processor: HoVLEProcessor, num_random_tokens: int, seed: int):
-        self.processor = processor
+        super().__init__(processor)
         self.num_random_tokens = num_random_tokens
         self.seed = seed
         tokenizer = processor.tokenizer
@@ -136,15 +276,14 @@ class RandomTextSamples:
 
     def make(self, record: Record, index: int) -> Sample:
         """Place a picture in a user turn, random ordinary tokens after it and as many again in the reply."""
-        paths = picture_paths(record.messages)
-        if not paths:
-            raise ValueError(f"{record.name}: no picture to distil; distillation takes one from every conversation.")
-        messages = conversation(Path(paths[0]), self.STAND_IN, self.STAND_IN)
-        pixel_values, num_tiles = load_tiles(self.processor, messages)
-        [ids] = self.processor.encode_chats([messages], num_tiles)
+        pictures = picture_sources(record.messages)[:1]
+        if not pictures:
+            raise SkipSampleError(record.name, NO_PICTURE, "no picture to distil.")
+        num_tiles = self.count_tiles(record.name, pictures)
+        [ids] = self.encode(record.name, [conversation(pictures[0], self.STAND_IN, self.STAND_IN)], num_tiles)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         input_ids = torch.tensor(self._with_random_tokens(ids, generator))
-        return Sample(record.name, index, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pixel_values)
+        return Sample(record.name, index, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pictures, num_tiles)
 
     def _with_random_tokens(self, ids: list[int], generator: torch.Generator) -> list[int]:
         length = len(self.stand_in_ids)

@@ -1,14 +1,28 @@
-"""Sources: readers that turn files into records, conversations whose pictures are still on disk."""
+"""Sources: readers that turn files into records, conversations whose pictures are still on disk.
 
+What is wrong with a whole file is refused when it is opened; what is wrong with one conversation is skipped when that
+conversation is drawn (see `skips.py`).
+"""
+
+import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from ..assets import easy_vqa
 from ..eval.vqa import Question, draw_weighted, load_questions, wording_weights
 from .config import DataConfig
+from .skips import SkipSampleError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+
+PICTURE_MARK = "<image>"
+"""Where a picture stands in a human turn of LLaVA's format."""
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Names of the speakers in LLaVA's format and ours -> role of a chat message."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +54,37 @@ class Record:
         return Record(self.name, first, tuple(others))
 
 
-def load_records(config: DataConfig) -> list[Record]:
-    """Read the list of conversations of a source; pictures stay on disk."""
+class Records(Protocol):
+    """Conversations by number; reading one raises `SkipSampleError` where it is not usable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> Record: ...
+
+
+def load_records(config: DataConfig) -> Records:
+    """Open a source; pictures stay on disk."""
     if config.source == "easy_vqa":
         folder = Path(config.path) if config.path else easy_vqa()
         questions = load_questions(folder / config.split)
         if config.balance_answers:
             return _balanced_records(questions, config.questions_per_sample)
         return _question_records(questions, config.questions_per_sample)
+    if config.source not in READERS:
+        raise ValueError(f"Unknown data.source {config.source!r}; known: easy_vqa, {', '.join(READERS)}.")
     if config.path is None:
         raise ValueError(f"data.path is missing: the source {config.source!r} needs a file or folder.")
-    if config.source == "chat":
-        return _chat_records(Path(config.path))
-    if config.source == "pictures":
-        return _picture_records(Path(config.path))
-    raise ValueError(f"Unknown data.source {config.source!r}; known: easy_vqa, chat, pictures.")
+    return READERS[config.source](config)
+
+
+def fingerprint_records(records: Records) -> str:
+    """Short hash of a source, to notice changed data when resuming."""
+    if hasattr(records, "fingerprint"):
+        return records.fingerprint
+    digest = hashlib.sha256()
+    for place in range(len(records)):
+        digest.update(repr(records[place]).encode())
+    return digest.hexdigest()[:16]
 
 
 def _question_records(questions: list[Question], questions_per_sample: int) -> list[Record]:
@@ -86,16 +116,24 @@ def _by_picture(questions: list[Question]) -> dict[Path, list[Question]]:
     return groups
 
 
-def conversation(picture: Path, question: str, answer: str) -> list[dict]:
+def picture_item(picture: Path | str | bytes) -> dict:
+    """Item of a chat message for a picture's path or the bytes of its file."""
+    if isinstance(picture, bytes):
+        return {"type": "image", "image": picture}
+    return {"type": "image", "path": str(picture)}
+
+
+def conversation(picture: Path | str | bytes, question: str, answer: str) -> list[dict]:
     """Messages of one question about one picture, and its answer."""
     return [
-        {"role": "user", "content": [{"type": "image", "path": str(picture)}, {"type": "text", "text": question}]},
+        {"role": "user", "content": [picture_item(picture), {"type": "text", "text": question}]},
         {"role": "assistant", "content": [{"type": "text", "text": answer}]},
     ]
 
 
-def _chat_records(path: Path) -> list[Record]:
+def _chat_records(config: DataConfig) -> list[Record]:
     """Read JSON lines `{"messages": [...]}`; relative picture paths are relative to the file and stay beside it."""
+    path = Path(str(config.path))
     records = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -105,7 +143,7 @@ def _chat_records(path: Path) -> list[Record]:
                 for message in messages:
                     for item in message["content"] if isinstance(message["content"], list) else ():
                         if item["type"] == "image":
-                            item["path"] = str(_inside(path.parent, item["path"]))
+                            item["path"] = str(inside(path.parent, item["path"]))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise ValueError(
                     f'{name}: expected {{"messages": [{{"role": ..., "content": [{{"type": "image", "path": ...}}, '
@@ -117,24 +155,122 @@ def _chat_records(path: Path) -> list[Record]:
     return records
 
 
-def _inside(folder: Path, name: str) -> Path:
+def inside(folder: Path, name: str) -> Path:
+    """Full path of a picture; links are followed, and what leads out of the folder is refused."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
         raise ValueError(f"Picture {name!r} lies outside {folder}; keep pictures beside the data file.")
     return path
 
 
-def _picture_records(folder: Path) -> list[Record]:
+class LlavaRecords:
+    """Conversations `{"image": ..., "conversations": [{"from": "human", "value": "<image>..."}, ...]}`.
+
+    Args:
+        path: JSON (one list) or JSON lines; lines are parsed when they are drawn.
+        folder: Picture paths are relative to it and may not leave it.
+    """
+
+    def __init__(self, path: Path, folder: Path):
+        self.name, self.folder = path.name, folder
+        text = path.read_text(encoding="utf-8")
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        if path.suffix == ".jsonl":
+            self.entries = [line for line in text.splitlines() if line.strip()]
+        else:
+            try:
+                self.entries = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path} is no JSON ({error}); JSON lines are named .jsonl.") from error
+        if not isinstance(self.entries, list) or not self.entries:
+            raise ValueError(f"{path} must hold a list of conversations, found {text[:40]!r}.")
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, place: int, /) -> Record:
+        entry, name = self.entries[place], f"{self.name}:{place + 1}"
+        try:
+            entry = json.loads(entry) if isinstance(entry, str) else entry
+            turns = [(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"]]
+            given = entry.get("image") or []
+            names = [given] if isinstance(given, str) else list(given)
+            paths = [str(inside(self.folder, picture)) for picture in names]
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            expected = '{"image": ..., "conversations": [{"from": "human" or "gpt", "value": ...}]}'
+            detail = f"expected {expected}, found {str(entry)[:80]!r} ({error!r})."
+            raise SkipSampleError(name, "malformed", detail) from error
+        except ValueError as error:
+            raise SkipSampleError(name, "picture outside its folder", str(error)) from error
+        return Record(name, messages_from_turns(name, turns, paths))
+
+
+def messages_from_turns(name: str, turns: list[tuple[str, str]], pictures: Sequence) -> list[dict]:
+    """Chat messages of turns with `<image>` where a picture stands.
+
+    Args:
+        name: Of the conversation, for messages.
+        turns: Role and text of each.
+        pictures: Paths or bytes, in the order of their marks.
+
+    Raises:
+        SkipSampleError: When there are not as many marks in the user's turns as pictures, or no turns.
+    """
+    if not turns or not all(isinstance(text, str) for _, text in turns):
+        raise SkipSampleError(name, "malformed", f"expected turns of text, found {str(turns)[:80]!r}.")
+    num_marks = sum(text.count(PICTURE_MARK) for role, text in turns if role == "user")
+    if num_marks != len(pictures):
+        detail = f"{num_marks} {PICTURE_MARK} marks in the user's turns, but {len(pictures)} pictures."
+        raise SkipSampleError(name, "picture count", detail)
+    remaining = iter(pictures)
+    messages = []
+    for role, text in turns:
+        content: str | list[dict] = text
+        if role == "user" and PICTURE_MARK in text:
+            first, *others = text.split(PICTURE_MARK)
+            content = [{"type": "text", "text": first}] if first else []
+            for piece in others:
+                content.append(picture_item(next(remaining)))
+                content += [{"type": "text", "text": piece}] if piece else []
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _llava_records(config: DataConfig) -> LlavaRecords:
+    path = Path(str(config.path))
+    return LlavaRecords(path, Path(config.picture_folder) if config.picture_folder else path.parent)
+
+
+def _picture_records(config: DataConfig) -> list[Record]:
+    folder = Path(str(config.path))
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
     if not paths:
         raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).")
+    for path in paths:
+        if path.is_symlink():
+            inside(folder, str(path.relative_to(folder)))
     return [Record(path.name, conversation(path, "", "")) for path in paths]
 
 
-def picture_paths(messages: list[dict]) -> list[str]:
-    """Paths of a conversation's pictures in their order."""
+def _dataset_records(config: DataConfig) -> Records:
+    from .hf_datasets import DatasetRecords  # an extra: other sources do without it
+
+    return DatasetRecords(config)
+
+
+READERS: dict[str, Callable[[DataConfig], Records]] = {
+    "chat": _chat_records,
+    "llava": _llava_records,
+    "pictures": _picture_records,
+    "huggingface": _dataset_records,
+}
+"""Kind of source -> what opens it."""
+
+
+def picture_sources(messages: list[dict]) -> list[str | bytes]:
+    """Paths, or bytes of the files, of a conversation's pictures in their order."""
     return [
-        item["path"]
+        item["path"] if "path" in item else item["image"]
         for message in messages
         if isinstance(message["content"], list)
         for item in message["content"]

@@ -1,9 +1,9 @@
 """Run one stage from its config: set up, train, check the hand-off, save."""
 
+import contextlib
 import dataclasses
 import functools
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,21 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from . import checkpoint as checkpoints
 from .adapters import add_lora, merged_state_dict
 from .config import StageConfig
-from .data import PackedBatches, Record, StreamPosition, load_records, load_tiles
+from .data import (
+    Mixture,
+    PackedBatches,
+    SkipLedger,
+    StreamPosition,
+    load_batches,
+    load_tiles,
+    open_mixture,
+)
 from .loop import train, validate
 from .objectives import DistillationObjective, Objective
 from .report import describe, environment, make_log
@@ -46,9 +53,10 @@ class Stage:
 
     config: StageConfig
     accelerator: Any
-    records: list[Record]
-    fingerprint: str
-    """Of the records, to notice changed data when resuming."""
+    mixture: Mixture
+    """What training reads."""
+    skips: SkipLedger
+    """What of it could not be used."""
     state: dict | None
     """What the checkpoint to resume from holds, or None."""
     model: HoVLEForConditionalGeneration
@@ -69,10 +77,10 @@ class Stage:
         """Steps an earlier run has done."""
         return self.state["step"] if self.state else 0
 
-    def batches(self, records: list[Record], start: StreamPosition | None = None) -> PackedBatches:
-        """Packed batches of this process from the beginning of a source or from a position."""
+    def batches(self, mixture: Mixture, start: StreamPosition | None = None) -> PackedBatches:
+        """Packed batches of this process from the beginning of a mixture or from a position."""
         return PackedBatches(
-            records,
+            mixture,
             make_sampler(self.config, self.processor),
             self.config,
             start or StreamPosition(),
@@ -83,32 +91,44 @@ class Stage:
 
     def training_batches(self) -> Iterator[dict]:
         """The stream training reads, from where an earlier run left it."""
-        start = None
-        if self.state:
-            start = StreamPosition(**self.state["positions"][self.accelerator.process_index])
-        loader = DataLoader(
-            self.batches(self.records, start),
-            batch_size=None,
-            num_workers=self.config.num_workers,
-            generator=torch.Generator(),  # its own: a draw from the global one would make a resumed run differ
-        )
-        return iter(loader)
+        start = StreamPosition.join([self.state["position"]]) if self.state else None
+        for batch in load_batches(self.batches(self.mixture, start), self.config.num_workers):
+            self.skips.add(batch)
+            yield batch
 
     def held_out_batches(self) -> list[dict]:
         """The first batches of the validation source."""
         if self.config.validation is None:
             return []
-        stream = iter(self.batches(load_records(self.config.validation)))
-        return [next(stream) for _ in range(self.config.num_validation_batches)]
+        stream = iter(self.batches(open_mixture([self.config.validation], self.config.seed)))
+        batches = [next(stream) for _ in range(self.config.num_validation_batches)]
+        skips = SkipLedger(self.config.max_skip_fraction)
+        for batch in batches:
+            skips.add(batch)
+        skips.share()
+        return batches
 
-    def save(self, optimizer: torch.optim.Optimizer, step: int, reached: StreamPosition) -> None:
+    def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
+        """Count the skips of all processes, log each new one, and give the counts for the step's own entry."""
+        from accelerate.utils import gather_object
+
+        for skip in self.skips.share(gather_object):
+            log({"event": "skip", "step": step, **skip._asdict()})
+        return self.skips.summary()
+
+    def save(
+        self, optimizer: torch.optim.Optimizer, log: Callable[[dict], None], step: int, reached: StreamPosition
+    ) -> None:
         """Write a checkpoint from which the run continues exactly."""
+        position = gather_position(reached)
+        self.log_skips(log, step)  # so that the counts saved are complete
         training_state = {
             "step": step,
-            "positions": gather_positions(reached),
+            "position": dataclasses.asdict(position),
+            "skips": self.skips.state_dict(),
             "dtype": dtype_name(self.dtype),
             "config": self.config.to_dict(),
-            "data_fingerprint": self.fingerprint,
+            "data_fingerprint": self.mixture.fingerprint,
             "trainable": checkpoints.trainable_state(self.objective),
             "optimizer": optimizer.state_dict(),
             "rng": checkpoints.rng_state(),
@@ -139,8 +159,8 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         check_unused(Path(config.output))
     stage = set_up(config, accelerator, resume)
     if dry_run:
-        batch = next(iter(stage.batches(stage.records)))
-        lines = describe(stage.objective, batch, stage.processor, len(stage.records), config)
+        batch = next(iter(stage.batches(stage.mixture)))
+        lines = describe(stage.objective, batch, stage.processor, stage.mixture, config)
         print(lines)  # noqa: T201 - the dry run's output
     else:
         train_and_save(stage)
@@ -149,9 +169,11 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
 
 def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     """Load data and model, check the hand-off, freeze, and build the objective; nothing is written."""
-    records = load_records(config.data)
-    fingerprint = fingerprint_records(records)
-    state = load_state(config, fingerprint, accelerator.num_processes) if resume else None
+    mixture = open_mixture(config.data, config.seed)
+    skips = SkipLedger(config.max_skip_fraction)
+    state = load_state(config, mixture.fingerprint, accelerator.num_processes) if resume else None
+    if state:
+        skips.load_state_dict(state["skips"])
     seed_everything(config.seed)
     model, processor = start_model(config)
     handoff = None
@@ -166,16 +188,14 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     objective = make_objective(config, model, text_table)
     if state:
         checkpoints.load_trainable(objective, state["trainable"])
-    return Stage(
-        config, accelerator, records, fingerprint, state, model, processor, objective, peft_model, dtype, handoff
-    )
+    return Stage(config, accelerator, mixture, skips, state, model, processor, objective, peft_model, dtype, handoff)
 
 
 def train_and_save(stage: Stage) -> None:
     """Train from the stage's first step to its last and write the model."""
     config, accelerator, objective = stage.config, stage.accelerator, stage.objective
     if isinstance(objective, DistillationObjective) and config.teacher is not None and config.teacher.standardize:
-        standardize_teacher(objective.teacher, stage.records, stage.processor)
+        standardize_teacher(objective.teacher, stage.mixture, stage.processor)
     autocast = torch.autocast(accelerator.device.type, stage.dtype, enabled=stage.dtype != torch.float32)
     objective.to(accelerator.device).train()
     is_compiled = compile_layers(stage.model, config.compile)
@@ -188,6 +208,10 @@ def train_and_save(stage: Stage) -> None:
         claim_output(stage.output, config)
     log = make_log(stage.output, accelerator)
     facts = environment(stage.dtype, is_compiled, accelerator)
+
+    def log_step(entry: dict) -> None:
+        log({**entry, **stage.log_skips(log, entry["step"])})
+
     log({"event": "start", "step": stage.first_step, **facts, "handoff": stage.handoff})
     held_out = stage.held_out_batches()
 
@@ -205,13 +229,13 @@ def train_and_save(stage: Stage) -> None:
         first_step=stage.first_step,
         autocast=autocast,
         accelerator=accelerator,
-        log=log,
-        save=functools.partial(stage.save, optimizer),
+        log=log_step,
+        save=functools.partial(stage.save, optimizer, log),
         name=stage.output.name,
     )
     log_validation(config.num_steps)
     if accelerator.is_main_process:
-        first_batch = next(iter(stage.batches(stage.records)))
+        first_batch = next(iter(stage.batches(stage.mixture)))
         finish(stage.output, stage.model, stage.processor, stage.peft_model, first_batch)
         log({"event": "finish", "step": config.num_steps})
     accelerator.wait_for_everyone()
@@ -235,8 +259,10 @@ def check_hd(config: StageConfig, model: HoVLEForConditionalGeneration) -> None:
             "HoVLE-HD trains on one packed row at a time, because rows differ in their long sequences: set "
             "rows_per_batch to 1 and row_length or gradient_accumulation_steps higher."
         )
-    for name, data in (("data", config.data), ("validation", config.validation)):
-        if config.objective.name == "next_token" and data is not None and data.questions_per_sample > 1:
+    sources = [("data", data) for data in config.data]
+    sources += [("validation", config.validation)] if config.validation else []
+    for name, data in sources:
+        if config.objective.name == "next_token" and data.questions_per_sample > 1:
             raise ValueError(
                 f"HoVLE-HD cannot share a picture between questions: set {name}.questions_per_sample to 1."
             )
@@ -249,9 +275,12 @@ def load_state(config: StageConfig, fingerprint: str, num_processes: int) -> dic
         raise ValueError(f"--resume: {config.output} holds no checkpoint.")
     state = checkpoints.load_training_state(newest)
     checkpoints.check_same_run(config, state, fingerprint)
-    if len(state["positions"]) != num_processes:
+    num_lanes, found = config.gradient_accumulation_steps * num_processes, len(state["position"]["lanes"])
+    if num_lanes != found:
         raise ValueError(
-            f"Cannot resume: the run had {len(state['positions'])} processes, this one has {num_processes}."
+            f"Cannot resume: the run had {found} micro-batches in a step, this one has {num_lanes} ({num_processes} "
+            f"processes x gradient_accumulation_steps {config.gradient_accumulation_steps}). Set "
+            f"gradient_accumulation_steps so that the product is {found}."
         )
     return state
 
@@ -264,18 +293,22 @@ def agree_on_dtype(config: StageConfig, state: dict | None, accelerator) -> torc
     return getattr(torch, broadcast_object_list([name])[0])
 
 
-def gather_positions(reached: StreamPosition) -> list[dict]:
-    """Where the data stands on every process."""
+def gather_position(reached: StreamPosition) -> StreamPosition:
+    """Where the data stands on all processes together."""
     from accelerate.utils import gather_object
 
-    return gather_object([dataclasses.asdict(reached)])
+    return StreamPosition.join(gather_object([dataclasses.asdict(reached)]))
 
 
-def standardize_teacher(teacher: ImageTeacher, records: list[Record], processor: HoVLEProcessor) -> None:
-    """Measure the teacher's features on evenly spaced pictures of the source, the same ones whenever a run resumes."""
-    chosen = records[:: max(1, len(records) // NUM_STANDARDIZING_RECORDS)]
-    pictures = (load_tiles(processor, record.messages)[0] for record in chosen)
-    teacher.standardize(pictures, round(processor.image_seq_length**0.5))
+def standardize_teacher(teacher: ImageTeacher, mixture: Mixture, processor: HoVLEProcessor) -> None:
+    """Measure the teacher's features on the first pictures of the stream, the same ones whenever a run resumes."""
+
+    def tiles() -> Iterator[torch.Tensor]:
+        for record in mixture.first_records(NUM_STANDARDIZING_RECORDS):
+            with contextlib.suppress(ValueError):  # what is damaged counts as skipped when training draws it
+                yield load_tiles(processor, record.messages)[0]
+
+    teacher.standardize(tiles(), round(processor.image_seq_length**0.5))
 
 
 def save_weights(folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
@@ -285,14 +318,6 @@ def save_weights(folder: Path, model: HoVLEForConditionalGeneration, processor: 
         del state["lm_head.weight"]  # the cast may have made a copy of the table
     model.save_pretrained(folder, state_dict=state)
     processor.save_pretrained(folder)
-
-
-def fingerprint_records(records) -> str:
-    """Short hash of a source's conversations."""
-    digest = hashlib.sha256()
-    for record in records:
-        digest.update(repr(record).encode())
-    return digest.hexdigest()[:16]
 
 
 def check_unused(output: Path) -> None:

@@ -15,6 +15,7 @@ from hovle.train.data import (
     Record,
     ReplySamples,
     Sample,
+    SampleMaker,
     StreamPosition,
     conversation,
     load_records,
@@ -116,14 +117,14 @@ def test_questions_about_one_picture_give_the_loss_they_give_alone(parts, data, 
         Record(f"picture {number}", first, tuple(others)) for number, (first, *others) in enumerate(conversations)
     ]
     config = next_token_config("row_length=200")
-    stream = iter(PackedBatches(records, ReplySamples(processor), config, StreamPosition(), 0, 1, pad_token_id=0))
-    batch = next(stream)
+    maker = ReplySamples(processor)
+    batch = next(iter(PackedBatches(records, maker, config, StreamPosition(), 0, 1, pad_token_id=0)))
     assert batch["attention_mask"].shape == (2, 1, 200, 200)
     output = objective(batch)
     total = count = 0.0
     for name in batch["names"]:
         for messages in conversations[int(name.split()[1])]:
-            alone = objective(as_batch(ReplySamples(processor).make(Record("alone", messages), 0)))
+            alone = objective(as_batch(maker, maker.make(Record("alone", messages), 0)))
             total += float(alone.terms["reply_nats"].detach())
             count += int(alone.counts["reply_nats"])
     assert count == int(output.counts["reply_nats"]) > 20
@@ -140,8 +141,9 @@ def test_next_token_loss_equals_that_of_the_model(parts, data):
     records = load_records(DataConfig(source="chat", path=str(data / "chat.jsonl")))
     for index, record in enumerate(records[:6]):
         sample = sampler.make(record, index)
-        output = objective(as_batch(sample))
-        pixel_values = sample.pixel_values if len(sample.pixel_values) else None
+        batch = as_batch(sampler, sample)
+        output = objective(batch)
+        pixel_values = batch["pixel_values"] if sample.pictures else None
         expected = model(sample.input_ids[None], pixel_values=pixel_values, labels=sample.labels[None]).loss
         count = int(output.counts["reply_nats"])
         assert count == int((sample.labels != -100).sum())
@@ -162,14 +164,14 @@ def test_next_token_loss_of_packed_rows_is_the_mean_over_all_their_replies(parts
     assert float(output.terms["reply_nats"].detach()) == pytest.approx(total, rel=1e-5)
 
 
-def as_batch(sample: Sample) -> dict:
+def as_batch(maker: SampleMaker, sample: Sample) -> dict:
     length = len(sample.input_ids)
     return {
         "input_ids": sample.input_ids[None],
         "labels": sample.labels[None],
         "position_ids": torch.arange(length)[None],
         "is_sample": torch.ones(1, length, dtype=torch.bool),
-        "pixel_values": sample.pixel_values,
+        "pixel_values": maker.load_pixels(sample.name, sample.pictures, sample.num_tiles),
         "names": [sample.name],
     }
 
@@ -188,9 +190,10 @@ def test_logits_exist_only_where_there_are_labels(parts, batches):
 def test_a_batch_without_pictures_still_reaches_the_stem(parts, data):
     model, processor = parts
     records = load_records(DataConfig(source="chat", path=str(data / "chat.jsonl")))
-    text_only = ReplySamples(processor).make(records[3], 0)
-    assert len(text_only.pixel_values) == 0
-    output = NextTokenObjective(model)(as_batch(text_only))
+    maker = ReplySamples(processor)
+    text_only = as_batch(maker, maker.make(records[3], 0))
+    assert len(text_only["pixel_values"]) == 0
+    output = NextTokenObjective(model)(text_only)
     output.terms["reply_nats"].backward()
     # Data parallelism waits for a gradient of every trainable parameter.
     for parameter in [*model.model.patch_embedding.parameters(), *model.model.projector.parameters()]:
