@@ -13,7 +13,7 @@ Invariants, which tests hold:
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -248,15 +248,20 @@ class PackedBatches(IterableDataset):
             rows = lane.next_rows()
             positions = {**positions, number: lane.position}
             yield {
-                **self._lay_out(rows, lane),
+                **self.lay_out(rows, lane.label_of),
                 "position": StreamPosition(positions),
                 "num_drawn": lane.num_drawn,
                 "num_split": lane.num_split,
                 "skips": lane.skips,
             }
 
-    def _lay_out(self, rows: list[list[Sample]], lane: Lane) -> dict:
-        """Token tensors of shape `(rows, row_length)`, and where each sample lies in them."""
+    def lay_out(self, rows: list[list[Sample]], label_of: Callable[[int], str]) -> dict:
+        """Token tensors of shape `(rows, row_length)`, and where each sample lies in them.
+
+        Args:
+            rows: Samples of each row, which fit in it.
+            label_of: Says what the source of a stream index is called.
+        """
         tokens = {name: torch.full((len(rows), self.config.row_length), fill) for name, fill in self.fills.items()}
         places = []
         for row, samples in enumerate(rows):
@@ -270,7 +275,7 @@ class PackedBatches(IterableDataset):
                 tokens["document_ids"][row, start:end] = number
                 if sample.branch_ids is not None:
                     tokens["branch_ids"][row, start:end] = sample.branch_ids
-                label = lane.label_of(sample.index)
+                label = label_of(sample.index)
                 places.append(Place(label, sample.name, row, start, end, sample.pictures, sample.num_tiles))
         return {**tokens, "places": places}
 
