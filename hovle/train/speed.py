@@ -1,0 +1,484 @@
+"""Time training: our packed, compiled loop, each of its parts switched off, and transformers' Trainer beside it.
+
+Every variant sees the same conversations with one question each, in the same order, from the same weights, with a
+frozen language model. The learning rate is 0, so that the optimizer does its work and moves nothing: the loss on the
+same samples must then be the same however they are batched, and a variant that differs stops the benchmark. A first
+pass over the samples warms up and compiles; the second one is timed.
+
+A step of distillation and of alignment is taken apart as well: its matrix products are timed alone at their own
+shapes, and the share of a step they explain is the share of this machine's peak that the step reaches.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import itertools
+import json
+import math
+import random
+import re
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from tqdm.auto import tqdm
+
+from ..demo import load_pyplot
+from ..machine import fastest_dtype
+from ..modeling_hovle import IGNORE_INDEX
+from .config import DataConfig, StageConfig, load_stage
+from .data import PackedBatches, Record, ReplySamples, Sample, StreamPosition, load_records, pack_rows
+from .loop import train_step
+from .objectives import DistillationObjective, NextTokenObjective, ObjectiveOutput
+from .report import environment
+from .setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
+from .stage import make_accelerator, set_up
+
+MIXES = ("easy_vqa", "skewed")
+"""easy_vqa: short questions of similar length. skewed: the same pictures with passages of long-tailed length."""
+
+LOSS_TOLERANCE = 0.01
+"""Largest relative difference between variants in bfloat16; their attention kernels round differently."""
+
+MATRIX_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
+
+KINDS = {
+    "matrix products": r"^aten::(add|b|badd)?mm$",
+    "fused element-wise kernels": "CompiledFxGraph",
+    "convolutions, batch norms": "conv|batch_norm|upsample",
+    "optimizer": "adamw|norm",
+    "copies and casts": "aten::(copy_|_to_copy|fill_|cat|index)",
+}
+"""Kind of work -> names of its operations in a profile; the first match counts."""
+
+SETTINGS = (
+    "model.checkpoint=null",
+    "model.language_model=asset:smollm2-135m-instruct",
+    "model.num_embedding_layers=8",
+    "model.image_size=112",
+    "model.max_tiles=1",
+    "learning_rate=0.0",
+    "output=unused",
+)
+"""What the demo's recipes become here: a new model of 8 holistic layers at learning rate 0."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train."""
+
+    name: str
+    packed: bool = True
+    """Several samples in a row; otherwise one, padded to the longest of the batch."""
+    compiled: bool = True
+    """Decoder layers compiled."""
+    sparse_logits: bool = True
+    """Logits at supervised positions only."""
+    trainer: bool = False
+    """transformers' Trainer instead of our loop."""
+
+
+VARIANTS = (
+    Variant("ours"),
+    Variant("not packed", packed=False),
+    Variant("not compiled", compiled=False),
+    Variant("logits everywhere", sparse_logits=False),
+    Variant("Trainer", packed=False, compiled=False, sparse_logits=False, trainer=True),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the batches a mix is cut into; padded and packed ones hold about as many tokens."""
+
+    rows: int
+    row_length: int
+    samples_per_padded_batch: int
+
+
+SHAPES = {"easy_vqa": Shape(8, 144, 32), "skewed": Shape(3, 512, 12)}
+
+
+@dataclass
+class Measured:
+    """What one variant took."""
+
+    name: str
+    seconds: float
+    supervised_tokens_per_second: float
+    tokens_per_second: float
+    padding_ratio: float
+    num_batches: int
+    nats_per_token: float
+    """Mean loss over the supervised tokens of all samples."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hovle bench train`."""
+    parser.add_argument("--mix", choices=MIXES, nargs="+", default=list(MIXES), help="samples to train on")
+    parser.add_argument("--samples", type=int, default=192, help="conversations of each mix")
+    parser.add_argument("--output", type=Path, default=Path("eval/results/speed"), help="folder of train.json, .png")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Time every variant on every mix, take two steps apart, write `train.json` and `train.png`."""
+    config = bench_config()
+    accelerator = make_accelerator()
+    dtype = fastest_dtype(accelerator.device)
+    result: dict[str, Any] = {"environment": environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
+    for mix in args.mix:
+        measured = compare(mix, args.samples, config, dtype, accelerator.device)
+        result["mixes"][mix] = {
+            "num_samples": args.samples,
+            **asdict(SHAPES[mix]),
+            "variants": [asdict(item) for item in measured],
+            "speedup_over_trainer": measured[0].supervised_tokens_per_second
+            / measured[-1].supervised_tokens_per_second,
+        }
+        _say(table(mix, measured))
+    for stage in ("distillation", "alignment"):
+        result["steps"][stage] = take_apart(stage, accelerator, dtype)
+        _say(f"{stage}: {result['steps'][stage]['gemm_peak_share']:.0%} of the peak of its own matrix products")
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "train.json").write_text(json.dumps(result, indent=1) + "\n")
+    draw(result["steps"], args.output / "train.png")
+    _say(f"Written: {args.output / 'train.json'}, {args.output / 'train.png'}")
+    return 0
+
+
+def bench_config() -> StageConfig:
+    """An alignment stage around a new model, at learning rate 0."""
+    return load_stage("demo/alignment", SETTINGS)
+
+
+def compare(
+    mix: str,
+    num_samples: int,
+    config: StageConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    variants: Sequence[Variant] = VARIANTS,
+) -> list[Measured]:
+    """Time variants on the same samples.
+
+    Raises:
+        ValueError: When a variant's loss differs from the first one's by more than `LOSS_TOLERANCE`.
+    """
+    measured: list[Measured] = []
+    for variant in tqdm(variants, desc=mix, unit="variant"):
+        torch.compiler.reset()
+        torch.manual_seed(config.seed)  # the stem is random: the same one for every variant
+        model, processor = start_model(config)
+        select_trainable(model, config)
+        maker = ReplySamples(processor)
+        batches = make_batches(make_samples(mix, num_samples, maker), variant.packed, SHAPES[mix], maker, config)
+        model.to(device).train()
+        if variant.trainer:
+            seconds, nats = time_trainer(model, batches, dtype)
+        else:
+            store_parameters(model, dtype)
+            compile_layers(model, "on" if variant.compiled else "off")
+            objective = NextTokenObjective(model) if variant.sparse_logits else _LogitsEverywhere(model)
+            seconds, nats = time_loop(objective, batches, config, dtype)
+        measured.append(summarise(variant.name, batches, seconds, nats))
+        check_loss(measured[0], measured[-1])
+    return measured
+
+
+def check_loss(first: Measured, other: Measured) -> None:
+    """Raise where two variants disagree on the loss of the same samples."""
+    difference = abs(other.nats_per_token / first.nats_per_token - 1)
+    if not difference <= LOSS_TOLERANCE:
+        raise ValueError(
+            f"{other.name} has {other.nats_per_token:.4f} nats per token where {first.name} has "
+            f"{first.nats_per_token:.4f} on the same samples: they do not compute the same, so no speed is reported."
+        )
+
+
+def summarise(name: str, batches: list[dict], seconds: float, nats: float) -> Measured:
+    """Turn the seconds and summed nats of one pass over all batches into rates."""
+    supervised = sum(num_supervised(batch) for batch in batches)
+    real = sum(int(batch["is_sample"].sum()) for batch in batches)
+    places = sum(batch["is_sample"].numel() for batch in batches)
+    return Measured(
+        name=name,
+        seconds=seconds,
+        supervised_tokens_per_second=supervised / seconds,
+        tokens_per_second=real / seconds,
+        padding_ratio=1 - real / places,
+        num_batches=len(batches),
+        nats_per_token=nats / supervised,
+    )
+
+
+def num_supervised(batch: dict) -> int:
+    """Tokens of a batch that some position predicts."""
+    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+
+
+def make_samples(mix: str, count: int, maker: ReplySamples) -> list[Sample]:
+    """Conversations about easy-VQA pictures with one question each, drawn with a fixed seed."""
+    records = load_records(DataConfig(source="easy_vqa"))
+    assert isinstance(records, list)  # the asset is small
+    generator = random.Random(0)
+    chosen = generator.sample(records, count)
+    if mix == "skewed":
+        passages = read_passages()
+        chosen = [add_passages(record, passages, generator) for record in chosen]
+    return [maker.make(record, index) for index, record in enumerate(chosen)]
+
+
+def read_passages() -> list[str]:
+    """Words of English prose that every Python carries: its language reference."""
+    from pydoc_data.topics import topics
+
+    return re.findall(r"\S+", " ".join(topics[name] for name in sorted(topics)))
+
+
+def add_passages(record: Record, words: list[str], generator: random.Random) -> Record:
+    """Put a passage of long-tailed length into the question and another one into the reply of a record."""
+    (question, reply), texts = record.messages, []
+    for _ in range(2):
+        length = min(120, math.ceil(generator.lognormvariate(math.log(15), 1.0)))  # words: median 15, a long tail
+        start = generator.randrange(len(words) - length)
+        texts.append(" ".join(words[start : start + length]))
+    asked = [*question["content"], {"type": "text", "text": " " + texts[0]}]
+    said = [{"type": "text", "text": reply["content"][0]["text"] + " " + texts[1]}]
+    messages = [{**question, "content": asked}, {**reply, "content": said}]
+    return Record(record.name, messages)
+
+
+def make_batches(
+    samples: list[Sample], packed: bool, shape: Shape, maker: ReplySamples, config: StageConfig
+) -> list[dict]:
+    """Cut samples into packed batches, or into batches of one sample a row padded to the longest."""
+    groups: list[list[list[Sample]]] = []
+    if packed:
+        left = samples
+        while left:
+            rows, left = pack_rows(left, shape.rows, shape.row_length)
+            groups.append(rows)
+        lengths = [shape.row_length] * len(groups)
+    else:
+        size = shape.samples_per_padded_batch
+        groups = [[[sample] for sample in samples[start : start + size]] for start in range(0, len(samples), size)]
+        lengths = [max(len(sample.input_ids) for [sample] in rows) for rows in groups]
+    return [collate(rows, length, maker, config) for rows, length in zip(groups, lengths, strict=True)]
+
+
+def collate(rows: list[list[Sample]], row_length: int, maker: ReplySamples, config: StageConfig) -> dict:
+    """Lay samples out in rows as training does."""
+    shape = dataclasses.replace(config, rows_per_batch=len(rows), row_length=row_length)
+    batches = PackedBatches([], maker, shape, StreamPosition(), 0, 1, maker.processor.tokenizer.pad_token_id or 0)
+    nothing = {"position": StreamPosition(), "num_drawn": 0, "num_split": 0, "skips": []}
+    return batches.complete({**batches.lay_out(rows, lambda _: "bench"), **nothing})
+
+
+def time_loop(
+    objective: nn.Module, batches: list[dict], config: StageConfig, dtype: torch.dtype
+) -> tuple[float, float]:
+    """Seconds of a second pass over the batches in our loop, and its summed loss in nats."""
+    optimizer = make_optimizer(objective, config)
+    autocast = torch.autocast(batches[0]["input_ids"].device.type, dtype, enabled=dtype != torch.float32)
+    for batch in batches:
+        train_step(objective, optimizer, [batch], config.max_gradient_norm, autocast)
+    started_at = time.perf_counter()
+    results = [train_step(objective, optimizer, [batch], config.max_gradient_norm, autocast) for batch in batches]
+    seconds = time.perf_counter() - started_at
+    nats = sum(result.loss * num_supervised(batch) for result, batch in zip(results, batches, strict=True))
+    return seconds, nats
+
+
+class _LogitsEverywhere(NextTokenObjective):
+    """The same loss with logits at every position, as most trainers compute it."""
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:
+        """Sum of `-log p(token)` in nats over the supervised tokens of a batch."""
+        logits = self.model(
+            input_ids=batch["input_ids"],
+            pixel_values=batch["pixel_values"],
+            position_ids=batch["position_ids"],
+            use_cache=False,
+        ).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        hits = (logits.argmax(dim=-1) == labels).sum().float()
+        return ObjectiveOutput({"reply_nats": nats, "reply_accuracy": hits}, self.counts(batch))
+
+
+def time_trainer(model: nn.Module, batches: list[dict], dtype: torch.dtype) -> tuple[float, float]:
+    """Seconds of a second epoch over the batches in transformers' Trainer, and its summed loss in nats."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    class Stopwatch(TrainerCallback):
+        """Notes when each epoch begins and ends."""
+
+        epochs: list[list[float]] = []  # noqa: RUF012 - one stopwatch for one run
+
+        def on_epoch_begin(self, *_, **__):
+            self.epochs.append([time.perf_counter()])
+
+        def on_epoch_end(self, *_, **__):
+            self.epochs[-1].append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=1,  # one ready-made batch
+            num_train_epochs=2,
+            learning_rate=0.0,
+            weight_decay=0.05,
+            bf16=dtype == torch.bfloat16,
+            use_cpu=model.device.type == "cpu",
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            train_sampling_strategy="sequential",
+        )
+        stopwatch = Stopwatch()
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=[pad_batch(batch) for batch in batches],
+            data_collator=lambda items: items[0],
+            callbacks=[stopwatch],
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    started_at, ended_at = stopwatch.epochs[1]
+    means = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][len(batches) :]
+    nats = sum(mean * num_supervised(batch) for mean, batch in zip(means, batches, strict=True))
+    return ended_at - started_at, nats
+
+
+def pad_batch(batch: dict) -> dict:
+    """What a padding collator gives: an attention mask instead of positions."""
+    return {
+        "input_ids": batch["input_ids"],
+        "labels": batch["labels"],
+        "pixel_values": batch["pixel_values"],
+        "attention_mask": batch["is_sample"].long(),
+    }
+
+
+def take_apart(stage: str, accelerator, dtype: torch.dtype, num_steps: int = 4) -> dict[str, Any]:
+    """Seconds of a step of a demo stage by kind of work, and the share of its matrix products' own peak it reaches.
+
+    The peak is what the step's matrix products do when each runs alone, over and over, at its own shape in its fastest
+    memory layout. Time in a teacher is not the student's: it is measured apart and taken off the step.
+    """
+    prepared = set_up(load_stage(f"demo/{stage}", SETTINGS), accelerator, resume=False)
+    objective = prepared.objective.to(accelerator.device).train()
+    compile_layers(prepared.model, "on")
+    optimizer = make_optimizer(objective, prepared.config)
+    autocast = torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32)
+    batches = list(itertools.islice(prepared.batches(prepared.mixture), num_steps))
+
+    def step_all() -> float:
+        started_at = time.perf_counter()
+        for batch in batches:
+            train_step(objective, optimizer, [batch], prepared.config.max_gradient_norm, autocast)
+        return (time.perf_counter() - started_at) / num_steps
+
+    step_all()  # compiles
+    seconds = step_all()
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        step_all()
+    teacher_seconds = time_teacher(objective, batches, autocast)
+    products = [event for event in profiler.key_averages(group_by_input_shape=True) if event.key in MATRIX_PRODUCTS]
+    alone = sum(event.count * time_product(event.input_shapes, dtype) for event in products) / num_steps
+    flops = sum(event.count * count_flops(event.input_shapes) for event in products) / num_steps
+    return {
+        "seconds": seconds,
+        "teacher_seconds": teacher_seconds,
+        "matrix_products_alone_seconds": alone,
+        "peak_tflops": flops / alone / 1e12,
+        "gemm_peak_share": alone / (seconds - teacher_seconds),
+        "tokens_per_second": sum(int(batch["is_sample"].sum()) for batch in batches) / num_steps / seconds,
+        "seconds_by_kind": seconds_by_kind(profiler.key_averages(), num_steps),
+    }
+
+
+def time_teacher(objective: nn.Module, batches: list[dict], autocast: contextlib.AbstractContextManager) -> float:
+    """Seconds a step spends in the teacher; 0 where there is none."""
+    if not isinstance(objective, DistillationObjective):
+        return 0.0
+    grid_size = round(objective.model.config.image_seq_length ** 0.5)
+    started_at = time.perf_counter()
+    for batch in batches:
+        with autocast:
+            objective.teacher.features(batch["pixel_values"], grid_size)
+    return (time.perf_counter() - started_at) / len(batches)
+
+
+def time_product(shapes: Sequence[Sequence[int]], dtype: torch.dtype, num_runs: int = 8) -> float:
+    """Least seconds of one matrix product of the last two operands' shapes, over the memory layouts it may have."""
+    left, right = ([*shape] for shape in [shape for shape in shapes if len(shape) >= 2][-2:])
+    a, b = torch.randn(left, dtype=dtype), torch.randn(right, dtype=dtype)
+    layouts = [(a, b), (a, b.mT.contiguous().mT), (a.mT.contiguous().mT, b)]
+    times = []
+    for first, second in layouts:
+        for _ in range(num_runs):
+            started_at = time.perf_counter()
+            first @ second
+            times.append(time.perf_counter() - started_at)
+    return min(times)
+
+
+def count_flops(shapes: Sequence[Sequence[int]]) -> int:
+    """Floating-point operations of one product `(..., m, k) x (..., k, n)`."""
+    left, right = [shape for shape in shapes if len(shape) >= 2][-2:]
+    return 2 * math.prod(left) * right[-1]
+
+
+def seconds_by_kind(events: Iterable, num_steps: int) -> dict[str, float]:
+    """Own seconds of a step's operations, by kind of work."""
+    seconds: Counter = Counter()
+    for event in events:
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "other")
+        seconds[kind] += event.self_cpu_time_total / 1e6 / num_steps
+    return dict(seconds.most_common())
+
+
+def draw(steps: dict[str, dict], path: Path) -> None:
+    """Draw where the seconds of each stage's step go, as stacked bars."""
+    pyplot = load_pyplot()
+    figure, axis = pyplot.subplots(figsize=(9, 1.2 + 0.9 * len(steps)))
+    kinds = list(dict.fromkeys(kind for step in steps.values() for kind in step["seconds_by_kind"]))
+    for row, step in enumerate(steps.values()):
+        total, left = sum(step["seconds_by_kind"].values()), 0.0
+        for color, kind in enumerate(kinds):
+            share = step["seconds_by_kind"].get(kind, 0.0) / total
+            axis.barh(row, share, left=left, color=f"C{color}", label=kind if row == 0 else None)
+            left += share
+    labels = [f"{stage}\n{step['gemm_peak_share']:.0%} of GEMM peak" for stage, step in steps.items()]
+    axis.set_yticks(range(len(steps)), labels)
+    axis.set_xlabel("share of a training step")
+    axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+
+
+def table(mix: str, measured: list[Measured]) -> str:
+    """Rates of all variants in columns, beside the Trainer's."""
+    base = measured[-1].supervised_tokens_per_second
+    lines = [f"{mix:<20}{'supervised tokens/s':>20}{'x Trainer':>11}{'padding':>9}{'nats/token':>12}"]
+    for item in measured:
+        rate = item.supervised_tokens_per_second
+        lines.append(
+            f"{item.name:<20}{rate:>20.1f}{rate / base:>11.2f}{item.padding_ratio:>9.1%}{item.nats_per_token:>12.4f}"
+        )
+    return "\n".join(lines)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201 - this is the command's output

@@ -1,0 +1,52 @@
+"""The training benchmark: every variant computes the same, and its arithmetic is right."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from hovle import HoVLEProcessor
+from hovle.train import speed
+from hovle.train.data import ReplySamples
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("mix", speed.MIXES)
+def test_all_variants_train_on_the_same_samples_with_the_same_loss(mix, next_token_config, monkeypatch):
+    monkeypatch.setitem(speed.SHAPES, mix, speed.Shape(2, 1024, 3))
+    variants = [dataclasses.replace(variant, compiled=False) for variant in speed.VARIANTS]
+    measured = speed.compare(mix, 7, next_token_config("learning_rate=0.0"), torch.float32, CPU, variants)
+    assert [item.name for item in measured] == [variant.name for variant in speed.VARIANTS]
+    first = measured[0]
+    for item in measured[1:]:
+        assert item.nats_per_token == pytest.approx(first.nats_per_token, rel=1e-4)
+        assert item.seconds * item.tokens_per_second == pytest.approx(first.seconds * first.tokens_per_second)
+    assert measured[1].padding_ratio == measured[-1].padding_ratio  # neither is packed
+
+
+def test_a_variant_with_another_loss_stops_the_benchmark():
+    first = speed.Measured("ours", 1.0, 10.0, 20.0, 0.0, 1, nats_per_token=2.0)
+    speed.check_loss(first, dataclasses.replace(first, nats_per_token=2.01))
+    with pytest.raises(ValueError, match=r"Trainer has 2\.0400 nats per token where ours has 2\.0000"):
+        speed.check_loss(first, dataclasses.replace(first, name="Trainer", nats_per_token=2.04))
+    with pytest.raises(ValueError, match="nan"):
+        speed.check_loss(first, dataclasses.replace(first, nats_per_token=float("nan")))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_batches_hold_every_sample_once(packed, checkpoints, next_token_config):
+    maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
+    samples = speed.make_samples("skewed", 9, maker)
+    batches = speed.make_batches(samples, packed, speed.Shape(2, 1024, 4), maker, next_token_config())
+    assert sorted(name for batch in batches for name in batch["names"]) == sorted(item.name for item in samples)
+    assert sum(speed.num_supervised(batch) for batch in batches) == sum(
+        int((item.labels[1:] != -100).sum()) for item in samples
+    )
+
+
+def test_flops_of_a_product_are_counted_from_its_shapes():
+    assert speed.count_flops([[2, 3], [3, 5]]) == 2 * 2 * 3 * 5
+    assert speed.count_flops([[7], [2, 3], [3, 5]]) == 2 * 2 * 3 * 5  # addmm: the bias comes first
+    assert speed.count_flops([[4, 2, 3], [4, 3, 5]]) == 4 * 2 * 2 * 3 * 5
+    assert speed.time_product([[2, 3], [3, 5]], torch.float32) > 0
