@@ -19,7 +19,6 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 
 from .pictures import load_picture
 
-
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False, "data_format": "channels_first"}
 """Arguments of other image processors that have no meaning for tiles, with the only value they may have."""
 

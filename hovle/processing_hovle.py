@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
@@ -34,9 +34,12 @@ are added; right padding would make a batch generate from padding."""
 PICTURE_KEYS: dict[str, Kind | None] = {"image": None, "url": "url", "path": "path", "base64": "base64"}
 """Where an item `{"type": "image", ...}` of a message may carry its picture, and how a string there is read."""
 
-WITHOUT_MEANING = ("sanitize_control_tokens", "load_audio_from_video", "enable_thinking")
-"""Arguments that servers and harnesses pass to every model: the first is always on here, the second is for videos, the
-third a variable of templates that can think, and dropped where the template cannot."""
+WITHOUT_MEANING = {
+    "load_audio_from_video",
+    "enable_thinking",  # a variable of templates that can think
+    *vars(GenerationConfig()),  # pipelines pass to the processor what is meant for `generate`
+}
+"""Arguments that servers, pipelines and harnesses pass to every model; where nothing takes them, they are dropped."""
 
 
 class HoVLEProcessor(ProcessorMixin):
@@ -219,7 +222,7 @@ class HoVLEProcessor(ProcessorMixin):
     def _refuse_unknown(self, kwargs: dict, template: str = "") -> None:
         """Raise for arguments that neither the processor nor its parts nor the chat template would look at."""
         nested = [kwargs.get(name) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
-        names = {name for arguments in (kwargs, *nested) for name in arguments} - self._known_kwargs
+        names = {name for arguments in (kwargs, *nested) for name in arguments} - self._known_kwargs - WITHOUT_MEANING
         unknown = sorted(name for name in names if not _is_variable(name, template))
         if unknown:
             raise ValueError(
@@ -461,16 +464,12 @@ class HoVLEProcessor(ProcessorMixin):
 
     def _split_chat_kwargs(self, template: str, kwargs: dict) -> tuple[dict, dict]:
         """Tell arguments of a call from variables of the template; refuse what is neither."""
+        kwargs.pop("sanitize_control_tokens", None)  # always on here
         own = {name: kwargs.pop(name) for name in ("images", "max_image_tokens") if name in kwargs}
-        kwargs = {
-            name: value
-            for name, value in kwargs.items()
-            if name not in WITHOUT_MEANING or _is_variable(name, template)
-        }
         self._refuse_unknown(kwargs, template)
-        template_kwargs = {name: value for name, value in kwargs.items() if name not in self._known_kwargs}
-        call_kwargs = {name: value for name, value in kwargs.items() if name not in template_kwargs}
-        return {**own, **call_kwargs}, template_kwargs
+        call_kwargs = {name: value for name, value in kwargs.items() if name in self._known_kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in call_kwargs}
+        return {**own, **call_kwargs}, {name: value for name, value in others.items() if _is_variable(name, template)}
 
     def encode_chats(self, chats: Sequence[Sequence[dict]], num_tiles: Sequence[int], **kwargs) -> list[list[int]]:
         """Encode conversations without touching their pictures, as `apply_chat_template` would with them.
