@@ -19,6 +19,9 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
 
 from .pictures import load_picture
 
+FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False, "data_format": "channels_first"}
+"""Arguments of other image processors that have no meaning for tiles, with the only value they may have."""
+
 
 class HoVLEImageProcessorKwargs(GotOcr2ImageProcessorKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of one call, beside those of every transformers image processor.
@@ -102,6 +105,12 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         fewest, most = kwargs["min_patches"], kwargs["max_patches"]
         if not 1 <= fewest <= most:
             raise ValueError(f"min_tiles ({fewest}) must lie between 1 and max_tiles ({most}).")
+        size = kwargs["size"]
+        if size.height is None or size.height != size.width:
+            raise ValueError(f"size must be one number or an equal height and width, as tiles are square; got {size}.")
+        for name, only in FIXED.items():
+            if kwargs.get(name) not in (None, only):
+                raise ValueError(f"{name}={kwargs[name]!r} cannot be had: tiles always have {name}={only!r}.")
         return kwargs
 
     def _preprocess(self, images, *args, tile_limits: list[int] | None = None, **kwargs) -> BatchFeature:

@@ -303,6 +303,15 @@ class HoVLEPreTrainedModel(PreTrainedModel):
         elif module is getattr(self, "embedding_rotary_emb", None):
             self.language_model._init_weights(module)  # some families keep a table for each attention pattern
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """Resize the vocabulary as in the base class; `ValueError` when the placeholder would lose its row."""
+        if new_num_tokens is not None and new_num_tokens <= self.config.image_token_id:
+            raise ValueError(
+                f"A vocabulary of {new_num_tokens} tokens leaves no row for image_token_id "
+                f"{self.config.image_token_id}: keep at least {self.config.image_token_id + 1}."
+            )
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
 
 class HoVLEModel(HoVLEPreTrainedModel):
     """Patch stem and the decoder of holistic layers and language model, without the head."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
@@ -33,6 +33,13 @@ are added; right padding would make a batch generate from padding."""
 
 PICTURE_KEYS: dict[str, Kind | None] = {"image": None, "url": "url", "path": "path", "base64": "base64"}
 """Where an item `{"type": "image", ...}` of a message may carry its picture, and how a string there is read."""
+
+WITHOUT_MEANING = {
+    "load_audio_from_video",
+    "enable_thinking",  # a variable of templates that can think
+    *vars(GenerationConfig()),  # pipelines pass to the processor what is meant for `generate`
+}
+"""Arguments that servers, pipelines and harnesses pass to every model; where nothing takes them, they are dropped."""
 
 
 class HoVLEProcessor(ProcessorMixin):
@@ -197,6 +204,31 @@ class HoVLEProcessor(ProcessorMixin):
     def _merge(self, kwargs: dict) -> dict:
         """Sort the arguments of a call into `text_kwargs` and `images_kwargs`."""
         return self._merge_kwargs(self.valid_processor_kwargs, **kwargs)  # type: ignore[arg-type]
+
+    def _merge_kwargs(self, *args, tokenizer_init_kwargs: dict | None = None, **kwargs) -> dict:
+        self._refuse_unknown(kwargs)  # the base class drops what it does not know
+        return super()._merge_kwargs(*args, tokenizer_init_kwargs=tokenizer_init_kwargs, **kwargs)
+
+    @property
+    def _known_kwargs(self) -> set[str]:
+        """Names of the arguments of a call, flat or in one of the dictionaries of a part."""
+        return {
+            "common_kwargs",
+            *self.valid_processor_kwargs.__annotations__,
+            *TextKwargs.__annotations__,
+            *self.image_processor.valid_kwargs.__annotations__,
+        }
+
+    def _refuse_unknown(self, kwargs: dict, template: str = "") -> None:
+        """Raise for arguments that neither the processor nor its parts nor the chat template would look at."""
+        nested = [kwargs.get(name) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
+        names = {name for arguments in (kwargs, *nested) for name in arguments} - self._known_kwargs - WITHOUT_MEANING
+        unknown = sorted(name for name in names if not _is_variable(name, template))
+        if unknown:
+            raise ValueError(
+                f"{', '.join(unknown)}: no argument of the tokenizer or the image processor"
+                + (", and no variable of the chat template." if template else ".")
+            )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """Write what stands in the prompt for one picture: `<img>`, a placeholder per token of its tiles, `</img>`."""
@@ -431,21 +463,13 @@ class HoVLEProcessor(ProcessorMixin):
         return template
 
     def _split_chat_kwargs(self, template: str, kwargs: dict) -> tuple[dict, dict]:
-        """Tell arguments of a call from variables of the template; the call warns of what neither knows."""
-        known = {
-            "images",
-            "max_image_tokens",
-            *TextKwargs.__annotations__,
-            *self.image_processor.valid_kwargs.__annotations__,
-        }
-        call_kwargs: dict[str, Any] = {}
-        template_kwargs: dict[str, Any] = {}
-        for name, value in kwargs.items():
-            if name in ("sanitize_control_tokens", "load_audio_from_video"):
-                continue  # the first is always on here, the second without meaning
-            is_variable = name not in known and re.search(rf"\b{re.escape(name)}\b", template)
-            (template_kwargs if is_variable else call_kwargs)[name] = value
-        return call_kwargs, template_kwargs
+        """Tell arguments of a call from variables of the template; refuse what is neither."""
+        kwargs.pop("sanitize_control_tokens", None)  # always on here
+        own = {name: kwargs.pop(name) for name in ("images", "max_image_tokens") if name in kwargs}
+        self._refuse_unknown(kwargs, template)
+        call_kwargs = {name: value for name, value in kwargs.items() if name in self._known_kwargs}
+        others = {name: value for name, value in kwargs.items() if name not in call_kwargs}
+        return {**own, **call_kwargs}, {name: value for name, value in others.items() if _is_variable(name, template)}
 
     def encode_chats(self, chats: Sequence[Sequence[dict]], num_tiles: Sequence[int], **kwargs) -> list[list[int]]:
         """Encode conversations without touching their pictures, as `apply_chat_template` would with them.
@@ -559,6 +583,10 @@ class HoVLEProcessor(ProcessorMixin):
         if len(ids) <= max_length:
             return ids
         return ids[-max_length:] if self.tokenizer.truncation_side == "left" else ids[:max_length]
+
+
+def _is_variable(name: str, template: str) -> bool:
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def _as_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
