@@ -17,6 +17,7 @@ FLOORS = {"torch": "2.6", "transformers": "5.16.1"}
 OPTIONAL = {
     "accelerate": ("hovle[train]", "training"),
     "peft": ("hovle[train]", "LoRA"),
+    "datasets": ("hovle[data]", "training data in parquet files, tars and on the Hub"),
     "timm": ("hovle[teacher]", "teachers for distillation"),
     "matplotlib": ("hovle[demo]", "the demo's picture"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),

@@ -175,8 +175,9 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
         lines.append(f"  supervised     {source.num_supervised / tokens:.1%} of the tokens")
     if source.num_records:
         lines.append(f"  run            {report.num_draws * source.share / source.num_records:.2f} epochs (estimated)")
+    num_made = len(source.lengths) + source.reasons.total()
     for reason, count in source.reasons.most_common():
-        lines.append(f"  skipped        {count:,} ({count / source.num_scanned:.2%}): {reason}")
+        lines.append(f"  skipped        {count:,} ({count / num_made:.2%}): {reason}")
     lines += [
         f"    {_printable(name)}: {_printable(detail)}" for (name, detail), _ in source.worst.most_common(NUM_WORST)
     ]
@@ -225,7 +226,8 @@ def draw_lengths(report: DataReport, config: StageConfig, path: Path) -> None:
     for source in report.sources:
         axes.hist(source.lengths, bins=bins, histtype="step", linewidth=1.5, label=source.label)
     axes.axvline(config.row_length, color="grey", linestyle=":", label="row_length")
-    axes.set(xlabel="tokens of a sample", ylabel="samples", yscale="log", title="Sample lengths by source")
+    scale = "log" if any(source.lengths for source in report.sources) else "linear"
+    axes.set(xlabel="tokens of a sample", ylabel="samples", yscale=scale, title="Sample lengths by source")
     axes.legend()
     figure.savefig(path, dpi=120)
 
