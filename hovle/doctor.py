@@ -15,6 +15,7 @@ from .requirements import installed_version, problem_with, required
 OPTIONAL = {
     "accelerate": ("hovle[train]", "training"),
     "peft": ("hovle[train]", "LoRA"),
+    "datasets": ("hovle[data]", "training data in parquet files, tars and on the Hub"),
     "timm": ("hovle[teacher]", "teachers for distillation"),
     "matplotlib": ("hovle[demo]", "the demo's picture"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),

@@ -47,7 +47,7 @@ def test_what_a_user_got_wrong_is_one_line_and_exit_code_1(capsys, tmp_path):
 def test_the_package_runs_as_a_module_without_extras():
     program = (
         "import sys, runpy\n"
-        "for name in ('accelerate', 'peft', 'timm', 'gguf', 'matplotlib'):\n"
+        "for name in ('accelerate', 'peft', 'timm', 'gguf', 'matplotlib', 'datasets'):\n"
         "    sys.modules[name] = None\n"
         "import hovle\n"
         "sys.argv = ['hovle', '--help']\n"

@@ -14,7 +14,7 @@ import torch
 
 from .config import DataConfig
 from .skips import SkipSampleError
-from .sources import Record, Records, fingerprint_records, load_records
+from .sources import Record, Records, RecordStream, fingerprint_records, load_records
 
 BLOCK = 256
 """Draws whose sources are chosen together: shares are exact to a sample at the end of each block."""
@@ -32,12 +32,14 @@ class Mixture:
 
     def __init__(
         self,
-        sources: Sequence[Records],
+        sources: Sequence[Records | RecordStream],
         seed: int,
         weights: Sequence[float] | None = None,
         labels: Sequence[str] | None = None,
     ):
         self.sources = list(sources)
+        self.lists = {number: item for number, item in enumerate(sources) if not isinstance(item, RecordStream)}
+        self.streams = {number: item for number, item in enumerate(sources) if isinstance(item, RecordStream)}
         self.seed = seed
         self.weights = [Fraction(str(weight)) for weight in weights or [1] * len(self.sources)]
         self.labels = list(labels or [f"source {number}" for number in range(len(self.sources))])
@@ -47,8 +49,8 @@ class Mixture:
     @property
     def has_branches(self) -> bool:
         """Whether samples may hold several conversations; only readers that know all their records make such ones."""
-        lists = [records for records in self.sources if isinstance(records, list)]
-        return any(record.has_branches for records in lists for record in records)
+        known = [records for records in self.sources if isinstance(records, list)]
+        return any(record.has_branches for records in known for record in records)
 
     @property
     def fingerprint(self) -> str:
@@ -73,22 +75,26 @@ class Mixture:
     def record_at(self, index: int) -> Record:
         """Record of a stream index: every epoch of a source visits each record once, with draws of its own."""
         source, number = self.place(index)
-        epoch, position = divmod(number, len(self.sources[source]))
+        records = self.lists[source]
+        epoch, position = divmod(number, len(records))
         if (source, epoch) not in self._orders:
             generator = torch.Generator().manual_seed(self.seed * 7919 + epoch + 1_000_000_007 * source)
-            order = torch.randperm(len(self.sources[source]), generator=generator)
+            order = torch.randperm(len(records), generator=generator)
             _remember(self._orders, (source, epoch), order)
-        record = self.sources[source][int(self._orders[source, epoch][position])]
+        record = records[int(self._orders[source, epoch][position])]
         return record.draw(self.seed * 1_000_003 + index)
 
     @property
     def num_records(self) -> int | None:
         """Records of all sources; None where one is a stream, whose end nobody knows."""
-        return None if any(is_stream(records) for records in self.sources) else sum(map(len, self.sources))
+        return None if self.streams else sum(len(records) for records in self.lists.values())
 
     def describe(self) -> list[str]:
         """One line per source: its name, size and share."""
-        sizes = ["a stream" if is_stream(records) else f"{len(records):,} records" for records in self.sources]
+        sizes = [
+            "a stream" if isinstance(records, RecordStream) else f"{len(records):,} records"
+            for records in self.sources
+        ]
         shares = [float(weight / sum(self.weights)) for weight in self.weights]
         return [
             f"{label}: {size}" + (f", {share:.1%} of the samples" if len(shares) > 1 else "")
@@ -134,9 +140,8 @@ class MixtureReader:
     def __init__(self, mixture: Mixture, lane: int, num_lanes: int, states: dict[int, dict]):
         self.mixture = mixture
         self.streams = {
-            number: records.open_lane(lane, num_lanes, states.get(number))  # type: ignore[attr-defined]
-            for number, records in enumerate(mixture.sources)
-            if is_stream(records)
+            number: records.open_lane(lane, num_lanes, mixture.seed, states.get(number))
+            for number, records in mixture.streams.items()
         }
         self._passed: dict[int, deque[tuple[int, dict]]] = {number: deque() for number in self.streams}
 
@@ -162,11 +167,6 @@ class MixtureReader:
             number: self._passed[number][0][1] if self._passed[number] else stream.state()
             for number, stream in self.streams.items()
         }
-
-
-def is_stream(records) -> bool:
-    """Whether a source is read in order instead of by number."""
-    return hasattr(records, "open_lane")
 
 
 def open_mixture(configs: Sequence[DataConfig], seed: int) -> Mixture:

@@ -22,11 +22,7 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
     """Load the model a stage starts from, in float32, with its processor."""
     start = config.model
     if start.checkpoint is not None:
-        if start.checkpoint.count("/") != 1 and not (Path(start.checkpoint) / "config.json").is_file():
-            raise ValueError(
-                f"model.checkpoint: no model in {start.checkpoint}. Run the stage before it first, or name a folder "
-                "with config.json or a Hub id such as owner/name."
-            )
+        check_checkpoint(start.checkpoint)
         model = HoVLEForConditionalGeneration.from_pretrained(start.checkpoint, dtype=torch.float32)
         processor = HoVLEProcessor.from_pretrained(start.checkpoint)
         check_stated_fields(start, model, processor)
@@ -45,6 +41,32 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
     )
     own_template: dict = {} if start.chat_template is None else {"chat_template": start.chat_template}
     return model, HoVLEProcessor.from_language_model(name, model.config, max_tiles=start.max_tiles, **own_template)
+
+
+def start_processor(start: ModelConfig) -> HoVLEProcessor:
+    """Load the processor of the model a stage starts from, without the model."""
+    if start.checkpoint is not None:
+        check_checkpoint(start.checkpoint)
+        return HoVLEProcessor.from_pretrained(start.checkpoint)
+    assert start.language_model is not None  # StageConfig wants one of the two
+    own_template: dict = {} if start.chat_template is None else {"chat_template": start.chat_template}
+    return HoVLEProcessor.from_language_model(
+        resolve_asset(start.language_model),
+        max_tiles=start.max_tiles,
+        image_size=start.image_size,
+        patch_size=start.patch_size,
+        pixel_shuffle_loc=start.pixel_shuffle_loc,
+        **own_template,
+    )
+
+
+def check_checkpoint(name: str) -> None:
+    """Raise where neither a model folder nor a Hub id is named."""
+    if name.count("/") != 1 and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"model.checkpoint: no model in {name}. Run the stage before it first, or name a folder "
+            "with config.json or a Hub id such as owner/name."
+        )
 
 
 def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:

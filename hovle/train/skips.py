@@ -52,7 +52,7 @@ class Skip(NamedTuple):
 
 @dataclass
 class SkipLedger:
-    """Counts of a run over all processes: fed with batches, it is brought up to date by `share`."""
+    """Counts of a run over all processes: fed with batches (`add`), brought up to date by `share`."""
 
     max_fraction: float
     """Largest share of skipped samples."""
@@ -78,9 +78,6 @@ class SkipLedger:
 
         Returns:
             The new skips.
-
-        Raises:
-            SkipBudgetError: On every process alike, when too many are skipped.
         """
         noted = gather(self._own)
         self._own = []
@@ -89,6 +86,10 @@ class SkipLedger:
         self.num_split += sum(split for _, split, _ in noted)
         self.reasons.update((skip.source, skip.reason) for skip in skips)
         self.worst.update((skip.name, skip.detail) for skip in skips if skip.reason != NO_PICTURE)
+        return skips
+
+    def check(self) -> None:
+        """Raise SkipBudgetError, on every process alike, when too many samples are skipped."""
         charged = sum(count for (_, reason), count in self.reasons.items() if reason != NO_PICTURE)
         if charged > self.max_fraction * max(self.num_drawn, FEWEST_DRAWN):
             raise SkipBudgetError(
@@ -96,7 +97,6 @@ class SkipLedger:
                 f"({self.max_fraction:g}) allows.\n{describe_skips(self.reasons, self.worst)}\nRepair the data "
                 "(`hovle data doctor RECIPE` looks through it), or raise max_skip_fraction."
             )
-        return skips
 
     def summary(self) -> dict:
         """Counts since the beginning of the run, for its log."""

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from ..assets import easy_vqa
 from ..eval.vqa import Question, draw_weighted, load_questions, wording_weights
@@ -62,7 +62,27 @@ class Records(Protocol):
     def __getitem__(self, place: int, /) -> Record: ...
 
 
-def load_records(config: DataConfig) -> Records:
+class RecordCursor(Protocol):
+    """Reads a lane's share of a stream in order."""
+
+    def next_record(self) -> Record:
+        """Read on; SkipSampleError where a row is not usable."""
+
+    def state(self) -> dict:
+        """Where the next record stands; plain values."""
+
+
+@runtime_checkable
+class RecordStream(Protocol):
+    """Conversations that can be read in order only."""
+
+    fingerprint: str
+
+    def open_lane(self, lane: int, num_lanes: int, seed: int, state: dict | None) -> RecordCursor:
+        """Read the share of one of `num_lanes` readers, from its beginning or from a state of its cursor."""
+
+
+def load_records(config: DataConfig) -> Records | RecordStream:
     """Open a source; pictures stay on disk."""
     if config.source == "easy_vqa":
         folder = Path(config.path) if config.path else easy_vqa()
@@ -77,10 +97,11 @@ def load_records(config: DataConfig) -> Records:
     return READERS[config.source](config)
 
 
-def fingerprint_records(records: Records) -> str:
+def fingerprint_records(records: Records | RecordStream) -> str:
     """Short hash of a source, to notice changed data when resuming."""
     if hasattr(records, "fingerprint"):
         return records.fingerprint
+    assert not isinstance(records, RecordStream)  # streams have one
     digest = hashlib.sha256()
     for place in range(len(records)):
         digest.update(repr(records[place]).encode())
@@ -252,13 +273,13 @@ def _picture_records(config: DataConfig) -> list[Record]:
     return [Record(path.name, conversation(path, "", "")) for path in paths]
 
 
-def _dataset_records(config: DataConfig) -> Records:
-    from .hf_datasets import DatasetRecords  # an extra: other sources do without it
+def _dataset_records(config: DataConfig) -> Records | RecordStream:
+    from .hf_datasets import DatasetRecords, DatasetStream  # they need an extra; other sources do without it
 
-    return DatasetRecords(config)
+    return DatasetStream(config) if config.streaming else DatasetRecords(config)
 
 
-READERS: dict[str, Callable[[DataConfig], Records]] = {
+READERS: dict[str, Callable[[DataConfig], Records | RecordStream]] = {
     "chat": _chat_records,
     "llava": _llava_records,
     "pictures": _picture_records,

@@ -106,6 +106,7 @@ class Stage:
         for batch in batches:
             skips.add(batch)
         skips.share()
+        skips.check()
         return batches
 
     def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
@@ -114,6 +115,7 @@ class Stage:
 
         for skip in self.skips.share(gather_object):
             log({"event": "skip", "step": step, **skip._asdict()})
+        self.skips.check()
         return self.skips.summary()
 
     def save(

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hovle import HoVLEProcessor
+from hovle.train.config import load_stage
 from hovle.train.data import (
     PackedBatches,
     Record,
@@ -17,8 +18,10 @@ from hovle.train.data import (
     StreamPosition,
     branch_mask,
     load_batches,
+    open_mixture,
     pack_rows,
 )
+from hovle.train.setup import make_sampler, start_processor
 from hovle.train.skips import SkipBudgetError
 
 
@@ -281,6 +284,16 @@ def test_rows_are_nearly_full_when_lengths_have_a_long_tail(stream):
     batches = stream(tail.tolist(), row_length=2048, packing_window=64, num_records=997)
     filled = torch.stack([batch["is_sample"].float().mean() for batch in itertools.islice(batches, 60)]).mean()
     assert filled >= 0.97  # measured 0.99
+
+
+@pytest.mark.parametrize("recipe", ["demo/distillation", "demo/alignment"])
+def test_rows_of_the_demo_are_nearly_full(recipe):
+    config = load_stage(recipe)
+    processor = start_processor(load_stage("demo/distillation").model)
+    mixture, maker = open_mixture(config.data, config.seed), make_sampler(config, processor)
+    plans = PackedBatches(mixture, maker, config, StreamPosition(), 0, 1, 0).plans()
+    filled = torch.stack([(plan["document_ids"] >= 0).float().mean() for plan in itertools.islice(plans, 12)]).mean()
+    assert filled >= 0.97  # measured 1.0 and 0.977
 
 
 def test_a_batch_of_text_alone_has_no_tiles(checkpoints, next_token_config):

@@ -6,6 +6,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from hovle.cli import main
 from hovle.train import loop, run_stage, stage
 from hovle.train.checkpoint import find_checkpoint
 from hovle.train.config import load_stage
+from hovle.train.skips import SkipBudgetError
 
 ROOT = Path(__file__).parents[2]
 
@@ -198,7 +200,7 @@ def test_a_dry_run_shows_a_sample_that_fills_its_row(next_token_config, tmp_path
     for length in range(5, 60):
         try:
             run_stage(next_token_config(source, f"row_length={length}"), dry_run=True)
-        except ValueError:
+        except SkipBudgetError:  # no row can hold it
             continue
         tokens = length
         break
@@ -261,6 +263,51 @@ def test_a_resumed_run_ends_with_the_same_bits(request, monkeypatch, tmp_path, f
         for folder in (straight, resumed)
     )
     assert found == [*expected[:3], *expected[2:]]  # step 3 was done twice
+
+
+@pytest.fixture
+def faulty(data, tmp_path) -> str:
+    """The chats with a damaged picture and a conversation without a reply; every third record is of no use."""
+    copied = Path(shutil.copytree(data, tmp_path / "faulty"))
+    (copied / "damaged.png").write_bytes((data / "pictures" / "01.png").read_bytes()[:60])
+    lines = (data / "chat.jsonl").read_text().splitlines()
+    turns = json.loads(lines[0])["messages"]
+    turns[0]["content"][0]["path"] = "damaged.png"
+    bad = [json.dumps({"messages": turns}), json.dumps({"messages": turns[:1]})]
+    (copied / "chat.jsonl").write_text("\n".join(lines[:4] + bad))
+    return f"data.path={copied / 'chat.jsonl'}"
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_skips_are_logged_and_counted_on_after_resuming(next_token_config, monkeypatch, tmp_path, faulty, num_workers):
+    overrides = (faulty, "max_skip_fraction=1", f"num_workers={num_workers}")
+    straight = read_log(run_stage(next_token_config(*overrides, f"output={tmp_path / 'straight'}")).parent)
+    config = next_token_config(*overrides, "checkpoint_every=2", "log_every=3")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(config)
+    resumed = read_log(run_stage(config, resume=True).parent)
+    counts = [[entry for entry in log if "loss" in entry][-1] for log in (straight, resumed)]
+    for name in ("samples_drawn", "samples_skipped", "samples_split"):
+        assert counts[0][name] == counts[1][name]
+    events = [[entry for entry in log if entry.get("event") == "skip"] for log in (straight, resumed)]
+    strip = [[(entry["name"], entry["reason"]) for entry in some] for some in events]
+    assert strip[0] == strip[1]
+    assert counts[0]["samples_skipped"] == Counter(reason for _, reason in strip[0])
+    assert set(strip[0]) == {("chat.jsonl:5", "unreadable picture"), ("chat.jsonl:6", "no supervised token")}
+    assert all("damaged.png" in entry["detail"] for entry in events[0] if entry["name"] == "chat.jsonl:5")
+
+
+def test_too_many_skips_stop_the_run_and_name_the_worst(next_token_config, faulty, tmp_path):
+    with pytest.raises(SkipBudgetError) as caught:
+        run_stage(next_token_config(faulty))
+    message = str(caught.value)
+    assert "samples were skipped, more than max_skip_fraction (0.001) allows" in message
+    assert "chat:chat.jsonl: no supervised token" in message
+    assert "chat.jsonl:6: no reply to learn from." in message
+    assert "hovle data doctor" in message
+    assert [entry["event"] for entry in read_log(tmp_path / "run")] == ["start", "skip", "skip"]  # logged all the same
 
 
 def test_the_number_format_is_measured_once(next_token_config, monkeypatch, tmp_path):
@@ -578,8 +625,11 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
     assert_same_weights(weights_in(tmp_path / "run" / "model"), weights_in(tmp_path / "straight"))
     assert read_log(tmp_path / "run")[0]["num_processes"] == 2
-    with pytest.raises(ValueError, match="the run had 2 processes, this one has 1"):
+    with pytest.raises(ValueError, match=r"the run had 2 micro-batches in a step, this one has 1 \(1 processes x"):
         run_stage(load_stage(recipe), resume=True)
+    alone = run_stage(load_stage(recipe, ["gradient_accumulation_steps=2"]), resume=True)
+    for name, tensor in weights_in(alone).items():
+        torch.testing.assert_close(tensor, weights_in(tmp_path / "straight")[name], atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -1,0 +1,223 @@
+"""Sources read by Hugging Face `datasets`: parquet, tars of WebDataset, picture folders, data sets of the Hub.
+
+A row needs no fixed columns; it may hold
+
+- pictures: `image` or `images`, or members of a tar with a picture's suffix;
+- a conversation: `messages` (role, content), `conversations` (from, value) or `texts` (user, assistant), also inside
+  a member `.json`; or a caption: `text`, `caption` or a member `.txt`, the reply to `data.prompt`.
+
+Pictures stay encoded until their batch is packed. Of a tar, pictures, JSON and text are decoded and nothing else.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .config import DataConfig
+from .skips import SkipSampleError
+from .sources import PICTURE_MARK, PICTURE_SUFFIXES, ROLES, Record, conversation, inside, messages_from_turns
+
+TEXT_SUFFIXES = ("json", "txt")
+"""Members of a tar that are decoded, beside pictures."""
+
+CAPTIONS = ("text", "caption", "txt")
+"""Columns that hold a caption."""
+
+
+def open_dataset(config: DataConfig) -> Any:
+    """Open a data set, map-style or as a stream, with its pictures left encoded."""
+    from datasets import Image, List, load_dataset_builder  # an extra: other sources do without it
+    from datasets.packaged_modules.webdataset.webdataset import WebDataset
+
+    path = Path(str(config.path))
+    options: dict = {}
+    if path.is_dir():
+        options["data_dir"] = str(path)
+    elif path.exists() or "*" in path.name:
+        options["data_files"] = str(path)
+    builder = load_dataset_builder(_layout(config) if options else str(path), config.subset, **options)
+    if isinstance(builder, WebDataset):
+
+        class PictureTars(WebDataset):
+            DECODERS = {suffix: WebDataset.DECODERS[suffix] for suffix in TEXT_SUFFIXES}  # noqa: RUF012 - as its base
+
+        builder = PictureTars(data_files=builder.config.data_files)
+    if config.streaming:
+        dataset = builder.as_streaming_dataset(split=config.split)
+    else:
+        builder.download_and_prepare()
+        dataset = builder.as_dataset(split=config.split)
+    for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Image):
+            dataset = dataset.cast_column(name, Image(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            dataset = dataset.cast_column(name, List(Image(decode=False)))
+    return dataset
+
+
+def _layout(config: DataConfig) -> str:
+    """How local files are laid out, by their names if the recipe does not say."""
+    if config.format != "auto":
+        return config.format
+    path = Path(str(config.path))
+    files = path.rglob("*") if path.is_dir() else [path]
+    suffixes = {file.suffix.lower() for file in files}
+    for layout, known in (("parquet", {".parquet"}), ("webdataset", {".tar"}), ("imagefolder", PICTURE_SUFFIXES)):
+        if suffixes.intersection(known):
+            return layout
+    raise ValueError(
+        f"data.path: {path} holds no parquet files, tars or pictures ({', '.join(sorted(suffixes)) or 'nothing'}); "
+        "set data.format if they have other names."
+    )
+
+
+def _fingerprint(config: DataConfig, dataset: Any) -> str:
+    """Short hash of what the data set is made of: names and sizes of local files, columns, rows if known."""
+    path = Path(str(config.path))
+    files = sorted(path.rglob("*")) if path.is_dir() else sorted(path.parent.glob(path.name))
+    sizes = [(file.name, file.stat().st_size) for file in files if file.is_file()]
+    rows = None if config.streaming else len(dataset)
+    parts = (str(path), config.subset, config.split, sizes, sorted(dataset.features or {}), rows)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+class DatasetRecords:
+    """A map-style data set."""
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self.dataset = open_dataset(config)
+        self.fingerprint = _fingerprint(config, self.dataset)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, place: int, /) -> Record:
+        return record_from_row(self.dataset[place], f"{self.config.label}[{place}]", self.config)
+
+
+class DatasetStream:
+    """A streamed data set; each lane of the run reads its share of the shards, or of the rows if they do not divide.
+
+    Only the order of the shards is shuffled: rows mixed in a buffer would be lost when a run is resumed. So shuffle
+    the rows before writing the shards, and write a multiple of the run's lanes (micro-batches per step).
+    """
+
+    def __init__(self, config: DataConfig):
+        self.config = config
+        self.dataset = open_dataset(config)
+        self.fingerprint = _fingerprint(config, self.dataset)
+
+    def open_lane(self, lane: int, num_lanes: int, seed: int, state: dict | None) -> "LaneStream":
+        """Read a lane's share, from its beginning or from where `LaneStream.state` was taken."""
+        return LaneStream(self, lane, num_lanes, seed, state or {"epoch": 0, "num_rows": 0, "dataset": None})
+
+
+class LaneStream:
+    """One lane's share of a streamed data set, epoch after epoch."""
+
+    def __init__(self, source: DatasetStream, lane: int, num_lanes: int, seed: int, state: dict):
+        self.source, self.lane, self.num_lanes, self.seed = source, lane, num_lanes, seed
+        self._open_epoch(state)
+
+    def _open_epoch(self, state: dict) -> None:
+        from datasets.distributed import split_dataset_by_node
+
+        self.epoch, self.num_rows = state["epoch"], state["num_rows"]
+        shuffled = self.source.dataset.shuffle(
+            seed=self.seed * 7919 + self.epoch, buffer_size=1, max_buffer_input_shards=1
+        )
+        self.dataset = split_dataset_by_node(shuffled, self.lane, self.num_lanes)
+        if state["dataset"] is not None:
+            self.dataset.load_state_dict(json.loads(state["dataset"]))
+        self.rows: Iterator[dict] = iter(self.dataset)
+
+    def state(self) -> dict:
+        """Where the next row stands; plain values."""
+        dataset = json.dumps(self.dataset.state_dict()) if self.num_rows else None
+        return {"epoch": self.epoch, "num_rows": self.num_rows, "dataset": dataset}
+
+    def next_record(self) -> Record:
+        """Read on, into the next epoch where one ends."""
+        row = next(self.rows, None)
+        if row is None:
+            if self.num_rows == 0:
+                raise ValueError(
+                    f"{self.source.config.label}: nothing to read for one of the run's {self.num_lanes} lanes "
+                    "(micro-batches per step): the stream has fewer rows than lanes. Do not stream it."
+                )
+            self._open_epoch({"epoch": self.epoch + 1, "num_rows": 0, "dataset": None})
+            return self.next_record()
+        self.num_rows += 1
+        name = f"{self.source.config.label} lane {self.lane} epoch {self.epoch} row {self.num_rows}"
+        return record_from_row(row, name, self.source.config)
+
+
+def record_from_row(row: dict, name: str, config: DataConfig) -> Record:
+    """Turn a row into a record; SkipSampleError where it has neither pictures nor text, or too few of them."""
+    member = row.get("json")
+    if isinstance(member, Mapping):
+        row = {**member, **{key: value for key, value in row.items() if key != "json"}}
+    name = f"{name} ({row['__key__']})" if "__key__" in row else name
+    pictures = _pictures(row, name, config)
+    turns = _turns(row, name, len(pictures), config)
+    if turns is None and len(pictures) == 1:
+        return Record(name, conversation(pictures[0], "", ""))
+    if turns is None:
+        columns = ", ".join(key for key, value in row.items() if value is not None)
+        raise SkipSampleError(
+            name, "malformed", f"expected a conversation, a caption or one picture, found {columns}."
+        )
+    return Record(name, messages_from_turns(name, turns, pictures))
+
+
+def _pictures(row: dict, name: str, config: DataConfig) -> list[str | bytes]:
+    """Encoded pictures of a row, or paths of files that stay inside the data set's folder."""
+    given: list = []
+    for key, value in row.items():
+        is_picture = key in ("image", "images") or f".{key.rpartition('.')[2].lower()}" in PICTURE_SUFFIXES
+        if is_picture and value is not None and not isinstance(value, str):
+            given += value if isinstance(value, list) else [value]
+    pictures: list[str | bytes] = []
+    for picture in given:
+        if isinstance(picture, bytes):
+            pictures.append(picture)
+        elif isinstance(picture, Mapping) and picture.get("bytes"):
+            pictures.append(picture["bytes"])
+        elif isinstance(picture, Mapping) and picture.get("path") and Path(str(config.path)).is_dir():
+            try:
+                pictures.append(str(inside(Path(str(config.path)), picture["path"])))
+            except ValueError as error:
+                raise SkipSampleError(name, "picture outside its folder", str(error)) from error
+        else:
+            raise SkipSampleError(
+                name, "missing file", f"a picture without bytes and without a file: {picture!r:.80}."
+            )
+    return pictures
+
+
+def _turns(row: dict, name: str, num_pictures: int, config: DataConfig) -> list[tuple[str, str]] | None:
+    """Role and text of each turn; pictures go before the first question where a format has no marks for them."""
+    marks = PICTURE_MARK * num_pictures
+    try:
+        if row.get("messages"):
+            return [(ROLES[message["role"]], _flat(message["content"])) for message in row["messages"]]
+        if row.get("conversations"):
+            return [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
+        if row.get("texts"):
+            pairs = [[("user", turn["user"]), ("assistant", turn["assistant"])] for turn in row["texts"]]
+            (role, question), *others = [turn for pair in pairs for turn in pair]
+            return [(role, question if PICTURE_MARK in question else marks + question), *others]
+    except (KeyError, TypeError) as error:
+        raise SkipSampleError(name, "malformed", f"cannot read its conversation ({error!r}).") from error
+    caption = next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), None)
+    return None if caption is None else [("user", marks + config.prompt), ("assistant", caption)]
+
+
+def _flat(content: str | list[dict]) -> str:
+    """Text of a message, with a mark where an item stands for a picture."""
+    if isinstance(content, str):
+        return content
+    return "".join(PICTURE_MARK if item["type"] == "image" else item["text"] for item in content)

@@ -1,0 +1,221 @@
+"""Sources read by `datasets`: rows of every layout become records, streams continue where they stopped."""
+
+import io
+import itertools
+import json
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hovle import HoVLEProcessor
+from hovle.train.config import DataConfig
+from hovle.train.data import Mixture, PackedBatches, ReplySamples, SkipSampleError, StreamPosition, load_records
+from hovle.train.mixture import MixtureReader
+
+NUM_ROWS = 24
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (50, 60), (number * 10, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+@pytest.fixture
+def tars(tmp_path) -> Path:
+    """Four tars of six conversations each, with a member that only unpickling could read."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for shard in range(4):
+        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
+            for number in range(shard * 6, shard * 6 + 6):
+                turns = [{"from": "human", "value": f"<image>{number}?"}, {"from": "gpt", "value": f"answer {number}"}]
+                members = {
+                    "png": png(number),
+                    "json": json.dumps({"conversations": turns}).encode(),
+                    "pth": b"\x80bad",
+                }
+                for suffix, data in members.items():
+                    entry = tarfile.TarInfo(f"{number:04d}.{suffix}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+    return folder
+
+
+@pytest.fixture
+def parquet(tmp_path) -> Path:
+    """Two parquet files with a picture and the turns of FineVision's format."""
+    import datasets
+
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "texts": datasets.List({"user": datasets.Value("string"), "assistant": datasets.Value("string")}),
+        }
+    )
+    for shard in range(2):
+        rows = [
+            {
+                "images": [{"bytes": png(number), "path": None}],
+                "texts": [
+                    {"user": f"{number}?", "assistant": f"answer {number}"},
+                    {"user": "Sure?", "assistant": "Yes"},
+                ],
+            }
+            for number in range(shard * 12, shard * 12 + 12)
+        ]
+        dataset = datasets.Dataset.from_list(rows, features=features)
+        dataset.to_parquet(str(folder / f"train-{shard}.parquet"))
+    return folder
+
+
+def config_of(path: Path, **fields) -> DataConfig:
+    return DataConfig(source="huggingface", path=str(path), **fields)
+
+
+def replies(record) -> list[str]:
+    return [message["content"] for message in record.messages if message["role"] == "assistant"]
+
+
+def test_tars_are_read_and_what_would_need_unpickling_is_left_alone(tars):
+    records = load_records(config_of(tars))
+    assert len(records) == NUM_ROWS
+    record = records[7]
+    assert record.name == "huggingface:tars[7] (0007)"
+    assert record.messages[0]["content"] == [
+        {"type": "image", "image": png(7)},
+        {"type": "text", "text": "7?"},
+    ]
+    assert replies(record) == ["answer 7"]
+    assert records.dataset[7]["pth"] == b"\x80bad"  # bytes, as they lay there
+
+
+def test_parquet_rows_become_conversations_with_the_picture_first(parquet):
+    records = load_records(config_of(parquet))
+    assert len(records) == NUM_ROWS
+    assert records[3].messages[0]["content"] == [
+        {"type": "image", "image": png(3)},
+        {"type": "text", "text": "3?"},
+    ]
+    assert replies(records[3]) == ["answer 3", "Yes"]
+    assert load_records(config_of(parquet)).fingerprint == records.fingerprint
+
+
+def test_a_picture_folder_gives_captions_from_its_metadata(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = []
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(png(number))
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"caption {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    records = load_records(config_of(folder, format="imagefolder", prompt="Describe it."))
+    assert [replies(records[place]) for place in range(3)] == [[f"caption {number}"] for number in range(3)]
+    picture, text = records[1].messages[0]["content"]
+    assert Path(picture["path"]) == folder / "1.png"
+    assert text["text"] == "Describe it."
+
+
+def row(**columns) -> dict:
+    return {"image": {"bytes": png(0), "path": None}, **columns}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason", "detail"),
+    [
+        ({"conversations": [{"from": "human", "value": "no mark"}]}, "picture count", "0 <image> marks"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "malformed", "robot"),
+        ({"images": [{"bytes": png(1), "path": None}]}, "malformed", "found image, images"),
+        ({"image": {"bytes": None, "path": "/etc/passwd"}}, "picture outside its folder", "lies outside"),
+        ({"image": {"bytes": None, "path": None}}, "missing file", "without bytes"),
+        ({"image": None}, "malformed", "expected a conversation, a caption or one picture"),
+    ],
+)
+def test_rows_that_are_not_usable_say_why(columns, reason, detail, tmp_path):
+    from hovle.train.hf_datasets import record_from_row
+
+    with pytest.raises(SkipSampleError, match=f"a row: .*{detail}") as caught:
+        record_from_row(row(**columns), "a row", config_of(tmp_path))
+    assert caught.value.reason == reason
+
+
+def test_messages_of_a_row_keep_their_pictures_where_they_stand(tmp_path):
+    from hovle.train.hf_datasets import record_from_row
+
+    content = [{"type": "text", "text": "Before "}, {"type": "image", "text": None}, {"type": "text", "text": "after"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
+    record = record_from_row(row(messages=messages), "a row", config_of(tmp_path))
+    assert [item["type"] for item in record.messages[0]["content"]] == ["text", "image", "text"]
+
+
+def test_a_folder_without_known_files_is_refused(tmp_path):
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(ValueError, match=r"no parquet files, tars or pictures \(\.md\)"):
+        load_records(config_of(tmp_path))
+
+
+def read(mixture: Mixture, indices, lane=0, num_lanes=1, states=None) -> tuple[list[str], MixtureReader]:
+    reader = MixtureReader(mixture, lane, num_lanes, states or {})
+    return [replies(reader.record_at(index))[0] for index in indices], reader
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2, 3])
+def test_the_lanes_of_a_stream_share_its_rows_and_shuffle_its_shards(tars, num_lanes):
+    mixture = Mixture([load_records(config_of(tars, streaming=True))], seed=0)
+    epochs = []
+    for epoch in range(6):
+        taken = []
+        for lane in range(num_lanes):
+            indices = range(lane, 6 * NUM_ROWS, num_lanes)
+            share = NUM_ROWS // num_lanes
+            taken += read(mixture, indices, lane, num_lanes)[0][epoch * share : (epoch + 1) * share]
+        epochs.append(taken)
+        assert sorted(taken) == sorted(f"answer {number}" for number in range(NUM_ROWS))
+    assert len({tuple(taken) for taken in epochs}) > 1
+
+
+@pytest.mark.parametrize("kind", ["tars", "parquet"])
+def test_a_stream_continues_exactly_wherever_it_stopped(kind, request):
+    config = config_of(request.getfixturevalue(kind), streaming=True)
+    straight = read(Mixture([load_records(config)], seed=0), range(60))[0]
+    for stop in (0, 1, 5, 6, 23, 24, 25, 40):
+        _, reader = read(Mixture([load_records(config)], seed=0), range(stop))
+        states = json.loads(json.dumps(reader.states(stop)[0]))  # plain values
+        found, _ = read(Mixture([load_records(config)], seed=0), range(stop, 60), states={0: states})
+        assert found == straight[stop:]
+
+
+def test_a_stream_with_fewer_rows_than_lanes_is_refused(tars):
+    mixture = Mixture([load_records(config_of(tars, streaming=True))], seed=0)
+    with pytest.raises(ValueError, match="fewer rows than lanes"):
+        read(mixture, [30], lane=30, num_lanes=40)
+
+
+def test_a_mixture_with_a_stream_is_packed_and_resumed_exactly(tars, data, checkpoints, next_token_config):
+    def batches(rank=0, world_size=1, start=None) -> PackedBatches:
+        sources = [config_of(tars, streaming=True), DataConfig(source="chat", path=str(data / "chat.jsonl"))]
+        mixture = Mixture([load_records(source) for source in sources], 0, [2, 1])
+        config = next_token_config(f"gradient_accumulation_steps={2 // world_size}", "packing_window=6")
+        maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
+        return PackedBatches(mixture, maker, config, start or StreamPosition(), rank, world_size, 0)
+
+    straight = list(itertools.islice(batches(), 8))
+    assert any("huggingface:tars" in name for name in straight[0]["names"])
+    assert any("chat.jsonl" in name for name in straight[0]["names"])
+    names = [batch["names"] for batch in straight]
+    resumed = itertools.islice(batches(start=straight[3]["position"]), 4)
+    assert [batch["names"] for batch in resumed] == names[4:]
+    ranks = [list(itertools.islice(batches(rank, 2, straight[3]["position"]), 2)) for rank in range(2)]
+    assert [ranks[place % 2][place // 2]["names"] for place in range(4)] == names[4:]
