@@ -16,7 +16,7 @@ OPTIONAL = {
     "accelerate": ("hovle[train]", "training"),
     "peft": ("hovle[train]", "LoRA"),
     "timm": ("hovle[teacher]", "teachers for distillation"),
-    "matplotlib": ("hovle[demo]", "the demo's picture"),
+    "matplotlib": ("hovle[demo]", "reports of runs and the demo"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "fastapi": ("hovle[serve]", "hovle serve"),
     "torchvision": ("hovle[vision]", "faster decoding and resizing of pictures"),
