@@ -76,7 +76,7 @@ class NextTokenObjective(Objective):
         terms = {
             "reply_nats": nn.functional.cross_entropy(logits, labels, reduction="sum"),
             "reply_accuracy": (logits.argmax(dim=-1) == labels).sum().float(),
-            "image_norm_ratio": _norm_ratio(outputs.image_hidden_states, self.text_norm),
+            "image_norm_ratio": norm_ratio(outputs.image_hidden_states, self.text_norm),
         }
         return ObjectiveOutput(terms, self.counts(batch))
 
@@ -144,7 +144,7 @@ class DistillationObjective(Objective):
             "text_cosine": _cosine(text, embeddings),
             "image_scale": _log_norm_ratio(image, self.text_norm),
             "text_scale": _log_norm_ratio(text, embeddings.float().norm(dim=-1)),
-            "image_norm_ratio": _norm_ratio(image, self.text_norm),
+            "image_norm_ratio": norm_ratio(image, self.text_norm),
         }
         return ObjectiveOutput(terms, self.counts(batch))
 
@@ -158,7 +158,7 @@ def mean_norm(text_table: torch.Tensor) -> torch.Tensor:
     return text_table.float().norm(dim=-1).mean()
 
 
-def _norm_ratio(image: torch.Tensor | None, text_norm: torch.Tensor) -> torch.Tensor:
+def norm_ratio(image: torch.Tensor | None, text_norm: torch.Tensor) -> torch.Tensor:
     """Sum of the image outputs' lengths over that of a text embedding; watched only, so without gradient."""
     if image is None:
         return torch.zeros_like(text_norm)
