@@ -14,13 +14,13 @@ COMMANDS = {
     "serve": ("hovle.serve", "answer requests of OpenAI's chat API with a model"),
     "convert": ("hovle.conversion", "turn a released checkpoint into a hovle model, and back"),
     "fetch": ("hovle.assets", "download the real model, teacher and data the demo uses"),
-    "train": ("hovle.train.__main__", "run one training stage from a YAML recipe"),
     "data": ("hovle.train.data_doctor", "look through the training data of a recipe before a run"),
+    "train": ("hovle.train.__main__", "run one training stage from a YAML recipe, and report on runs"),
     "doctor": ("hovle.doctor", "say what works on this machine and what to install for more"),
     "demo": ("hovle.demo", "train a small model on this machine and let it answer questions"),
 }
 """Subcommand -> (module, one line of help). A module offers `add_arguments(parser)` and `run(args) -> exit code`;
-its docstring is the subcommand's help text."""
+its docstring is the subcommand's help text. `ACTIONS` of a module are subcommands of its own: name -> module."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
-        return _run_command(argv[0], argv[1:])
+        return _run_command(argv[0], COMMANDS[argv[0]][0], argv[1:])
     parser = argparse.ArgumentParser(
         prog="hovle",
         description="HoVLE: a monolithic vision-language model with a holistic embedding, open and trainable.",
@@ -52,10 +52,13 @@ def _refuse(name: str, message: str) -> int:
     return 1
 
 
-def _run_command(name: str, argv: Sequence[str]) -> int:
+def _run_command(name: str, module_name: str, argv: Sequence[str]) -> int:
     if name != "doctor" and (problem := unmet()) is not None:
         return _refuse(name, f"{problem} (`hovle doctor` looks at the rest.)")
-    module = importlib.import_module(COMMANDS[name][0])
+    module = importlib.import_module(module_name)
+    actions = getattr(module, "ACTIONS", {})
+    if argv and argv[0] in actions:
+        return _run_command(f"{name} {argv[0]}", actions[argv[0]], argv[1:])
     parser = argparse.ArgumentParser(
         prog=f"hovle {name}", description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from .assets import easy_vqa
+from .charts import load_pyplot
 from .eval.vqa import Question, draw_questions, exact_match, score_model
 
 STAGES = ("distillation", "alignment", "instruction_tuning")
@@ -73,18 +74,6 @@ def stage_settings(stage: str, args: argparse.Namespace) -> list[str]:
     if stage != STAGES[0]:
         settings.append(f"model.checkpoint={args.output / STAGES[STAGES.index(stage) - 1] / 'model'}")
     return [*settings, *args.overrides]
-
-
-def load_pyplot():
-    """Import matplotlib's drawing functions, without a display."""
-    try:
-        import matplotlib as mpl  # an extra: only the demo draws charts
-    except ImportError as error:
-        raise ValueError("The demo draws its report with matplotlib: pip install 'hovle[demo]'") from error
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def delete_runs(output: Path) -> None:

@@ -17,7 +17,7 @@ OPTIONAL = {
     "peft": ("hovle[train]", "LoRA"),
     "datasets": ("hovle[data]", "training data in parquet files, tars and on the Hub"),
     "timm": ("hovle[teacher]", "teachers for distillation"),
-    "matplotlib": ("hovle[demo]", "the demo's picture"),
+    "matplotlib": ("hovle[demo]", "reports of runs and the demo"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "fastapi": ("hovle[serve]", "hovle serve"),
     "torchvision": ("hovle[vision]", "faster decoding and resizing of pictures"),

@@ -4,9 +4,12 @@ import os
 import subprocess
 import sys
 
+import pytest
 import torch
+from torch import nn
 
-from hovle.machine import fastest_dtype
+from hovle import machine
+from hovle.machine import Stopwatch, fastest_dtype, gemm_peak
 
 ASK = "from hovle.machine import compiler_problem; print(compiler_problem())"
 
@@ -20,3 +23,33 @@ def test_a_compiler_that_does_not_exist_is_a_problem_told_in_one_line(tmp_path):
 
 def test_the_fastest_format_is_one_a_model_can_use():
     assert fastest_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+def test_the_peak_counts_multiply_adds_as_two_operations(monkeypatch):
+    measured = {}
+
+    def half_a_second(dtype, sizes, device):
+        measured.update(dtype=dtype, sizes=sizes, device=device)
+        return 0.5
+
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "_matmul_seconds", half_a_second)
+        peak = gemm_peak(100, nn.Linear(30, 20), torch.bfloat16, torch.device("cpu"))
+    assert measured == {"dtype": torch.bfloat16, "sizes": (100, 30, 20), "device": torch.device("cpu")}
+    assert peak == 2 * 100 * 30 * 20 / 0.5
+    assert 1e8 < gemm_peak(256, nn.Linear(256, 256), torch.float32, torch.device("cpu")) < 1e15
+
+
+def test_a_stopwatch_adds_up_and_starts_anew(monkeypatch):
+    clock = iter([1.0, 3.0, 10.0, 10.5, 20.0, 21.0])
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    stopwatch = Stopwatch()
+    for _ in range(2):
+        with stopwatch:
+            pass
+    assert stopwatch.read() == 2.5
+    assert stopwatch.read() == 0
+    with stopwatch:
+        pass
+    assert stopwatch.read() == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Run one training stage from a YAML recipe.
+"""Run one training stage from a YAML recipe, or report on runs.
 
 examples:
   hovle train demo/distillation                         a recipe that ships with the package
@@ -6,6 +6,7 @@ examples:
   hovle train demo/alignment num_steps=20 model.checkpoint=runs/demo/distillation/model
   hovle train my_stage.yaml --dry-run                   show what would be trained on what
   hovle train my_stage.yaml --resume                    continue the newest checkpoint, exactly
+  hovle train report runs/demo/alignment                curves and a page of figures, also of a run that goes on
   torchrun --nproc-per-node 2 -m hovle.train my_stage.yaml
 """
 
@@ -16,6 +17,9 @@ import sys
 from ..cli import main
 from .config import load_stage
 from .stage import run_stage
+
+ACTIONS = {"report": "hovle.train.run_report"}
+"""What `hovle train` does beside training; a recipe of such a name is given as ./NAME."""
 
 OVERRIDE = re.compile(r"[a-z_.]+=")
 """How a `key=value` argument starts; a path with an equals sign has a slash before it or is given as ./PATH."""

@@ -25,6 +25,11 @@ RESUMABLE_CHANGES = (
     "log_every",
     "checkpoint_every",
     "max_skip_fraction",
+    "validate_every",
+    "blind_check",
+    "min_picture_gap",
+    "stop_when_blind",
+    "tracking",
     "gradient_accumulation_steps",
 )
 """Fields a resumed run may change: they move no number. The last one goes with the number of processes; their product

@@ -24,6 +24,7 @@ SMALLEST = {
     "log_every": 1,
     "num_validation_batches": 1,
     "checkpoint_every": 0,
+    "validate_every": 0,
     "num_workers": 0,
 }
 """Smallest value of each whole-number field of a stage."""
@@ -150,6 +151,26 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RetentionConfig:
+    """Perplexity on text without pictures, before the first step and after the last, against the bare LLM's."""
+
+    source: str = "python_docs"
+    """UTF-8 text file, or `python_docs`: the language reference that comes with Python."""
+    num_tokens: int = 8192
+    """Tokens read from its beginning."""
+    window: int = 512
+    """Tokens the model sees at once."""
+    language_model: str | None = None
+    """The bare LLM, where the start checkpoint does not record its perplexity; `asset:NAME` is fetched."""
+
+    def __post_init__(self):
+        if not 2 <= self.window <= self.num_tokens:
+            raise ValueError(
+                f"retention.window must lie between 2 and retention.num_tokens ({self.num_tokens}), got {self.window}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One training stage."""
 
@@ -162,9 +183,21 @@ class StageConfig:
     data: tuple[DataConfig, ...]
     """What it reads: one source, or a list of sources mixed by `weight`."""
     validation: DataConfig | None = None
-    """Held-out data, measured before the first step and after the last."""
+    """Held-out data, measured before the first step, every `validate_every` steps and after the last."""
     num_validation_batches: int = 4
     """Packed batches of it."""
+    validate_every: int = 0
+    """Steps between validations; 0: only before the first step and after the last."""
+    blind_check: bool = True
+    """With every validation after the first, measure blank and shuffled pictures too (next_token)."""
+    min_picture_gap: float = 0.01
+    """Nats per reply token by which such pictures must raise the loss; below it, an alarm is raised after warm-up."""
+    stop_when_blind: bool = False
+    """End the run on that alarm instead of warning; after the last step the model is saved first."""
+    retention: RetentionConfig | None = None
+    """Whether the model still knows its language; None: not measured."""
+    tracking: tuple[str, ...] = ()
+    """Trackers of accelerate that receive the log beside `log.jsonl`: tensorboard, trackio, wandb, ..."""
     trainable: tuple[str, ...]
     """Parameter groups that receive gradients: stem, holistic_layers, text_embeddings, language_model."""
     teacher: TeacherConfig | None = None
@@ -229,6 +262,13 @@ class StageConfig:
             raise ValueError("A teacher goes with the distillation objective, and only with it.")
         if self.objective.name == "distillation" and (self.lora is not None or "language_model" in self.trainable):
             raise ValueError("Distillation does not run the language model: it can train neither it nor lora.")
+        if self.validate_every and self.validation is None:
+            raise ValueError(f"validate_every is {self.validate_every}, but there is no validation source.")
+        if self.stop_when_blind and (not self.blind_check or self.validation is None or self.teacher is not None):
+            raise ValueError(
+                "stop_when_blind needs blind_check, a validation source and the next_token objective: nothing would "
+                "be checked."
+            )
         for name, smallest in SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}.")

@@ -1,7 +1,6 @@
-"""The training loop all stages share: draw, step, log, save."""
+"""The training loop all stages share: draw, step, log, validate, save."""
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from tqdm.auto import tqdm
 from ..errors import StopRunError
 from .config import StageConfig
 from .data import StreamPosition
+from .meter import Meter, gradient_norms
 from .objectives import Objective, learning_rate_factor
 
 
@@ -25,6 +25,8 @@ class StepResult:
     """Mean of each term."""
     gradient_norm: float
     """Norm before clipping."""
+    part_norms: dict[str, float]
+    """The same of each part of the model that learns."""
 
 
 class NonFiniteLossError(StopRunError):
@@ -77,7 +79,9 @@ def train_step(
         for name in weights:
             sums[name] += terms[name].detach()
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    gradient_norm = nn.utils.clip_grad_norm_(parameters, max_gradient_norm)
+    part_norms = gradient_norms(inner)
+    gradient_norm = torch.stack(list(part_norms.values())).norm()
+    nn.utils.clip_grads_with_norm_(parameters, max_gradient_norm, gradient_norm)
     if not torch.isfinite(gradient_norm):
         raise NonFiniteLossError(
             f"The gradient norm is {float(gradient_norm)} on {_names(micro_batches)}. {UNTOUCHED}"
@@ -85,7 +89,8 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     means = {name: float(reduce_sum(sums[name]) / totals[name]) for name in weights}
-    return StepResult(sum(weights[name] * means[name] for name in weights), means, float(gradient_norm))
+    total = sum(weights[name] * means[name] for name in weights)
+    return StepResult(total, means, float(gradient_norm), {part: float(norm) for part, norm in part_norms.items()})
 
 
 def unwrap(objective: nn.Module) -> Objective:
@@ -109,7 +114,7 @@ def validate(
     for batch in batches:
         # Uncompiled: a graph without gradients would be built for a handful of batches.
         with autocast, torch.compiler.set_stance("force_eager"):
-            output = inner(_to_device(batch, accelerator.device))
+            output = inner(to_device(batch, accelerator.device))
         for column, name in enumerate(inner.weights):
             sums[0, column] += output.terms[name]
             sums[1, column] += output.counts[name]
@@ -127,7 +132,9 @@ def train(
     first_step: int,
     autocast: contextlib.AbstractContextManager,
     accelerator,
+    meter: Meter,
     log: Callable[[dict], None],
+    validate: Callable[[int], None],
     save: Callable[[int, StreamPosition], None],
     name: str,
 ) -> None:
@@ -141,59 +148,59 @@ def train(
         first_step: 0, or the step a checkpoint was saved at.
         autocast: Context of the number format.
         accelerator: Knows processes and devices.
+        meter: Measures speed.
         log: Takes one entry with units in its keys.
+        validate: Takes the number of finished steps.
         save: Takes the number of finished steps and where the data continues.
         name: Shown on the progress bar.
     """
     progress = tqdm(
         total=config.num_steps, initial=first_step, desc=name, unit="step", disable=not accelerator.is_main_process
     )
-    num_tokens = num_samples = 0
-    started_at = time.perf_counter()
-    data_seconds = 0.0
     for step in range(first_step, config.num_steps):
-        waiting_since = time.perf_counter()
-        micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
-        data_seconds += time.perf_counter() - waiting_since
+        with meter.waiting_for_data():
+            micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         factor = learning_rate_factor(step, config.num_steps, config.warmup_ratio, config.final_learning_rate_ratio)
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * factor
         result = train_step(
             objective,
             optimizer,
-            [_to_device(batch, accelerator.device) for batch in micro_batches],
+            [to_device(batch, accelerator.device) for batch in micro_batches],
             config.max_gradient_norm,
             autocast,
             reduce_sum=lambda tensor: accelerator.reduce(tensor, "sum"),
             num_processes=accelerator.num_processes,
         )
-        num_tokens += sum(int(batch["is_sample"].sum()) for batch in micro_batches) * accelerator.num_processes
-        num_samples += sum(len(batch["names"]) for batch in micro_batches) * accelerator.num_processes
+        meter.add(micro_batches)
         progress.update()
         finished = step + 1
-        if finished % config.log_every == 0 or finished == config.num_steps:
-            elapsed_seconds = time.perf_counter() - started_at
-            entry = {
-                "step": finished,
-                "loss": round(result.loss, 5),
-                **{term: round(value, 5) for term, value in result.terms.items()},
-                "gradient_norm": round(result.gradient_norm, 4),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "tokens_per_second": round(num_tokens / elapsed_seconds, 1),
-                "samples_per_second": round(num_samples / elapsed_seconds, 2),
-                "data_wait_ratio": round(data_seconds / elapsed_seconds, 4),
-                "padding_ratio": round(1 - float(micro_batches[-1]["is_sample"].float().mean()), 4),
-                "elapsed_seconds": round(elapsed_seconds, 1),
-            }
+        is_last = finished == config.num_steps
+        if finished % config.log_every == 0 or is_last:
+            entry = log_entry(finished, result, optimizer.param_groups[0]["lr"], meter)
             log(entry)
             progress.set_postfix_str(f"loss {result.loss:.3f}, {entry['tokens_per_second']:.0f} tokens/s")
-            num_tokens = num_samples = 0
-            data_seconds = 0.0
-            started_at = time.perf_counter()
-        if config.checkpoint_every and finished % config.checkpoint_every == 0 and finished < config.num_steps:
-            save(finished, micro_batches[-1]["position"])
+        with meter.paused():
+            if config.validate_every and finished % config.validate_every == 0 and not is_last:
+                validate(finished)
+            if config.checkpoint_every and finished % config.checkpoint_every == 0 and not is_last:
+                save(finished, micro_batches[-1]["position"])
     progress.close()
 
 
-def _to_device(batch: dict, device: torch.device) -> dict:
+def log_entry(step: int, result: StepResult, learning_rate: float, meter: Meter) -> dict[str, float]:
+    """What is logged of a step, and of the speed since the last logged one."""
+    return {
+        "step": step,
+        "loss": round(result.loss, 5),
+        **{term: round(value, 5) for term, value in result.terms.items()},
+        "gradient_norm": round(result.gradient_norm, 4),
+        **{f"gradient_norm_{part}": round(norm, 4) for part, norm in result.part_norms.items()},
+        "learning_rate": learning_rate,
+        **meter.read(),
+    }
+
+
+def to_device(batch: dict, device: torch.device) -> dict:
+    """Move a batch's tensors."""
     return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

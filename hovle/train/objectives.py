@@ -4,12 +4,14 @@ An objective is a module that maps one packed batch to summed losses, so that di
 step gives the same number however the step is cut into micro-batches and processes.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from ..machine import Stopwatch
 from ..modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
 from .teachers import ImageTeacher
 
@@ -29,6 +31,12 @@ class Objective(nn.Module):
 
     weights: dict[str, float]
     """Weight of each mean term in the total loss; 0 for what is only watched."""
+    model: HoVLEForConditionalGeneration
+    """What learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher_time = Stopwatch()  # runs while a teacher works
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Positions each term is summed over, known before the forward pass."""
@@ -41,29 +49,34 @@ class NextTokenObjective(Objective):
     def __init__(self, model: HoVLEForConditionalGeneration):
         super().__init__()
         self.model = model
+        self.text_norm: torch.Tensor
+        self.register_buffer("text_norm", mean_norm(model.model.text_table()), persistent=False)
 
-    weights = {"reply_nats": 1.0, "reply_accuracy": 0.0}  # noqa: RUF012 - a constant
+    weights = {"reply_nats": 1.0, "reply_accuracy": 0.0, "image_norm_ratio": 0.0}  # noqa: RUF012 - a constant
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Supervised tokens of a batch."""
-        return dict.fromkeys(self.weights, (batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        """Supervised tokens and image tokens of a batch."""
+        supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        image = (batch["input_ids"] == self.model.config.image_token_id).sum()
+        return {name: image if name.startswith("image") else supervised for name in self.weights}
 
     def forward(self, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:
         """Sum of `-log p(token)` in nats over the reply tokens of a packed batch."""
-        hidden_states = self.model.model(
+        outputs = self.model.model(
             input_ids=batch["input_ids"],
             pixel_values=batch["pixel_values"],
             position_ids=batch["position_ids"],
             attention_mask=batch.get("attention_mask"),
             use_cache=False,
-        ).last_hidden_state
+        )
         labels = batch["labels"][:, 1:]
         supervised = labels != IGNORE_INDEX
-        logits = self.model.compute_logits(hidden_states[:, :-1][supervised]).float()
+        logits = self.model.compute_logits(outputs.last_hidden_state[:, :-1][supervised]).float()
         labels = labels[supervised]
         terms = {
             "reply_nats": nn.functional.cross_entropy(logits, labels, reduction="sum"),
             "reply_accuracy": (logits.argmax(dim=-1) == labels).sum().float(),
+            "image_norm_ratio": norm_ratio(outputs.image_hidden_states, self.text_norm),
         }
         return ObjectiveOutput(terms, self.counts(batch))
 
@@ -95,6 +108,7 @@ class DistillationObjective(Objective):
             "text_cosine": -text_weight,
             "image_scale": scale_weight,
             "text_scale": scale_weight,
+            "image_norm_ratio": 0.0,
         }
         hidden_size = text_table.shape[1]
         # Used in training only: compares vectors of different widths.
@@ -104,7 +118,7 @@ class DistillationObjective(Objective):
         self.text_table: torch.Tensor
         self.text_norm: torch.Tensor
         self.register_buffer("text_table", text_table, persistent=False)
-        self.register_buffer("text_norm", text_table.float().norm(dim=-1).mean(), persistent=False)
+        self.register_buffer("text_norm", mean_norm(text_table), persistent=False)
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Image and text positions of a batch; padding counts as neither."""
@@ -120,7 +134,8 @@ class DistillationObjective(Objective):
         image = outputs.image_hidden_states
         assert image is not None  # every sample has a picture
         assert outputs.inputs_embeds is not None
-        targets = self.teacher.features(batch["pixel_values"], round(image.shape[1] ** 0.5))
+        with self.teacher_time if self.training else contextlib.nullcontext():
+            targets = self.teacher.features(batch["pixel_values"], round(image.shape[1] ** 0.5))
         is_text = batch["is_sample"] & (batch["input_ids"] != self.model.config.image_token_id)
         text = outputs.inputs_embeds[is_text]
         embeddings = nn.functional.embedding(batch["input_ids"][is_text], self.text_table)
@@ -129,12 +144,25 @@ class DistillationObjective(Objective):
             "text_cosine": _cosine(text, embeddings),
             "image_scale": _log_norm_ratio(image, self.text_norm),
             "text_scale": _log_norm_ratio(text, embeddings.float().norm(dim=-1)),
+            "image_norm_ratio": norm_ratio(image, self.text_norm),
         }
         return ObjectiveOutput(terms, self.counts(batch))
 
 
 def _cosine(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cosine_similarity(outputs.float(), targets.float(), dim=-1).sum()
+
+
+def mean_norm(text_table: torch.Tensor) -> torch.Tensor:
+    """Mean length of the text embeddings `(V, D)`."""
+    return text_table.float().norm(dim=-1).mean()
+
+
+def norm_ratio(image: torch.Tensor | None, text_norm: torch.Tensor) -> torch.Tensor:
+    """Sum of the image outputs' lengths over that of a text embedding; watched only, so without gradient."""
+    if image is None:
+        return torch.zeros_like(text_norm)
+    return (image.detach().float().norm(dim=-1) / text_norm).sum()
 
 
 def _log_norm_ratio(outputs: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """What a run tells people: its log, what it ran on, and what a dry run shows."""
 
+import contextlib
 import platform
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +21,66 @@ from .setup import dtype_name
 
 
 def make_log(output: Path, accelerator) -> Callable[[dict], None]:
-    """Write entries to `log.jsonl` on the main process, stamped with the time."""
+    """Write entries to `log.jsonl` on the main process, stamped with the time, and their numbers to the trackers."""
 
     def log(entry: dict) -> None:
         if accelerator.is_main_process:
             checkpoints.append_log(output / "log.jsonl", {"time": round(time.time(), 1), **entry})
+        numbers = tracked_numbers(entry)
+        if numbers:
+            accelerator.log(numbers, step=entry["step"])
 
     return log
+
+
+def tracked_numbers(entry: dict) -> dict[str, float]:
+    """Figures of a log entry under the names trackers show: `train/loss`, `validation/reply_nats`."""
+    group = entry.get("event", "train")
+    return {
+        f"{group}/{name}": value
+        for name, value in flatten(entry).items()
+        if name != "step" and isinstance(value, int | float) and not isinstance(value, bool)
+    }
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a tracker that accelerate does not know or whose package is missing."""
+    if not names:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ValueError(f"tracking names {name!r}; accelerate knows {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}.")
+        if name in LoggerType and LoggerType(name) not in get_available_trackers():
+            raise ValueError(f"tracking names {name}, which is not installed: pip install {name}, or take it out.")
+
+
+@contextlib.contextmanager
+def tracking(config: StageConfig, accelerator) -> Iterator[None]:
+    """Send the log to the recipe's trackers, too, while inside; those that write files use the run folder."""
+    if config.tracking:
+        accelerator.log_with = list(config.tracking)
+        accelerator.project_configuration.set_directories(config.output)
+        own_name = {name: {"name": Path(config.output).name} for name in ("wandb", "trackio")}
+        accelerator.init_trackers("hovle", config=flatten(config.to_dict()), init_kwargs=own_name)
+    try:
+        yield
+    finally:
+        for tracker in accelerator.trackers:
+            tracker.finish()
+
+
+def flatten(values: dict, prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    """Nested fields as `model.image_size`; lists as text."""
+    flat: dict = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = str(value) if isinstance(value, list) else value
+    return flat
 
 
 def environment(dtype: torch.dtype, is_compiled: bool, accelerator) -> dict:

@@ -30,13 +30,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
-from ..demo import load_pyplot
+from ..charts import load_pyplot
 from ..machine import fastest_dtype
 from ..modeling_hovle import IGNORE_INDEX
 from .config import DataConfig, StageConfig, load_stage
 from .data import PackedBatches, Record, ReplySamples, Sample, StreamPosition, load_records, pack_rows
 from .loop import train_step
-from .objectives import DistillationObjective, NextTokenObjective, ObjectiveOutput
+from .objectives import DistillationObjective, NextTokenObjective, ObjectiveOutput, norm_ratio
 from .report import environment
 from .setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
 from .stage import make_accelerator, set_up
@@ -301,16 +301,19 @@ class _LogitsEverywhere(NextTokenObjective):
 
     def forward(self, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:
         """Sum of `-log p(token)` in nats over the supervised tokens of a batch."""
-        logits = self.model(
+        outputs = self.model(
             input_ids=batch["input_ids"],
             pixel_values=batch["pixel_values"],
             position_ids=batch["position_ids"],
             use_cache=False,
-        ).logits[:, :-1]
+        )
+        logits = outputs.logits[:, :-1]
         labels = batch["labels"][:, 1:]
         nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
         hits = (logits.argmax(dim=-1) == labels).sum().float()
-        return ObjectiveOutput({"reply_nats": nats, "reply_accuracy": hits}, self.counts(batch))
+        ratio = norm_ratio(outputs.image_hidden_states, self.text_norm)
+        terms = {"reply_nats": nats, "reply_accuracy": hits, "image_norm_ratio": ratio}
+        return ObjectiveOutput(terms, self.counts(batch))
 
 
 def time_trainer(model: nn.Module, batches: list[dict], dtype: torch.dtype) -> tuple[float, float]:
@@ -412,7 +415,7 @@ def time_teacher(objective: nn.Module, batches: list[dict], autocast: contextlib
     """Seconds a step spends in the teacher; 0 where there is none."""
     if not isinstance(objective, DistillationObjective):
         return 0.0
-    grid_size = round(objective.model.config.image_seq_length ** 0.5)
+    grid_size = round(objective.model.config.image_seq_length**0.5)
     started_at = time.perf_counter()
     for batch in batches:
         with autocast:

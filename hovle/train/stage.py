@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +27,12 @@ from .data import (
     load_tiles,
     open_mixture,
 )
-from .loop import train, validate
+from .diagnosis import BlindPicturesError, Examiner
+from .loop import to_device, train
+from .meter import Meter
 from .objectives import DistillationObjective, Objective
-from .report import describe, environment, make_log
+from .report import check_trackers, describe, environment, make_log, tracking
+from .retention import BareRecord, TextRetention, read_record, write_record
 from .setup import (
     choose_dtype,
     compile_layers,
@@ -66,6 +70,8 @@ class Stage:
     dtype: torch.dtype
     handoff: float | None
     """Difference from what the previous stage ended with, relative to its largest output."""
+    retention: TextRetention | None
+    """Measures text perplexity where the recipe wants it."""
 
     @property
     def output(self) -> Path:
@@ -76,6 +82,11 @@ class Stage:
     def first_step(self) -> int:
         """Steps an earlier run has done."""
         return self.state["step"] if self.state else 0
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """Context in which matrix products run in the run's number format."""
+        return torch.autocast(self.accelerator.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def batches(self, mixture: Mixture, start: StreamPosition | None = None) -> PackedBatches:
         """Packed batches of this process from the beginning of a mixture or from a position."""
@@ -108,6 +119,21 @@ class Stage:
         skips.share()
         skips.check()
         return batches
+
+    def examiner(self, wrapped: nn.Module, log: Callable[[dict], None]) -> Examiner:
+        """What looks at held-out data during the run."""
+        image_processor = self.processor.image_processor
+        mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+        return Examiner(
+            wrapped,
+            self.model.config,
+            self.held_out_batches(),
+            ((1 - mean) / std)[:, None, None],
+            self.config,
+            self.autocast,
+            self.accelerator,
+            log,
+        )
 
     def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
         """Count the skips of all processes, log each new one, and give the counts for the step's own entry."""
@@ -155,7 +181,9 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     Raises:
         ValueError: For a wrong config, an occupied output folder, or a failed hand-off check.
         NonFiniteLossError: When the loss is not a number.
+        BlindPicturesError: When pictures do not matter and the recipe says `stop_when_blind`.
     """
+    check_trackers(config.tracking)
     accelerator = make_accelerator()
     if not resume and not dry_run and accelerator.is_main_process:
         check_unused(Path(config.output))
@@ -188,9 +216,11 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
     objective = make_objective(config, model, text_table)
+    retention = TextRetention(config.retention, processor) if config.retention else None
     if state:
         checkpoints.load_trainable(objective, state["trainable"])
-    return Stage(config, accelerator, mixture, skips, state, model, processor, objective, peft_model, dtype, handoff)
+    parts = (model, processor, objective, peft_model)
+    return Stage(config, accelerator, mixture, skips, state, *parts, dtype, handoff, retention)
 
 
 def train_and_save(stage: Stage) -> None:
@@ -198,9 +228,10 @@ def train_and_save(stage: Stage) -> None:
     config, accelerator, objective = stage.config, stage.accelerator, stage.objective
     if isinstance(objective, DistillationObjective) and config.teacher is not None and config.teacher.standardize:
         standardize_teacher(objective.teacher, stage.mixture, stage.processor)
-    autocast = torch.autocast(accelerator.device.type, stage.dtype, enabled=stage.dtype != torch.float32)
     objective.to(accelerator.device).train()
     is_compiled = compile_layers(stage.model, config.compile)
+    if stage.retention:
+        stage.retention.start(config, stage.model, stage.autocast, stage.first_step)
     optimizer = make_optimizer(objective, config)
     wrapped = accelerator.prepare_model(objective)
     if stage.state:
@@ -208,39 +239,66 @@ def train_and_save(stage: Stage) -> None:
         checkpoints.restore_rng(stage.state["rng"])
     elif accelerator.is_main_process:
         claim_output(stage.output, config)
-    log = make_log(stage.output, accelerator)
-    facts = environment(stage.dtype, is_compiled, accelerator)
+    with tracking(config, accelerator):
+        log = make_log(stage.output, accelerator)
+        alarm = train_and_examine(stage, wrapped, optimizer, is_compiled, log)
+        if accelerator.is_main_process:
+            first_batch = next(iter(stage.batches(stage.mixture)))
+            finish(stage.output, stage.model, stage.processor, stage.peft_model, first_batch, bare_record(stage))
+            log({"event": "finish", "step": config.num_steps})
+        accelerator.wait_for_everyone()
+    if alarm and config.stop_when_blind:
+        raise BlindPicturesError(f"{alarm} The model is saved in {stage.output / 'model'}.")
+
+
+def train_and_examine(
+    stage: Stage, wrapped: nn.Module, optimizer: torch.optim.Optimizer, is_compiled: bool, log: Callable[[dict], None]
+) -> str | None:
+    """Do the steps, look at the model before, between and after them, and return the last alarm."""
+    config, accelerator, retention = stage.config, stage.accelerator, stage.retention
 
     def log_step(entry: dict) -> None:
         log({**entry, **stage.log_skips(log, entry["step"])})
 
-    log({"event": "start", "step": stage.first_step, **facts, "handoff": stage.handoff})
-    held_out = stage.held_out_batches()
-
-    def log_validation(step: int) -> None:
-        if held_out:
-            log({"event": "validation", "step": step, **validate(wrapped, held_out, autocast, accelerator)})
-
+    batches = stage.training_batches()
+    first_batch = next(batches)
+    on_device = to_device(first_batch, accelerator.device)
+    meter = Meter(stage.objective, on_device, stage.autocast, stage.dtype, accelerator.num_processes)
+    facts = {**environment(stage.dtype, is_compiled, accelerator), **meter.facts(), "handoff": stage.handoff}
+    log({"event": "start", "step": stage.first_step, **facts})
+    examiner = stage.examiner(wrapped, log)
+    if retention:
+        if accelerator.is_main_process:
+            write_record(stage.output, retention.record)
+        log(retention.entry(stage.first_step))
     if not stage.state:
-        log_validation(0)
+        examiner.examine(0)
     train(
         wrapped,
         optimizer,
-        stage.training_batches(),
+        itertools.chain([first_batch], batches),
         config,
         first_step=stage.first_step,
-        autocast=autocast,
+        autocast=stage.autocast,
         accelerator=accelerator,
+        meter=meter,
         log=log_step,
+        validate=examiner.examine_or_stop,
         save=functools.partial(stage.save, optimizer, log),
         name=stage.output.name,
     )
-    log_validation(config.num_steps)
-    if accelerator.is_main_process:
-        first_batch = next(iter(stage.batches(stage.mixture)))
-        finish(stage.output, stage.model, stage.processor, stage.peft_model, first_batch)
-        log({"event": "finish", "step": config.num_steps})
-    accelerator.wait_for_everyone()
+    alarm = examiner.examine(config.num_steps)
+    if retention:
+        retention.measure(stage.model, stage.autocast)
+        log(retention.entry(config.num_steps))
+    return alarm
+
+
+def bare_record(stage: Stage) -> BareRecord | None:
+    """What later stages compare their text perplexity with: measured here, or handed on from the start checkpoint."""
+    if stage.retention:
+        return stage.retention.record
+    return read_record(Path(stage.config.model.checkpoint)) if stage.config.model.checkpoint else None
 
 
 def make_accelerator():
@@ -337,8 +395,10 @@ def claim_output(output: Path, config: StageConfig) -> None:
     (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
 
 
-def finish(output: Path, model: HoVLEForConditionalGeneration, processor, peft_model, batch: dict) -> None:
-    """Write the trained model with a hand-off probe, and the adapters alone when nothing else learned."""
+def finish(output: Path, model: HoVLEForConditionalGeneration, processor, peft_model, batch: dict, record) -> None:
+    """Write the trained model with a hand-off probe and the bare language model's record, if there is one, and the
+    adapters alone when nothing else learned.
+    """
     adapters_only = peft_model is not None and all(
         ".lora_" in name for name, item in model.named_parameters() if item.requires_grad
     )
@@ -352,5 +412,7 @@ def finish(output: Path, model: HoVLEForConditionalGeneration, processor, peft_m
     def fill(folder: Path) -> None:
         save_weights(folder, model, processor)
         checkpoints.write_probe(folder, probe)
+        if record is not None:
+            write_record(folder, record)
 
     checkpoints.write_folder(output / "model", fill)

@@ -11,9 +11,12 @@ from torch import nn
 from hovle import HoVLEForConditionalGeneration
 from hovle.train.config import ObjectiveConfig, StageConfig
 from hovle.train.loop import NonFiniteLossError, train, train_step, validate
+from hovle.train.meter import Meter
 from hovle.train.objectives import DistillationObjective, NextTokenObjective
 from hovle.train.setup import make_optimizer, select_trainable
 from hovle.train.teachers import ImageTeacher
+
+WITH_VALIDATION = ("validation.source=pictures", "validation.path=.")
 
 FLOAT32: contextlib.AbstractContextManager = contextlib.nullcontext()
 
@@ -169,7 +172,7 @@ def test_validation_changes_nothing_and_does_not_depend_on_how_batches_are_cut(m
     model = objective.model
     parts = split(batch, model.config.image_seq_length, model.config.image_token_id)
     assert validate(objective, parts, FLOAT32, OneProcess()) == pytest.approx(whole, rel=1e-5)
-    assert set(whole) == {"reply_nats", "reply_accuracy"}
+    assert set(whole) == {"reply_nats", "reply_accuracy", "image_norm_ratio"}
     assert objective.training
     for old, new in zip(before, weights_of(objective), strict=True):
         assert torch.equal(old, new)
@@ -178,15 +181,18 @@ def test_validation_changes_nothing_and_does_not_depend_on_how_batches_are_cut(m
 def run_loop(make_parts, batches, *overrides, first_step=0):
     objective, optimizer, config = make_parts("chat", *overrides)
     entries, saved = [], []
+    two = batches("chat", 2)
     train(
         objective,
         optimizer,
-        itertools.cycle(batches("chat", 2)),
+        itertools.cycle(two),
         config,
         first_step=first_step,
         autocast=FLOAT32,
         accelerator=OneProcess(),
+        meter=Meter(objective, two[0], FLOAT32, torch.float32, num_processes=1),
         log=entries.append,
+        validate=lambda step: saved.append((step, "validated")),
         save=lambda step, position: saved.append((step, position)),
         name="tiny",
     )
@@ -201,10 +207,15 @@ def test_the_loop_logs_with_units_and_shows_a_progress_bar(make_parts, batches, 
         "loss",
         "reply_nats",
         "reply_accuracy",
+        "image_norm_ratio",
         "gradient_norm",
+        "gradient_norm_stem",
+        "gradient_norm_holistic_layers",
         "learning_rate",
         "tokens_per_second",
         "samples_per_second",
+        "gemm_peak_ratio",
+        "teacher_ratio",
         "data_wait_ratio",
         "padding_ratio",
         "elapsed_seconds",
@@ -213,6 +224,9 @@ def test_the_loop_logs_with_units_and_shows_a_progress_bar(make_parts, batches, 
         assert entry["loss"] == entry["reply_nats"] > 0
         assert entry["tokens_per_second"] > entry["samples_per_second"] > 0
         assert 0 <= entry["padding_ratio"] < 0.5
+        assert entry["teacher_ratio"] == 0
+        squares = entry["gradient_norm_stem"] ** 2 + entry["gradient_norm_holistic_layers"] ** 2
+        assert squares == pytest.approx(entry["gradient_norm"] ** 2, rel=1e-2)
     shown = capsys.readouterr().err
     assert "tiny: 100%" in shown
     assert "5/5" in shown
@@ -231,3 +245,8 @@ def test_checkpoints_carry_the_position_of_the_last_batch(make_parts, batches):
     _, saved = run_loop(make_parts, batches, "num_steps=4", "checkpoint_every=1", "gradient_accumulation_steps=2")
     position = batches("chat", 2)[1]["position"]
     assert saved == [(1, position), (2, position), (3, position)]  # the end has its own folder
+
+
+def test_a_step_is_validated_before_it_is_saved_and_the_last_one_is_neither(make_parts, batches):
+    _, done = run_loop(make_parts, batches, "num_steps=6", "validate_every=2", "checkpoint_every=4", *WITH_VALIDATION)
+    assert [(step, what == "validated") for step, what in done] == [(2, True), (4, True), (4, False)]
