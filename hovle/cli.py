@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": ("hovle.conversion", "turn a released checkpoint into a hovle model, and back"),
     "fetch": ("hovle.assets", "download the real model, teacher and data the demo uses"),
     "train": ("hovle.train.__main__", "run one training stage from a YAML recipe"),
+    "bench": ("hovle.bench", "measure how fast a part of hovle is on this machine"),
     "doctor": ("hovle.doctor", "say what works on this machine and what to install for more"),
     "demo": ("hovle.demo", "train a small model on this machine and let it answer questions"),
 }

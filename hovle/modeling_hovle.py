@@ -395,6 +395,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 f"pixel_values must have shape (tiles, {self.config.num_channels}, size, size), "
                 f"got {tuple(pixel_values.shape)}."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values must be normalised floating-point numbers, got {pixel_values.dtype}.")
         if pixel_values.shape[2] != pixel_values.shape[3]:
             raise ValueError(f"Tiles must be square, got {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels.")
         self.config.tokens_per_tile(pixel_values.shape[-1])

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
+from .pixels import PixelNormalization
 from .teachers import ImageTeacher
 
 
@@ -36,11 +37,17 @@ class Objective(nn.Module):
 
 
 class NextTokenObjective(Objective):
-    """Cross-entropy of reply tokens; logits exist only where there are labels."""
+    """Cross-entropy of reply tokens; logits exist only where there are labels.
 
-    def __init__(self, model: HoVLEForConditionalGeneration):
+    Args:
+        model: The student.
+        normalize: Makes a batch's tiles the model's pixels; by default with ImageNet's statistics.
+    """
+
+    def __init__(self, model: HoVLEForConditionalGeneration, normalize: PixelNormalization | None = None):
         super().__init__()
         self.model = model
+        self.normalize = normalize or PixelNormalization()
 
     weights = {"reply_nats": 1.0, "reply_accuracy": 0.0}  # noqa: RUF012 - a constant
 
@@ -52,7 +59,7 @@ class NextTokenObjective(Objective):
         """Sum of `-log p(token)` in nats over the reply tokens of a packed batch."""
         hidden_states = self.model.model(
             input_ids=batch["input_ids"],
-            pixel_values=batch["pixel_values"],
+            pixel_values=self.normalize(batch["pixel_values"]),
             position_ids=batch["position_ids"],
             attention_mask=batch.get("attention_mask"),
             use_cache=False,
@@ -77,6 +84,7 @@ class DistillationObjective(Objective):
         text_table: The language model's own input embeddings before training, shape `(V, D)`.
         text_weight: Weight of the text cosine.
         scale_weight: Weight of the squared log ratio of output norms to text-embedding norms.
+        normalize: Makes a batch's tiles the student's pixels; by default with ImageNet's statistics.
     """
 
     def __init__(
@@ -86,9 +94,11 @@ class DistillationObjective(Objective):
         text_table: torch.Tensor,
         text_weight: float,
         scale_weight: float,
+        normalize: PixelNormalization | None = None,
     ):
         super().__init__()
         self.model = model
+        self.normalize = normalize or PixelNormalization()
         self.teacher = teacher
         self.weights = {
             "image_cosine": -1.0,
@@ -115,7 +125,9 @@ class DistillationObjective(Objective):
     def forward(self, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:
         """Summed negative cosines and squared log norm ratios of a packed batch."""
         outputs = self.model.get_holistic_embeddings(
-            input_ids=batch["input_ids"], pixel_values=batch["pixel_values"], position_ids=batch["position_ids"]
+            input_ids=batch["input_ids"],
+            pixel_values=self.normalize(batch["pixel_values"]),
+            position_ids=batch["position_ids"],
         )
         image = outputs.image_hidden_states
         assert image is not None  # every sample has a picture

@@ -15,6 +15,7 @@ from ..processing_hovle import HoVLEProcessor
 from .config import ModelConfig, StageConfig
 from .data import RandomTextSamples, ReplySamples
 from .objectives import DistillationObjective, NextTokenObjective, Objective
+from .pixels import PixelNormalization
 from .teachers import ImageTeacher
 
 
@@ -118,15 +119,18 @@ def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def make_objective(config: StageConfig, model: HoVLEForConditionalGeneration, text_table: torch.Tensor) -> Objective:
+def make_objective(
+    config: StageConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor, text_table: torch.Tensor
+) -> Objective:
     """Build the objective a config names."""
+    normalize = PixelNormalization.of(processor.image_processor)
     if config.objective.name == "next_token":
-        return NextTokenObjective(model)
+        return NextTokenObjective(model, normalize)
     assert config.teacher is not None  # StageConfig wants one with this objective
     weights = resolve_asset(config.teacher.checkpoint) if config.teacher.checkpoint else None
     teacher = ImageTeacher(config.teacher, Path(weights) if weights else None)
     return DistillationObjective(
-        model, teacher, text_table, config.objective.text_weight, config.objective.scale_weight
+        model, teacher, text_table, config.objective.text_weight, config.objective.scale_weight, normalize
     )
 
 

@@ -28,6 +28,7 @@ from .data import (
 )
 from .loop import train, validate
 from .objectives import DistillationObjective, Objective
+from .pixels import PixelNormalization
 from .report import describe, environment, make_log
 from .setup import (
     choose_dtype,
@@ -185,7 +186,7 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     select_trainable(model, config)
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
-    objective = make_objective(config, model, text_table)
+    objective = make_objective(config, model, processor, text_table)
     if state:
         checkpoints.load_trainable(objective, state["trainable"])
     return Stage(config, accelerator, mixture, skips, state, model, processor, objective, peft_model, dtype, handoff)
@@ -345,7 +346,7 @@ def finish(output: Path, model: HoVLEForConditionalGeneration, processor, peft_m
     model.float()  # before merging, which rounds to the format of the weights
     if peft_model is not None:
         model = peft_model.merge_and_unload()
-    probe = checkpoints.make_probe(model, batch)
+    probe = checkpoints.make_probe(model, batch, PixelNormalization.of(processor.image_processor))
 
     def fill(folder: Path) -> None:
         save_weights(folder, model, processor)

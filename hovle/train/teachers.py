@@ -9,9 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from .config import TeacherConfig
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from .pixels import PixelNormalization
 
 
 class ImageTeacher(nn.Module):
@@ -41,14 +39,7 @@ class ImageTeacher(nn.Module):
         self.backbone = backbone.eval().requires_grad_(False)
         self.width: int = backbone.feature_info.channels()[-1]
         mean, std = full.default_cfg["mean"], full.default_cfg["std"]
-        self.scale: torch.Tensor
-        self.shift: torch.Tensor
-        # The student's tiles are normalised with ImageNet statistics; the teacher wants its own.
-        self.register_buffer("scale", _per_channel(IMAGENET_STD) / _per_channel(std), persistent=False)
-        self.register_buffer(
-            "shift", (_per_channel(IMAGENET_MEAN) - _per_channel(mean)) / _per_channel(std), persistent=False
-        )
-
+        self.normalize = PixelNormalization(mean, std)
         self.feature_mean: torch.Tensor
         self.feature_std: torch.Tensor
         self.register_buffer("feature_mean", torch.zeros(self.width), persistent=False)
@@ -72,13 +63,13 @@ class ImageTeacher(nn.Module):
         """Describe tiles on a square grid.
 
         Args:
-            pixel_values: ImageNet-normalised tiles, shape `(N, 3, s, s)`.
+            pixel_values: Tiles, uint8, shape `(N, 3, s, s)`.
             grid_size: Tokens along one side of the student's grid.
 
         Returns:
             Row-major features, shape `(N, grid_size ** 2, width)`, float32.
         """
-        pixels = pixel_values * self.scale + self.shift
+        pixels = self.normalize(pixel_values)
         if pixels.shape[-1] != self.image_size:
             pixels = nn.functional.interpolate(pixels, size=self.image_size, mode="bicubic", antialias=True)
         features = self.backbone(pixels)[-1].float()
@@ -88,10 +79,6 @@ class ImageTeacher(nn.Module):
     def train(self, mode: bool = True) -> "ImageTeacher":
         """Stay in evaluation mode: batch statistics of a frozen teacher must not move."""
         return super().train(False)
-
-
-def _per_channel(values: tuple[float, ...]) -> torch.Tensor:
-    return torch.tensor(values).view(1, 3, 1, 1)
 
 
 def _load_in_order(model: nn.Module, weights: Path) -> None:

@@ -21,6 +21,7 @@ from hovle.train.data import (
     load_records,
 )
 from hovle.train.objectives import DistillationObjective, NextTokenObjective, learning_rate_factor
+from hovle.train.pixels import PixelNormalization
 
 
 class ColorTeacher(nn.Module):
@@ -32,7 +33,9 @@ class ColorTeacher(nn.Module):
         self.register_buffer("table", torch.randn(3, width, generator=torch.Generator().manual_seed(0)))
 
     def features(self, pixel_values: torch.Tensor, grid_size: int) -> torch.Tensor:
-        cells = nn.functional.adaptive_avg_pool2d(pixel_values, grid_size)
+        cells = nn.functional.adaptive_avg_pool2d(
+            pixel_values.float() / 255 - 0.4, grid_size
+        )  # black is no zero vector
         return cells.flatten(2).transpose(1, 2) @ self.table
 
 
@@ -41,6 +44,15 @@ def distillation(model: HoVLEForConditionalGeneration, width: int = 64, **weight
     weights = {"text_weight": 1.0, "scale_weight": 0.1, **weights}
     torch.manual_seed(3)
     return DistillationObjective(model, ColorTeacher(width), table, **weights)
+
+
+def model_inputs(batch: dict) -> dict[str, torch.Tensor]:
+    """What the model itself takes of a batch."""
+    return {
+        "input_ids": batch["input_ids"],
+        "pixel_values": PixelNormalization()(batch["pixel_values"]),
+        "position_ids": batch["position_ids"],
+    }
 
 
 def samples_alone(batch: dict, tokens_per_tile: int, image_token_id: int) -> list[tuple[int, slice, dict]]:
@@ -71,7 +83,7 @@ def test_packed_samples_give_the_hidden_states_they_give_alone(parts, batches, a
     model.set_attn_implementation(attention)
 
     def hidden_states(batch):
-        inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "position_ids")}
+        inputs = model_inputs(batch)
         if source == "pictures":
             return model.get_holistic_embeddings(**inputs).inputs_embeds
         return model.model(**inputs, use_cache=False).last_hidden_state
@@ -90,7 +102,7 @@ def test_a_sample_does_not_see_its_neighbours(parts, batches, attention):
     model, _ = parts
     model.set_attn_implementation(attention)
     [batch] = batches("chat")
-    inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "position_ids")}
+    inputs = model_inputs(batch)
     before = model.model(**inputs, use_cache=False).last_hidden_state
     first_end = int((batch["position_ids"][0, 1:] == 0).nonzero()[0]) + 1
     ids = batch["input_ids"].clone()
@@ -143,7 +155,7 @@ def test_next_token_loss_equals_that_of_the_model(parts, data):
         sample = sampler.make(record, index)
         batch = as_batch(sampler, sample)
         output = objective(batch)
-        pixel_values = batch["pixel_values"] if sample.pictures else None
+        pixel_values = PixelNormalization()(batch["pixel_values"]) if sample.pictures else None
         expected = model(sample.input_ids[None], pixel_values=pixel_values, labels=sample.labels[None]).loss
         count = int(output.counts["reply_nats"])
         assert count == int((sample.labels != -100).sum())
@@ -247,7 +259,7 @@ def test_distillation_is_the_papers_objective_plus_scale_control(parts, batches)
     table = model.get_input_embeddings().weight
     image_cosines, text_cosines, image_ratios, text_ratios = [], [], [], []
     for _, _, single in samples_alone(batch, processor.image_seq_length, processor.image_token_id):
-        hidden = model.get_holistic_embeddings(single["input_ids"], single["pixel_values"]).inputs_embeds[0]
+        hidden = model.get_holistic_embeddings(**model_inputs(single)).inputs_embeds[0]
         targets = iter(objective.teacher.features(single["pixel_values"], 2).flatten(0, 1))
         for token, vector in zip(single["input_ids"][0].tolist(), hidden, strict=True):
             is_image = token == processor.image_token_id
