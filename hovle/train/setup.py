@@ -1,5 +1,6 @@
 """What a stage needs before its first step: model, frozen and trainable parts, number format, compiled layers."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from .config import ModelConfig, StageConfig
 from .data import RandomTextSamples, ReplySamples
 from .objectives import DistillationObjective, NextTokenObjective, Objective
 from .pixels import PixelNormalization
-from .teachers import ImageTeacher
+from .teachers import make_teacher
 
 
 def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
@@ -127,11 +128,11 @@ def make_objective(
     if config.objective.name == "next_token":
         return NextTokenObjective(model, normalize)
     assert config.teacher is not None  # StageConfig wants one with this objective
-    weights = resolve_asset(config.teacher.checkpoint) if config.teacher.checkpoint else None
-    teacher = ImageTeacher(config.teacher, Path(weights) if weights else None)
-    return DistillationObjective(
-        model, teacher, text_table, config.objective.text_weight, config.objective.scale_weight, normalize
-    )
+    checkpoint = config.teacher.checkpoint
+    checkpoint = checkpoint if checkpoint is None else resolve_asset(checkpoint)
+    teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=checkpoint))
+    student_layers = [match.student for match in config.teacher.layers]
+    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize)
 
 
 def make_sampler(config: StageConfig, processor: HoVLEProcessor):

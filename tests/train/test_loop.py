@@ -2,18 +2,17 @@
 
 import contextlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from hovle import HoVLEForConditionalGeneration
-from hovle.train.config import ObjectiveConfig, StageConfig
+from hovle.train.config import StageConfig
 from hovle.train.loop import NonFiniteLossError, train, train_step, validate
 from hovle.train.objectives import DistillationObjective, NextTokenObjective
 from hovle.train.setup import make_optimizer, select_trainable
-from hovle.train.teachers import ImageTeacher
+from hovle.train.teachers import make_teacher
 
 FLOAT32: contextlib.AbstractContextManager = contextlib.nullcontext()
 
@@ -41,9 +40,7 @@ def make_parts(checkpoints, next_token_config, distillation_config):
         if source == "pictures":
             assert config.teacher is not None
             table = model.get_input_embeddings().weight.detach().clone()
-            teacher = ImageTeacher(config.teacher, Path(str(config.teacher.checkpoint)))
-            defaults = ObjectiveConfig(name="distillation")
-            objective = DistillationObjective(model, teacher, table, defaults.text_weight, defaults.scale_weight)
+            objective = DistillationObjective(model, make_teacher(config.teacher), table, config.objective)
         return objective.train(), make_optimizer(objective, config), config
 
     return build
