@@ -15,7 +15,7 @@ import torch
 from ..modeling_hovle import IGNORE_INDEX
 from ..pictures import picture_size
 from ..processing_hovle import HoVLEProcessor
-from .pixels import read_tiles
+from .pixels import picture_key, read_tiles
 from .skips import NO_PICTURE, SkipSampleError
 from .sources import Record, conversation, picture_item, picture_sources
 
@@ -126,6 +126,10 @@ class SampleMaker:
             detail = f"the headers of its pictures promise {num_tiles} tiles, their pixels make {found}."
             raise SkipSampleError(name, "unreadable picture", detail)
         return pixel_values
+
+    def picture_keys(self, pictures: list[str | bytes]) -> list[str]:
+        """What a batch tells about its pictures; nothing unless a teacher looks at them."""
+        return []
 
     def count_tiles(self, name: str, pictures: list[str | bytes]) -> list[int]:
         """Tiles of each picture, from the headers of the files."""
@@ -283,6 +287,10 @@ class RandomTextSamples(SampleMaker):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         input_ids = torch.tensor(self._with_random_tokens(ids, generator))
         return Sample(record.name, index, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pictures, num_tiles)
+
+    def picture_keys(self, pictures: list[str | bytes]) -> list[str]:
+        """Names of the pictures by their content, under which a cache knows the teacher's features."""
+        return [picture_key(picture) for picture in pictures]
 
     def _with_random_tokens(self, ids: list[int], generator: torch.Generator) -> list[int]:
         length = len(self.stand_in_ids)

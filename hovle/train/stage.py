@@ -23,12 +23,13 @@ from .data import (
     SkipLedger,
     StreamPosition,
     load_batches,
-    load_tiles,
     open_mixture,
+    picture_sources,
 )
+from .feature_cache import cached_targets
 from .loop import train, validate
 from .objectives import DistillationObjective, Objective
-from .pixels import PixelNormalization
+from .pixels import PixelNormalization, picture_key, read_tiles
 from .report import describe, environment, make_log
 from .setup import (
     choose_dtype,
@@ -42,7 +43,7 @@ from .setup import (
     start_model,
     store_parameters,
 )
-from .teachers import ImageTeacher
+from .teachers import ImageTeacher, Targets
 
 NUM_STANDARDIZING_RECORDS = 256
 """Records whose pictures tell mean and deviation of teacher features."""
@@ -195,10 +196,11 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
 def train_and_save(stage: Stage) -> None:
     """Train from the stage's first step to its last and write the model."""
     config, accelerator, objective = stage.config, stage.accelerator, stage.objective
-    if isinstance(objective, DistillationObjective) and config.teacher is not None and config.teacher.standardize:
-        standardize_teacher(objective.teacher, stage.mixture, stage.processor)
     autocast = torch.autocast(accelerator.device.type, stage.dtype, enabled=stage.dtype != torch.float32)
     objective.to(accelerator.device).train()
+    held_out = stage.held_out_batches()
+    if isinstance(objective, DistillationObjective):
+        prepare_teacher(stage, objective, held_out, autocast)
     is_compiled = compile_layers(stage.model, config.compile)
     optimizer = make_optimizer(objective, config)
     wrapped = accelerator.prepare_model(objective)
@@ -214,7 +216,6 @@ def train_and_save(stage: Stage) -> None:
         log({**entry, **stage.log_skips(log, entry["step"])})
 
     log({"event": "start", "step": stage.first_step, **facts, "handoff": stage.handoff})
-    held_out = stage.held_out_batches()
 
     def log_validation(step: int) -> None:
         if held_out:
@@ -301,15 +302,42 @@ def gather_position(reached: StreamPosition) -> StreamPosition:
     return StreamPosition.join(gather_object([dataclasses.asdict(reached)]))
 
 
-def standardize_teacher(teacher: ImageTeacher, mixture: Mixture, processor: HoVLEProcessor) -> None:
+def prepare_teacher(
+    stage: Stage, objective: DistillationObjective, held_out: list[dict], autocast: contextlib.AbstractContextManager
+) -> None:
+    """Put a feature cache in the teacher's place and standardise features, where the recipe says so."""
+    config = stage.config.teacher
+    assert config is not None  # StageConfig wants one with this objective
+    if config.cache is not None:
+        assert isinstance(objective.teacher, ImageTeacher)
+        with autocast:
+            objective.teacher = cached_targets(
+                objective.teacher,
+                stage.config,
+                stage.mixture,
+                held_out,
+                stage.processor,
+                stage.dtype,
+                is_main_process=stage.accelerator.is_main_process,
+            )
+    if config.standardize:
+        standardize_teacher(objective.teacher, stage.mixture, stage.processor)
+
+
+def standardize_teacher(teacher: Targets, mixture: Mixture, processor: HoVLEProcessor) -> None:
     """Measure the teacher's features on the first pictures of the stream, the same ones whenever a run resumes."""
+    grid_size = round(processor.image_seq_length**0.5)
+    device = teacher.feature_mean.device
 
-    def tiles() -> Iterator[torch.Tensor]:
+    def raw_features() -> Iterator[torch.Tensor]:
         for record in mixture.first_records(NUM_STANDARDIZING_RECORDS):
-            with contextlib.suppress(ValueError):  # what is damaged counts as skipped when training draws it
-                yield load_tiles(processor, record.messages)[0]
+            for picture in picture_sources(record.messages)[:1]:
+                with contextlib.suppress(ValueError):  # what is damaged counts as skipped when training draws it
+                    tiles = read_tiles(picture, processor.image_processor).to(device)
+                    batch = {"pixel_values": tiles, "picture_keys": [picture_key(picture)], "names": [record.name]}
+                    yield teacher.raw_targets(batch, grid_size)
 
-    teacher.standardize(tiles(), round(processor.image_seq_length**0.5))
+    teacher.standardize(raw_features())
 
 
 def save_weights(folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
