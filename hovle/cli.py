@@ -16,6 +16,7 @@ COMMANDS = {
     "fetch": ("hovle.assets", "download the real model, teacher and data the demo uses"),
     "data": ("hovle.train.data_doctor", "look through the training data of a recipe before a run"),
     "train": ("hovle.train.__main__", "run one training stage from a YAML recipe, and report on runs"),
+    "bench": ("hovle.bench", "measure how fast a part of hovle is on this machine"),
     "doctor": ("hovle.doctor", "say what works on this machine and what to install for more"),
     "demo": ("hovle.demo", "train a small model on this machine and let it answer questions"),
 }

@@ -20,7 +20,8 @@ OPTIONAL = {
     "matplotlib": ("hovle[demo]", "reports of runs and the demo"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "fastapi": ("hovle[serve]", "hovle serve"),
-    "torchvision": ("hovle[vision]", "faster decoding and resizing of pictures"),
+    "open_clip_torch": ("hovle[teacher]", "OpenCLIP teachers"),
+    "simplejpeg": ("hovle[vision]", "faster decoding of JPEG files in training"),
     "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
 }
 """Package -> (what pip installs it with, what it is for)."""

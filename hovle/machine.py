@@ -1,7 +1,9 @@
 """What this machine is good at: its fastest number format, how fast it multiplies, what torch.compile lacks."""
 
 import math
+import platform
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,3 +96,13 @@ def compiler_problem() -> str | None:
 
 def _sample(values: torch.Tensor) -> torch.Tensor:
     return values * 2 + 1
+
+
+def processor_name() -> str:
+    """What the processor calls itself, where the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

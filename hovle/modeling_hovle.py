@@ -257,6 +257,8 @@ class HolisticEmbeddingOutput(ModelOutput):
     """Its image part as the language model will see it (for HD after shuffle and MLP), shape `(N, S, D)`."""
     inputs_embeds: torch.FloatTensor | None = None
     """What enters the language model's first layer, shape `(B, T, D)`."""
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    """Output of each holistic layer, shapes as `last_hidden_state`, when `output_hidden_states` was given."""
 
 
 @dataclass
@@ -404,6 +406,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 f"pixel_values must have shape (tiles, {self.config.num_channels}, size, size), "
                 f"got {tuple(pixel_values.shape)}."
             )
+        if not pixel_values.is_floating_point():
+            raise ValueError(f"pixel_values must be normalised floating-point numbers, got {pixel_values.dtype}.")
         if pixel_values.shape[2] != pixel_values.shape[3]:
             raise ValueError(f"Tiles must be square, got {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels.")
         self.config.tokens_per_tile(pixel_values.shape[-1])
@@ -422,9 +426,10 @@ class HoVLEModel(HoVLEPreTrainedModel):
         causal_masks: dict[str, torch.Tensor | None],
         position_ids: torch.Tensor,
         past_key_values: Cache | None,
+        layer_outputs: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """Run one section of the decoder, `(B, T, D)` to `(B, T, D)`."""
+        """Run one section of the decoder, `(B, T, D)` to `(B, T, D)`; `layer_outputs` gathers what layers give."""
         position_embeddings = rotary_tables(rotary_emb, hidden_states, position_ids, attention_types)
         for layer, attention_type in zip(layers, attention_types, strict=True):
             hidden_states = layer(
@@ -436,6 +441,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 position_embeddings=position_embeddings[attention_type],
                 **kwargs,
             )
+            if layer_outputs is not None:
+                layer_outputs.append(hidden_states)
         return hidden_states
 
     def _causal_masks(self, hidden_states, attention_mask, position_ids, past_key_values, image_mask=None):
@@ -656,6 +663,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
         **kwargs,
     ) -> HolisticEmbeddingOutput:
         """Run the stem and the holistic layers only; the language model's layers are not touched.
@@ -670,6 +678,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             past_key_values: Cache of earlier tokens, extended in place.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             image_features: What `get_image_features` made of the tiles, instead of `pixel_values`.
+            output_hidden_states: Also return what each holistic layer gives.
             **kwargs: Handed down to the attention function.
 
         Raises:
@@ -679,7 +688,12 @@ class HoVLEModel(HoVLEPreTrainedModel):
             input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features
         )
         run = self._run_holistic_layers_hd if self.is_hd else self._run_holistic_layers
-        return run(inputs, past_key_values, **kwargs)
+        if not output_hidden_states:
+            return run(inputs, past_key_values, **kwargs)
+        layer_outputs: list[torch.Tensor] = []
+        outputs = run(inputs, past_key_values, layer_outputs=layer_outputs, **kwargs)
+        outputs.hidden_states = tuple(layer_outputs)
+        return outputs
 
     @capture_outputs
     def forward(

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from .config import StageConfig
+from .pixels import PixelNormalization
 
 TRAINING_STATE = "training_state.pt"
 HANDOFF_PROBE = "handoff_probe.safetensors"
@@ -94,8 +95,15 @@ def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> N
 
 
 @torch.no_grad()
-def make_probe(model: HoVLEForConditionalGeneration, batch: dict) -> dict[str, torch.Tensor]:
+def make_probe(
+    model: HoVLEForConditionalGeneration, batch: dict, normalize: PixelNormalization
+) -> dict[str, torch.Tensor]:
     """Record what a trained model says of the start of a batch, for the next stage to compare itself with.
+
+    Args:
+        model: In float32.
+        batch: A packed batch on the CPU.
+        normalize: What makes its tiles the model's pixels.
 
     Returns:
         What the model receives of the batch's first row without its padding, with the `logits` of its last tokens in
@@ -108,7 +116,7 @@ def make_probe(model: HoVLEForConditionalGeneration, batch: dict) -> dict[str, t
     probe = {
         "input_ids": input_ids,
         "position_ids": batch["position_ids"][:1, :length].clone(),
-        "pixel_values": batch["pixel_values"][:num_tiles].float().clone(),
+        "pixel_values": normalize(batch["pixel_values"][:num_tiles]).contiguous(),
     }
     if "attention_mask" in batch:
         probe["attention_mask"] = batch["attention_mask"][:1, :, :length, :length].clone()

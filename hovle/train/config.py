@@ -107,20 +107,49 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerMatch:
+    """One teacher layer and the holistic layer that learns to reproduce it, both counted as in Python lists."""
+
+    teacher: int = -1
+    """Feature map or block of the teacher: 0 is its first, -1 its last."""
+    student: int = -1
+    """Holistic layer: 0 is the first, -1 the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
     """The image teacher of distillation."""
 
+    kind: typing.Literal["timm", "open_clip", "transformers", "internvit"] = "timm"
+    """Library that loads it; `internvit` is the vision tower of an InternVL model in transformers' layout."""
     name: str
-    """timm model name, for instance `tf_efficientnet_lite0`."""
+    """timm or OpenCLIP model name (`tf_efficientnet_lite0`, `ViT-L-14`, `hf-hub:OWNER/NAME`); for `transformers` and
+    `internvit` a folder or Hub id."""
     checkpoint: str | None = None
-    """Local weights file; `asset:NAME` is fetched. None: timm's own pretrained weights from the Hub."""
+    """timm: local weights file, `asset:NAME` is fetched; None: timm's own pretrained weights from the Hub. OpenCLIP:
+    local weights file or pretrained tag. The other kinds find their weights beside their config."""
     image_size: int
     """Side in pixels at which the teacher sees a tile; its feature grid is pooled to the student's."""
+    layers: tuple[LayerMatch, ...] = (LayerMatch(),)
+    """Which teacher layer each of some holistic layers reproduces; by default the last one the last one."""
+    projected: bool = False
+    """Match what InternVL's pixel shuffle and MLP make of the features, in its language model's width (internvit)."""
     standardize: bool = False
     """Subtract each feature channel's mean over some pictures and divide by its deviation. What all pictures share
     makes most of a raw cosine, and a short run learns little else; the paper does not mention it."""
-    feature_index: int = -1
-    """Which of timm's feature maps to match; the last has the largest stride."""
+    cache: str | None = None
+    """Folder that keeps the teacher's features of every picture: computed once before the first step, read in every
+    epoch and by later runs. For small sets seen several times."""
+    max_cache_gib: float = 20.0
+    """Refuse to fill a cache larger than this."""
+
+    def __post_init__(self):
+        if not self.layers:
+            raise ValueError("teacher.layers is empty: nothing would be matched.")
+        if self.projected and self.kind != "internvit":
+            raise ValueError(f"teacher.projected is InternVL's own MLP; a {self.kind} teacher has none.")
+        if self.checkpoint is not None and self.kind in ("transformers", "internvit"):
+            raise ValueError(f"A {self.kind} teacher has its weights in the folder teacher.name; drop checkpoint.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,14 +157,29 @@ class ObjectiveConfig:
     """What the stage minimises."""
 
     name: typing.Literal["distillation", "next_token"]
-    """`distillation`: negative cosine to teacher features and text table. `next_token`: cross-entropy of replies."""
+    """`distillation`: teacher features at picture positions and the text table elsewhere. `next_token`: cross-entropy
+    of replies."""
     num_random_tokens: int = 50
     """Random ordinary tokens after the picture, and as many again in the reply (distillation)."""
+    image_loss: typing.Literal["cosine", "smooth_l1", "info_nce"] = "cosine"
+    """How picture outputs are compared with teacher features: negative cosine as in the paper; smooth L1, mean over
+    channels; cross-entropy in nats of finding each patch's own feature among those of its tile set (distillation)."""
+    temperature: float = 0.07
+    """Divides the cosines of info_nce."""
+    tiles_per_set: int = 16
+    """Tiles whose patches compete in info_nce: so many consecutive ones of a micro-batch, the rest in a last set. A
+    batch cut between sets has the same loss; 1 allows any cut."""
     text_weight: float = 1.0
     """Weight of the text cosine beside the image cosine (distillation)."""
     scale_weight: float = 0.1
     """Weight of the squared log ratio of output norms to text-embedding norms; a cosine alone leaves image outputs
     far too long for the LLM (distillation)."""
+
+    def __post_init__(self):
+        if self.temperature <= 0:
+            raise ValueError(f"objective.temperature must be above 0, got {self.temperature}.")
+        if self.tiles_per_set < 1:
+            raise ValueError(f"objective.tiles_per_set must be at least 1, got {self.tiles_per_set}.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,8 +42,6 @@ class Examiner:
     model_config: HoVLEConfig
     batches: list[dict]
     """Held-out batches of this process; empty: nothing is measured."""
-    white: torch.Tensor
-    """What a white pixel is in `pixel_values`, shape `(3, 1, 1)`."""
     config: StageConfig
     autocast: contextlib.AbstractContextManager
     accelerator: Any
@@ -92,7 +90,7 @@ class Examiner:
             nats = self._measure(batches)["reply_nats"]
         if not num_tokens:
             return {"num_pictures": 0, "num_shuffled": 0}
-        blank = self._measure(blank_pictures(batches, self.white))["reply_nats"]
+        blank = self._measure(blank_pictures(batches))["reply_nats"]
         moved = self._measure(shuffled)["reply_nats"]
         return {
             "true_nats": nats,
@@ -140,12 +138,9 @@ def only_after_pictures(batch: dict, image_token_id: int) -> dict:
     return {**batch, "labels": batch["labels"].masked_fill(num_seen == num_before_sample, IGNORE_INDEX)}
 
 
-def blank_pictures(batches: list[dict], white: torch.Tensor) -> list[dict]:
+def blank_pictures(batches: list[dict]) -> list[dict]:
     """The batches with white pictures."""
-    return [
-        {**batch, "pixel_values": white.to(batch["pixel_values"]).expand_as(batch["pixel_values"])}
-        for batch in batches
-    ]
+    return [{**batch, "pixel_values": torch.full_like(batch["pixel_values"], 255)} for batch in batches]
 
 
 def shuffle_pictures(batches: list[dict], config: HoVLEConfig) -> tuple[list[dict], int, int]:

@@ -104,6 +104,8 @@ def first_row(batch: dict, config) -> dict:
     tokens_per_tile = config.tokens_per_tile(batch["pixel_values"].shape[-1])
     num_tiles = int((row["input_ids"] == config.image_token_id).sum()) // tokens_per_tile
     row["pixel_values"] = batch["pixel_values"][:num_tiles]
+    num_samples = int(((row["position_ids"] == 0) & row["is_sample"]).sum())
+    row["picture_keys"] = batch["picture_keys"][:num_samples]  # one a sample, where they are needed
     return row
 
 

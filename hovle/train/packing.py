@@ -292,12 +292,13 @@ class PackedBatches(IterableDataset):
 
     def complete(self, plan: dict) -> dict:
         """Read the pixels of a plan; samples with a damaged picture are taken out of their rows."""
-        pixel_values = [self.maker.load_pixels("no picture", [], [])]  # gives a batch without pictures its shape
-        names, skips, damaged = [], list(plan["skips"]), []
+        pixel_values: list[torch.Tensor] = []
+        names, picture_keys, skips, damaged = [], [], list(plan["skips"]), []
         for place in plan["places"]:
             try:
                 pixel_values.append(self.maker.load_pixels(place.name, place.pictures, place.num_tiles))
                 names.append(place.name)
+                picture_keys += self.maker.picture_keys(place.pictures)
             except SkipSampleError as error:
                 skips.append(Skip(place.source, error.reason, error.name, error.detail))
                 damaged.append(place)
@@ -307,11 +308,14 @@ class PackedBatches(IterableDataset):
         is_sample = tokens["document_ids"] >= 0
         for row, end in enumerate(is_sample.sum(dim=1).tolist()):
             tokens["position_ids"][row, end:] = torch.arange(self.config.row_length - end)
+        # Joined with none, tiles would lose their order in memory; a batch without pictures still has their shape.
+        pixel_values = [tiles for tiles in pixel_values if len(tiles)] or [self.maker.load_pixels("none", [], [])]
         batch = {
             **{name: tokens[name] for name in ("input_ids", "labels", "position_ids")},
             "is_sample": is_sample,
             "pixel_values": torch.cat(pixel_values),
             "names": names,
+            "picture_keys": picture_keys,
             **{name: plan[name] for name in ("position", "num_drawn", "num_split")},
             "skips": skips,
         }

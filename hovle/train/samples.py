@@ -13,8 +13,9 @@ import jinja2
 import torch
 
 from ..modeling_hovle import IGNORE_INDEX
-from ..pictures import load_picture, picture_size
+from ..pictures import picture_size
 from ..processing_hovle import HoVLEProcessor
+from .pixels import picture_key, read_tiles
 from .skips import NO_PICTURE, SkipSampleError
 from .sources import Record, conversation, picture_item, picture_sources
 
@@ -115,7 +116,7 @@ class SampleMaker:
         return sample
 
     def load_pixels(self, name: str, pictures: list[str | bytes], num_tiles: list[int]) -> torch.Tensor:
-        """Read the tiles of a sample's pictures, shape `(N, 3, s, s)`; SkipSampleError where one is damaged."""
+        """Read the tiles of a sample's pictures, `(N, 3, s, s)`, uint8; SkipSampleError where one is damaged."""
         try:
             messages = [{"role": "user", "content": [picture_item(picture) for picture in pictures]}]
             pixel_values, found = load_tiles(self.processor, messages)
@@ -125,6 +126,10 @@ class SampleMaker:
             detail = f"the headers of its pictures promise {num_tiles} tiles, their pixels make {found}."
             raise SkipSampleError(name, "unreadable picture", detail)
         return pixel_values
+
+    def picture_keys(self, pictures: list[str | bytes]) -> list[str]:
+        """What a batch tells about its pictures; nothing unless a teacher looks at them."""
+        return []
 
     def count_tiles(self, name: str, pictures: list[str | bytes]) -> list[int]:
         """Tiles of each picture, from the headers of the files."""
@@ -249,14 +254,12 @@ def special_ids(tokenizer) -> set[int]:
 
 
 def load_tiles(processor: HoVLEProcessor, messages: list[dict]) -> tuple[torch.Tensor, list[int]]:
-    """Read and tile the pictures of a conversation: `(N, 3, s, s)`, and the tile count of each picture."""
-    sources = picture_sources(messages)
-    if not sources:
+    """Read and tile the pictures of a conversation: `(N, 3, s, s)`, uint8, and the tile count of each picture."""
+    tiles = [read_tiles(source, processor.image_processor) for source in picture_sources(messages)]
+    if not tiles:
         size = processor.image_processor.size["height"]
-        return torch.zeros(0, 3, size, size), []
-    pictures = [load_picture(source) for source in sources]
-    tiles = processor.image_processor(pictures, return_tensors="pt")
-    return tiles["pixel_values"], [int(count) for count in tiles["num_patches"]]
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8), []
+    return torch.cat(tiles), [len(part) for part in tiles]
 
 
 class RandomTextSamples(SampleMaker):
@@ -284,6 +287,10 @@ class RandomTextSamples(SampleMaker):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         input_ids = torch.tensor(self._with_random_tokens(ids, generator))
         return Sample(record.name, index, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pictures, num_tiles)
+
+    def picture_keys(self, pictures: list[str | bytes]) -> list[str]:
+        """Names of the pictures by their content, under which a cache knows the teacher's features."""
+        return [picture_key(picture) for picture in pictures]
 
     def _with_random_tokens(self, ids: list[int], generator: torch.Generator) -> list[int]:
         length = len(self.stand_in_ids)

@@ -1,5 +1,6 @@
 """What a stage needs before its first step: model, frozen and trainable parts, number format, compiled layers."""
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from ..processing_hovle import HoVLEProcessor
 from .config import ModelConfig, StageConfig
 from .data import RandomTextSamples, ReplySamples
 from .objectives import DistillationObjective, NextTokenObjective, Objective
-from .teachers import ImageTeacher
+from .pixels import PixelNormalization
+from .teachers import make_teacher
 
 
 def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
@@ -140,16 +142,19 @@ def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def make_objective(config: StageConfig, model: HoVLEForConditionalGeneration, text_table: torch.Tensor) -> Objective:
+def make_objective(
+    config: StageConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor, text_table: torch.Tensor
+) -> Objective:
     """Build the objective a config names."""
+    normalize = PixelNormalization.of(processor.image_processor)
     if config.objective.name == "next_token":
-        return NextTokenObjective(model)
+        return NextTokenObjective(model, normalize)
     assert config.teacher is not None  # StageConfig wants one with this objective
-    weights = resolve_asset(config.teacher.checkpoint) if config.teacher.checkpoint else None
-    teacher = ImageTeacher(config.teacher, Path(weights) if weights else None)
-    return DistillationObjective(
-        model, teacher, text_table, config.objective.text_weight, config.objective.scale_weight
-    )
+    checkpoint = config.teacher.checkpoint
+    checkpoint = checkpoint if checkpoint is None else resolve_asset(checkpoint)
+    teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=checkpoint))
+    student_layers = [match.student for match in config.teacher.layers]
+    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize)
 
 
 def make_sampler(config: StageConfig, processor: HoVLEProcessor):

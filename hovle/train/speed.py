@@ -10,7 +10,6 @@ shapes, and the share of a step they explain is the share of this machine's peak
 """
 
 import argparse
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -36,7 +35,8 @@ from ..modeling_hovle import IGNORE_INDEX
 from .config import DataConfig, StageConfig, load_stage
 from .data import PackedBatches, Record, ReplySamples, Sample, StreamPosition, load_records, pack_rows
 from .loop import train_step
-from .objectives import DistillationObjective, NextTokenObjective, ObjectiveOutput, norm_ratio
+from .objectives import NextTokenObjective, ObjectiveOutput, norm_ratio
+from .pixels import PixelNormalization
 from .report import environment
 from .setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
 from .stage import make_accelerator, set_up
@@ -303,7 +303,7 @@ class _LogitsEverywhere(NextTokenObjective):
         """Sum of `-log p(token)` in nats over the supervised tokens of a batch."""
         outputs = self.model(
             input_ids=batch["input_ids"],
-            pixel_values=batch["pixel_values"],
+            pixel_values=self.normalize(batch["pixel_values"]),
             position_ids=batch["position_ids"],
             use_cache=False,
         )
@@ -351,7 +351,7 @@ def time_trainer(model: nn.Module, batches: list[dict], dtype: torch.dtype) -> t
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=[pad_batch(batch) for batch in batches],
+            train_dataset=[pad_batch(batch, PixelNormalization()) for batch in batches],
             data_collator=lambda items: items[0],
             callbacks=[stopwatch],
         )
@@ -363,12 +363,12 @@ def time_trainer(model: nn.Module, batches: list[dict], dtype: torch.dtype) -> t
     return ended_at - started_at, nats
 
 
-def pad_batch(batch: dict) -> dict:
+def pad_batch(batch: dict, normalize: PixelNormalization) -> dict:
     """What a padding collator gives: an attention mask instead of positions."""
     return {
         "input_ids": batch["input_ids"],
         "labels": batch["labels"],
-        "pixel_values": batch["pixel_values"],
+        "pixel_values": normalize(batch["pixel_values"]),
         "attention_mask": batch["is_sample"].long(),
     }
 
@@ -393,10 +393,11 @@ def take_apart(stage: str, accelerator, dtype: torch.dtype, num_steps: int = 4) 
         return (time.perf_counter() - started_at) / num_steps
 
     step_all()  # compiles
+    objective.teacher_time.read()
     seconds = step_all()
+    teacher_seconds = objective.teacher_time.read() / num_steps
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         step_all()
-    teacher_seconds = time_teacher(objective, batches, autocast)
     products = [event for event in profiler.key_averages(group_by_input_shape=True) if event.key in MATRIX_PRODUCTS]
     alone = sum(event.count * time_product(event.input_shapes, dtype) for event in products) / num_steps
     flops = sum(event.count * count_flops(event.input_shapes) for event in products) / num_steps
@@ -409,18 +410,6 @@ def take_apart(stage: str, accelerator, dtype: torch.dtype, num_steps: int = 4) 
         "tokens_per_second": sum(int(batch["is_sample"].sum()) for batch in batches) / num_steps / seconds,
         "seconds_by_kind": seconds_by_kind(profiler.key_averages(), num_steps),
     }
-
-
-def time_teacher(objective: nn.Module, batches: list[dict], autocast: contextlib.AbstractContextManager) -> float:
-    """Seconds a step spends in the teacher; 0 where there is none."""
-    if not isinstance(objective, DistillationObjective):
-        return 0.0
-    grid_size = round(objective.model.config.image_seq_length**0.5)
-    started_at = time.perf_counter()
-    for batch in batches:
-        with autocast:
-            objective.teacher.features(batch["pixel_values"], grid_size)
-    return (time.perf_counter() - started_at) / len(batches)
 
 
 def time_product(shapes: Sequence[Sequence[int]], dtype: torch.dtype, num_runs: int = 8) -> float:

@@ -24,13 +24,15 @@ from .data import (
     SkipLedger,
     StreamPosition,
     load_batches,
-    load_tiles,
     open_mixture,
+    picture_sources,
 )
 from .diagnosis import BlindPicturesError, Examiner
+from .feature_cache import cached_targets
 from .loop import to_device, train
 from .meter import Meter
 from .objectives import DistillationObjective, Objective
+from .pixels import PixelNormalization, picture_key, read_tiles
 from .report import check_trackers, describe, environment, make_log, tracking
 from .retention import BareRecord, TextRetention, read_record, write_record
 from .setup import (
@@ -45,7 +47,7 @@ from .setup import (
     start_model,
     store_parameters,
 )
-from .teachers import ImageTeacher
+from .teachers import ImageTeacher, Targets
 
 NUM_STANDARDIZING_RECORDS = 256
 """Records whose pictures tell mean and deviation of teacher features."""
@@ -107,7 +109,8 @@ class Stage:
             self.skips.add(batch)
             yield batch
 
-    def held_out_batches(self) -> list[dict]:
+    @functools.cached_property
+    def held_out(self) -> list[dict]:
         """The first batches of the validation source."""
         if self.config.validation is None:
             return []
@@ -122,18 +125,8 @@ class Stage:
 
     def examiner(self, wrapped: nn.Module, log: Callable[[dict], None]) -> Examiner:
         """What looks at held-out data during the run."""
-        image_processor = self.processor.image_processor
-        mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
-        return Examiner(
-            wrapped,
-            self.model.config,
-            self.held_out_batches(),
-            ((1 - mean) / std)[:, None, None],
-            self.config,
-            self.autocast,
-            self.accelerator,
-            log,
-        )
+        parts = (self.model.config, self.held_out, self.config)
+        return Examiner(wrapped, *parts, self.autocast, self.accelerator, log)
 
     def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
         """Count the skips of all processes, log each new one, and give the counts for the step's own entry."""
@@ -215,8 +208,8 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     select_trainable(model, config)
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
-    objective = make_objective(config, model, text_table)
     retention = TextRetention(config.retention, processor) if config.retention else None
+    objective = make_objective(config, model, processor, text_table)
     if state:
         checkpoints.load_trainable(objective, state["trainable"])
     parts = (model, processor, objective, peft_model)
@@ -226,9 +219,9 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
 def train_and_save(stage: Stage) -> None:
     """Train from the stage's first step to its last and write the model."""
     config, accelerator, objective = stage.config, stage.accelerator, stage.objective
-    if isinstance(objective, DistillationObjective) and config.teacher is not None and config.teacher.standardize:
-        standardize_teacher(objective.teacher, stage.mixture, stage.processor)
     objective.to(accelerator.device).train()
+    if isinstance(objective, DistillationObjective):
+        prepare_teacher(stage, objective)
     is_compiled = compile_layers(stage.model, config.compile)
     if stage.retention:
         stage.retention.start(config, stage.model, stage.autocast, stage.first_step)
@@ -360,15 +353,40 @@ def gather_position(reached: StreamPosition) -> StreamPosition:
     return StreamPosition.join(gather_object([dataclasses.asdict(reached)]))
 
 
-def standardize_teacher(teacher: ImageTeacher, mixture: Mixture, processor: HoVLEProcessor) -> None:
+def prepare_teacher(stage: Stage, objective: DistillationObjective) -> None:
+    """Put a feature cache in the teacher's place and standardise features, where the recipe says so."""
+    config = stage.config.teacher
+    assert config is not None  # StageConfig wants one with this objective
+    if config.cache is not None:
+        assert isinstance(objective.teacher, ImageTeacher)
+        with stage.autocast:
+            objective.teacher = cached_targets(
+                objective.teacher,
+                stage.config,
+                stage.mixture,
+                stage.held_out,
+                stage.processor,
+                stage.dtype,
+                is_main_process=stage.accelerator.is_main_process,
+            )
+    if config.standardize:
+        standardize_teacher(objective.teacher, stage.mixture, stage.processor)
+
+
+def standardize_teacher(teacher: Targets, mixture: Mixture, processor: HoVLEProcessor) -> None:
     """Measure the teacher's features on the first pictures of the stream, the same ones whenever a run resumes."""
+    grid_size = round(processor.image_seq_length**0.5)
+    device = teacher.feature_mean.device
 
-    def tiles() -> Iterator[torch.Tensor]:
+    def raw_features() -> Iterator[torch.Tensor]:
         for record in mixture.first_records(NUM_STANDARDIZING_RECORDS):
-            with contextlib.suppress(ValueError):  # what is damaged counts as skipped when training draws it
-                yield load_tiles(processor, record.messages)[0]
+            for picture in picture_sources(record.messages)[:1]:
+                with contextlib.suppress(ValueError):  # what is damaged counts as skipped when training draws it
+                    tiles = read_tiles(picture, processor.image_processor).to(device)
+                    batch = {"pixel_values": tiles, "picture_keys": [picture_key(picture)], "names": [record.name]}
+                    yield teacher.raw_targets(batch, grid_size)
 
-    teacher.standardize(tiles(), round(processor.image_seq_length**0.5))
+    teacher.standardize(raw_features())
 
 
 def save_weights(folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
@@ -407,7 +425,7 @@ def finish(output: Path, model: HoVLEForConditionalGeneration, processor, peft_m
     model.float()  # before merging, which rounds to the format of the weights
     if peft_model is not None:
         model = peft_model.merge_and_unload()
-    probe = checkpoints.make_probe(model, batch)
+    probe = checkpoints.make_probe(model, batch, PixelNormalization.of(processor.image_processor))
 
     def fill(folder: Path) -> None:
         save_weights(folder, model, processor)

@@ -6,6 +6,7 @@ import torch
 from hovle import HoVLEForConditionalGeneration
 from hovle.train.adapters import add_lora, merged_state_dict
 from hovle.train.config import LoraConfig
+from hovle.train.pixels import PixelNormalization
 from hovle.train.setup import select_trainable, store_parameters
 from hovle.train.stage import finish
 
@@ -36,7 +37,7 @@ def logits_of(model, batch) -> torch.Tensor:
         model.eval()
         return model(
             input_ids=batch["input_ids"],
-            pixel_values=batch["pixel_values"],
+            pixel_values=PixelNormalization()(batch["pixel_values"]),
             position_ids=batch["position_ids"],
             use_cache=False,
         ).logits

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from hovle import HoVLEForConditionalGeneration
 from hovle.train import checkpoint as checkpoints
 from hovle.train.data import PackedBatches, Record, ReplySamples, StreamPosition, conversation
+from hovle.train.pixels import PixelNormalization
 
 
 def write(text: str):
@@ -100,7 +101,7 @@ def test_what_moves_no_number_may_change(next_token_config):
 def handed_over(parts, batches, checkpoints_copy) -> Path:
     """A model folder with the probe its stage wrote."""
     model, _ = parts
-    checkpoints.write_probe(checkpoints_copy, checkpoints.make_probe(model, batches("chat")[0]))
+    checkpoints.write_probe(checkpoints_copy, checkpoints.make_probe(model, batches("chat")[0], PixelNormalization()))
     return checkpoints_copy
 
 
@@ -159,7 +160,7 @@ def test_the_probe_sees_the_picture_through_shared_beginnings(parts, data, next_
     picture = data / "pictures" / "00.png"
     record = Record("x", conversation(picture, "Why?", "A bus"), (conversation(picture, "A tree?", "The street."),))
     stream = PackedBatches([record], ReplySamples(processor), next_token_config(), StreamPosition(), 0, 1, 0)
-    probe = checkpoints.make_probe(model, next(iter(stream)))
+    probe = checkpoints.make_probe(model, next(iter(stream)), PixelNormalization())
     with torch.no_grad():
         model.model.projector.linear_2.bias += 1
     assert (checkpoints.probe_logits(model, probe) - probe["logits"]).abs().max() > 0.01

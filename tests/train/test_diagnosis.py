@@ -130,7 +130,6 @@ def examiner(parts, batches, next_token_config, data):
             NextTokenObjective(parts[0]),
             parts[0].config,
             batches("chat", 2),
-            torch.ones(3, 1, 1),
             next_token_config(*held_out, *overrides),
             contextlib.nullcontext(),
             OneProcess(),
@@ -198,10 +197,9 @@ def test_only_replies_after_a_picture_of_the_same_sample_keep_their_labels(batch
 def test_blank_pictures_are_white_and_leave_the_batch_alone(batches):
     [batch] = batches("chat")
     before = batch["pixel_values"].clone()
-    white = torch.tensor([1.0, 2.0, 3.0])[:, None, None]
-    [blank] = blank_pictures([batch], white)
+    [blank] = blank_pictures([batch])
     assert blank["pixel_values"].shape == before.shape
-    assert (blank["pixel_values"] == white).all()
+    assert (blank["pixel_values"] == 255).all()
     assert torch.equal(batch["pixel_values"], before)
 
 

@@ -2,19 +2,18 @@
 
 import contextlib
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from hovle import HoVLEForConditionalGeneration
-from hovle.train.config import ObjectiveConfig, StageConfig
+from hovle.train.config import StageConfig
 from hovle.train.loop import NonFiniteLossError, train, train_step, validate
 from hovle.train.meter import Meter
 from hovle.train.objectives import DistillationObjective, NextTokenObjective
 from hovle.train.setup import make_optimizer, select_trainable
-from hovle.train.teachers import ImageTeacher
+from hovle.train.teachers import make_teacher
 
 WITH_VALIDATION = ("validation.source=pictures", "validation.path=.")
 
@@ -44,9 +43,7 @@ def make_parts(checkpoints, next_token_config, distillation_config):
         if source == "pictures":
             assert config.teacher is not None
             table = model.get_input_embeddings().weight.detach().clone()
-            teacher = ImageTeacher(config.teacher, Path(str(config.teacher.checkpoint)))
-            defaults = ObjectiveConfig(name="distillation")
-            objective = DistillationObjective(model, teacher, table, defaults.text_weight, defaults.scale_weight)
+            objective = DistillationObjective(model, make_teacher(config.teacher), table, config.objective)
         return objective.train(), make_optimizer(objective, config), config
 
     return build
@@ -141,8 +138,9 @@ def weights_of(objective: nn.Module) -> list[torch.Tensor]:
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_batch(make_parts, batches):
     objective, optimizer, _ = make_parts("chat")
     good, bad = batches("chat", 2)
-    bad["pixel_values"] = bad["pixel_values"].clone()
-    bad["pixel_values"][0] = float("nan")
+    objective.normalize.register_forward_hook(
+        lambda module, inputs, pixels: pixels * float("nan") if inputs[0] is bad["pixel_values"] else pixels
+    )
     before = weights_of(objective)
     with pytest.raises(NonFiniteLossError, match=r"Loss is nan on the batch of chat\.jsonl:\d+, .*Weights are as bef"):
         train_step(objective, optimizer, [good, bad], 1.0, FLOAT32)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
-from hovle.train.config import DataConfig
+from hovle.train.config import DataConfig, ObjectiveConfig
 from hovle.train.data import (
     PackedBatches,
     RandomTextSamples,
@@ -20,27 +20,40 @@ from hovle.train.data import (
     conversation,
     load_records,
 )
-from hovle.train.objectives import DistillationObjective, NextTokenObjective, learning_rate_factor
+from hovle.train.objectives import DistillationObjective, NextTokenObjective, _info_nce, learning_rate_factor
+from hovle.train.pixels import PixelNormalization
+from hovle.train.teachers import Targets
 
 
-class ColorTeacher(nn.Module):
-    """Stands in for an image teacher: a fixed random map of a cell's mean colour."""
+class ColorTeacher(Targets):
+    """Stands in for an image teacher: fixed random maps of a cell's mean colour."""
 
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-        self.register_buffer("table", torch.randn(3, width, generator=torch.Generator().manual_seed(0)))
+    def __init__(self, *widths: int):
+        super().__init__(widths)
+        self.register_buffer("table", torch.randn(3, sum(widths), generator=torch.Generator().manual_seed(0)))
 
-    def features(self, pixel_values: torch.Tensor, grid_size: int) -> torch.Tensor:
-        cells = nn.functional.adaptive_avg_pool2d(pixel_values, grid_size)
+    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
+        # Black is no zero vector, which has no direction.
+        cells = nn.functional.adaptive_avg_pool2d(batch["pixel_values"].float() / 255 - 0.4, grid_size)
         return cells.flatten(2).transpose(1, 2) @ self.table
 
 
-def distillation(model: HoVLEForConditionalGeneration, width: int = 64, **weights) -> DistillationObjective:
+def distillation(
+    model: HoVLEForConditionalGeneration, width: int = 64, layers: tuple[int, ...] = (-1,), **fields
+) -> DistillationObjective:
     table = model.get_input_embeddings().weight.detach().clone()
-    weights = {"text_weight": 1.0, "scale_weight": 0.1, **weights}
+    config = ObjectiveConfig(name="distillation", **fields)
     torch.manual_seed(3)
-    return DistillationObjective(model, ColorTeacher(width), table, **weights)
+    return DistillationObjective(model, ColorTeacher(*[width] * len(layers)), table, config, layers)
+
+
+def model_inputs(batch: dict) -> dict[str, torch.Tensor]:
+    """What the model itself takes of a batch."""
+    return {
+        "input_ids": batch["input_ids"],
+        "pixel_values": PixelNormalization()(batch["pixel_values"]),
+        "position_ids": batch["position_ids"],
+    }
 
 
 def samples_alone(batch: dict, tokens_per_tile: int, image_token_id: int) -> list[tuple[int, slice, dict]]:
@@ -74,7 +87,7 @@ def test_packed_samples_give_the_hidden_states_they_give_alone(parts, batches, a
         model.gradient_checkpointing_enable()
 
     def hidden_states(batch):
-        inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "position_ids")}
+        inputs = model_inputs(batch)
         if source == "pictures":
             return model.get_holistic_embeddings(**inputs).inputs_embeds
         return model.model(**inputs, use_cache=False).last_hidden_state
@@ -96,7 +109,7 @@ def test_a_sample_does_not_see_its_neighbours(parts, batches, attention):
     model, _ = parts
     model.set_attn_implementation(attention)
     [batch] = batches("chat")
-    inputs = {name: batch[name] for name in ("input_ids", "pixel_values", "position_ids")}
+    inputs = model_inputs(batch)
     before = model.model(**inputs, use_cache=False).last_hidden_state
     first_end = int((batch["position_ids"][0, 1:] == 0).nonzero()[0]) + 1
     ids = batch["input_ids"].clone()
@@ -149,7 +162,7 @@ def test_next_token_loss_equals_that_of_the_model(parts, data):
         sample = sampler.make(record, index)
         batch = as_batch(sampler, sample)
         output = objective(batch)
-        pixel_values = batch["pixel_values"] if sample.pictures else None
+        pixel_values = PixelNormalization()(batch["pixel_values"]) if sample.pictures else None
         expected = model(sample.input_ids[None], pixel_values=pixel_values, labels=sample.labels[None]).loss
         count = int(output.counts["reply_nats"])
         assert count == int((sample.labels != -100).sum())
@@ -254,8 +267,8 @@ def test_distillation_is_the_papers_objective_plus_scale_control(parts, batches)
     table = model.get_input_embeddings().weight
     image_cosines, text_cosines, image_ratios, text_ratios, plain_ratios = [], [], [], [], []
     for _, _, single in samples_alone(batch, processor.image_seq_length, processor.image_token_id):
-        hidden = model.get_holistic_embeddings(single["input_ids"], single["pixel_values"]).inputs_embeds[0]
-        targets = iter(objective.teacher.features(single["pixel_values"], 2).flatten(0, 1))
+        hidden = model.get_holistic_embeddings(**model_inputs(single)).inputs_embeds[0]
+        targets = iter(objective.teacher.targets(single, 2).flatten(0, 1))
         for token, vector in zip(single["input_ids"][0].tolist(), hidden, strict=True):
             is_image = token == processor.image_token_id
             target = next(targets) if is_image else table[token]
@@ -298,16 +311,16 @@ def test_only_the_direction_counts_for_the_cosine_and_only_the_length_for_the_sc
 def test_a_projection_is_trained_where_widths_differ_and_only_there(parts, batches):
     model, _ = parts
     same = distillation(model, width=64)
-    assert isinstance(same.projection, nn.Identity)
+    assert isinstance(same.projections[0], nn.Identity)
     objective = distillation(model, width=48)
     output = objective(batches("pictures")[0])
     output.terms["image_cosine"].backward()
-    assert objective.projection.weight.shape == (48, 64)
-    assert objective.projection.weight.grad.abs().max() > 0
+    assert objective.projections[0].weight.shape == (48, 64)
+    assert objective.projections[0].weight.grad.abs().max() > 0
     # Text goes without it: the text cosine compares with the table itself.
     objective.zero_grad()
     objective(batches("pictures")[0]).terms["text_cosine"].backward()
-    assert objective.projection.weight.grad is None
+    assert objective.projections[0].weight.grad is None
 
 
 def test_targets_stay_when_the_table_learns(parts, batches):
@@ -340,6 +353,119 @@ def test_hd_distils_what_the_language_model_will_see(language_models, data, next
     assert int(output.counts["image_cosine"]) == len(batch["pixel_values"]) * 4
     torch.stack(list(output.terms.values())).sum().backward()
     assert model.model.projector.linear_1.weight.grad.abs().max() > 0
+
+
+def image_outputs(objective: DistillationObjective, batch: dict, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
+    """What one holistic layer gives at the picture positions, projected, and the targets: `(N, S, D)` each."""
+    outputs = objective.model.get_holistic_embeddings(**model_inputs(batch), output_hidden_states=True)
+    is_image = batch["input_ids"] == objective.model.config.image_token_id
+    hidden_states = outputs.hidden_states[layer][is_image].view_as(outputs.image_hidden_states)
+    return objective.projections[0](hidden_states), objective.teacher.targets(batch, 2)
+
+
+def test_smooth_l1_is_the_plain_formula(parts, batches):
+    objective = distillation(parts[0], width=48, image_loss="smooth_l1")
+    [batch] = batches("pictures")
+    output = objective(batch)
+    outputs, targets = image_outputs(objective, batch)
+    difference = (outputs - targets).abs()
+    expected = torch.where(difference < 1, difference.square() / 2, difference - 0.5).mean(dim=-1).sum()
+    torch.testing.assert_close(output.terms["image_smooth_l1"], expected, rtol=1e-5, atol=0)
+    assert objective.weights["image_smooth_l1"] == 1
+    assert objective.weights["image_cosine"] == 0  # only watched
+    assert output.counts["image_smooth_l1"] == output.counts["image_cosine"] == outputs.shape[:2].numel()
+
+
+def test_info_nce_is_the_plain_formula(parts, batches):
+    objective = distillation(parts[0], image_loss="info_nce", temperature=0.2, tiles_per_set=4)
+    [batch] = batches("pictures")
+    output = objective(batch)
+    outputs, targets = image_outputs(objective, batch)
+    assert len(outputs) % 4 != 0  # the last set is smaller
+    expected = 0.0
+    for start in range(0, len(outputs), 4):
+        ours, theirs = outputs[start : start + 4].flatten(0, 1), targets[start : start + 4].flatten(0, 1)
+        for patch, vector in enumerate(ours):
+            scores = torch.stack([nn.functional.cosine_similarity(vector, other, dim=0) / 0.2 for other in theirs])
+            expected += float((scores.exp().sum().log() - scores[patch]).detach())
+    assert float(output.terms["image_info_nce"].detach()) == pytest.approx(expected, rel=1e-5)
+    assert objective.weights["image_info_nce"] == 1
+
+
+def test_info_nce_is_low_where_every_patch_finds_its_own_feature():
+    targets = torch.randn(4, 9, 32, generator=torch.Generator().manual_seed(0))
+    found = _info_nce(targets * 3, targets, 0.05, 2)
+    assert float(found) / 36 < 0.01
+    assert float(_info_nce(targets.roll(1, dims=1), targets, 0.05, 2)) / 36 > 5
+
+
+@pytest.mark.parametrize("image_loss", ["cosine", "smooth_l1", "info_nce"])
+def test_losses_of_micro_batches_add_up_to_that_of_the_batch(parts, batches, image_loss):
+    objective = distillation(parts[0], width=48, image_loss=image_loss, tiles_per_set=1)
+    [batch] = batches("pictures")
+    whole = objective(batch)
+    single = [objective(one) for one in samples_alone_batches(batch, parts[1])]
+    for name, term in whole.terms.items():
+        torch.testing.assert_close(sum(one.terms[name] for one in single), term, rtol=1e-4, atol=1e-5)
+        assert sum(int(one.counts[name]) for one in single) == int(whole.counts[name])
+
+
+def samples_alone_batches(batch: dict, processor: HoVLEProcessor) -> list[dict]:
+    return [single for _, _, single in samples_alone(batch, processor.image_seq_length, processor.image_token_id)]
+
+
+def test_a_cut_between_tile_sets_does_not_change_info_nce():
+    generator = torch.Generator().manual_seed(0)
+    outputs, targets = torch.randn(2, 8, 4, 16, generator=generator)
+    whole = _info_nce(outputs, targets, 0.1, 4)
+    parts = _info_nce(outputs[:4], targets[:4], 0.1, 4) + _info_nce(outputs[4:], targets[4:], 0.1, 4)
+    torch.testing.assert_close(parts, whole)
+    assert not torch.isclose(_info_nce(outputs, targets, 0.1, 8), whole)
+
+
+def test_each_matched_layer_has_its_own_features_and_projection(parts, batches):
+    model, _ = parts
+    objective = distillation(model, 48, layers=(0, -1))
+    [batch] = batches("pictures")
+    output = objective(batch)
+    first, last = objective.teacher.targets(batch, 2).split(48, dim=-1)
+    expected = torch.zeros(())
+    for layer, projection, target in zip((0, 1), objective.projections, (first, last), strict=True):
+        hidden = model.get_holistic_embeddings(**model_inputs(batch), output_hidden_states=True).hidden_states[layer]
+        hidden = hidden[batch["input_ids"] == model.config.image_token_id].unflatten(0, target.shape[:2])
+        expected = expected + nn.functional.cosine_similarity(projection(hidden), target, dim=-1).sum()
+    torch.testing.assert_close(output.terms["image_cosine"], expected)
+    assert output.counts["image_cosine"] == 2 * output.counts["image_scale"]
+    output.terms["image_cosine"].backward()
+    assert all(projection.weight.grad.abs().max() > 0 for projection in objective.projections)
+
+
+def test_holistic_hidden_states_are_what_the_layers_give(parts, batches):
+    model, _ = parts
+    [batch] = batches("pictures")
+    seen = []
+    hooks = [
+        layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+        for layer in model.model.embedding_layers
+    ]
+    outputs = model.get_holistic_embeddings(**model_inputs(batch), output_hidden_states=True)
+    for hook in hooks:
+        hook.remove()
+    assert len(outputs.hidden_states) == 2
+    assert all(torch.equal(found, expected) for found, expected in zip(outputs.hidden_states, seen, strict=True))
+    assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+    assert model.get_holistic_embeddings(**model_inputs(batch)).hidden_states is None
+
+
+def test_student_layers_that_do_not_exist_are_refused(parts, language_models):
+    with pytest.raises(ValueError, match=r"names student layer 2, but there are 2 holistic layers"):
+        distillation(parts[0], layers=(2,))
+    model = HoVLEForConditionalGeneration.from_language_model(
+        language_models["tied"], 2, image_size=56, pixel_shuffle_loc="post", dtype=torch.float32
+    )
+    with pytest.raises(ValueError, match="HoVLE-HD can match its last holistic layer only"):
+        distillation(model, layers=(0, -1))
+    distillation(model, layers=(1,))
 
 
 # --- schedule --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from hovle.train.data import (
     share_beginning,
     special_ids,
 )
+from hovle.train.pixels import PixelNormalization
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +143,9 @@ def test_a_sample_reads_as_the_processor_would_encode_the_chat(processor, chat_r
         )  # after the last reply there is nothing to learn
         pixel_values = ReplySamples(processor).load_pixels("x", sample.pictures, sample.num_tiles)
         if "pixel_values" in expected:
-            assert torch.equal(pixel_values, expected["pixel_values"])
+            found = PixelNormalization.of(processor.image_processor)(pixel_values)
+            difference = (found - expected["pixel_values"]).abs()
+            assert difference.mean() < 1e-3  # worst 1e-4: see test_pixels
         else:
             assert len(pixel_values) == 0
 

@@ -230,7 +230,7 @@ RESUMED = {
     "next_token, accumulation": ("next_token_config", ["gradient_accumulation_steps=3", "warmup_ratio=0.5"]),
     "next_token, bfloat16": ("next_token_config", ["dtype=bfloat16", "trainable=[stem, language_model]"]),
     "distillation": ("distillation_config", []),
-    "distillation, projection, worker": ("distillation_config", ["teacher.feature_index=-2", "num_workers=1"]),
+    "distillation, projection, worker": ("distillation_config", ["teacher.layers=[{teacher: -2}]", "num_workers=1"]),
     "distillation, standardised teacher": ("distillation_config", ["teacher.standardize=true"]),
     "distillation, accumulation": ("distillation_config", ["gradient_accumulation_steps=2", "packing_window=7"]),
     "distillation, untied": (

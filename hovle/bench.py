@@ -1,0 +1,179 @@
+"""Measure how fast a part of hovle is on this machine, beside the usual way of doing it.
+
+data    From picture file to tiles, the work a training process does for every sample: JPEG pictures in memory's file
+        cache, one thread, pictures per second. Three routes take turns, so that what else the machine does hurts
+        all alike; the best round counts, the median shows how quiet the machine was.
+          training    what `hovle train` does: fast decoding where a JPEG is plain, torch resizes bytes
+          pillow      Pillow decodes and resizes, tiles of bytes
+          processor   `HoVLEImageProcessor`, tiles of normalised floats (what inference does)
+        Tiles of the first two are compared: largest and mean difference in grey levels of 255.
+
+Close other programs first. The result is printed and, with --out, kept as JSON with the machine it was measured on.
+
+  hovle bench data                                          generated photographs, 500 x 375 to one tile of 448
+  hovle bench data --out eval/results/speed/data.json
+  hovle bench data --pictures photos --max-tiles 12         your own JPEG files, up to 12 tiles and a thumbnail
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .image_processing_hovle import HoVLEImageProcessor
+from .machine import processor_name
+from .pictures import decode_plain_jpeg, load_picture
+from .train.pixels import read_tiles
+
+PICTURE_SIZE = (500, 375)
+"""Width and height of generated photographs: a usual size of web pictures."""
+
+JPEG_QUALITY = 82
+
+
+def generate_photograph(seed: int) -> Image.Image:
+    """Draw soft areas with camera noise; as a JPEG it is about as large and as slow to decode as a photograph."""
+    generator = np.random.default_rng(seed)
+    areas = Image.fromarray(generator.integers(20, 235, (30, 40, 3), dtype=np.uint8))
+    soft = np.asarray(areas.resize(PICTURE_SIZE, Image.Resampling.BICUBIC)).astype(int)
+    noise = generator.integers(-6, 7, soft.shape[:2])[..., None]
+    return Image.fromarray((soft + noise).clip(0, 255).astype(np.uint8))
+
+
+def pillow_tiles(path: Path, image_processor: HoVLEImageProcessor) -> torch.Tensor:
+    """Cut a picture with Pillow alone: tiles of bytes, shape `(N, 3, s, s)`, the thumbnail last."""
+    picture = load_picture(path)
+    side = image_processor.size["height"]
+    columns, rows = image_processor.choose_grid(picture.height, picture.width)
+    canvas = picture.resize((columns * side, rows * side), Image.Resampling.BICUBIC)
+    tiles = [
+        canvas.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
+        for row in range(rows)
+        for column in range(columns)
+    ]
+    if len(tiles) > 1:
+        tiles.append(picture.resize((side, side), Image.Resampling.BICUBIC))
+    return torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles])).permute(0, 3, 1, 2).contiguous()
+
+
+def measure_data(paths: list[Path], image_processor: HoVLEImageProcessor, num_rounds: int) -> dict:
+    """Time the three routes over the pictures and compare their tiles.
+
+    Returns:
+        Pictures per second of each route (best round and median), the ratio of training to pillow, differences in
+        grey levels, and the share of pictures decoded fast.
+    """
+    routes: dict[str, Callable[[Path], object]] = {
+        "training": lambda path: read_tiles(path, image_processor),
+        "pillow": lambda path: pillow_tiles(path, image_processor),
+        "processor": lambda path: image_processor([load_picture(path)], return_tensors="pt"),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in routes}
+    for number in range(num_rounds + 1):
+        for name, route in routes.items():
+            started_at = time.perf_counter()
+            for path in paths:
+                route(path)
+            if number:  # the first round warms up
+                seconds[name].append((time.perf_counter() - started_at) / len(paths))
+    differences = [
+        (read_tiles(path, image_processor).int() - pillow_tiles(path, image_processor).int()).abs() for path in paths
+    ]
+    return {
+        "pictures_per_second": {name: round(1 / min(values), 1) for name, values in seconds.items()},
+        "median_pictures_per_second": {
+            name: round(1 / statistics.median(values), 1) for name, values in seconds.items()
+        },
+        "training_over_pillow": round(min(seconds["pillow"]) / min(seconds["training"]), 2),
+        "max_difference_grey_levels": max(int(item.max()) for item in differences),
+        "mean_difference_grey_levels": round(float(np.mean([float(item.float().mean()) for item in differences])), 5),
+        "decoded_fast_ratio": round(sum(decode_plain_jpeg(path) is not None for path in paths) / len(paths), 4),
+    }
+
+
+def bench_data(args: argparse.Namespace) -> dict:
+    """Measure with one thread, on the given or on generated pictures; return figures with their circumstances."""
+    if args.rounds < 1 or args.num_pictures < 1:
+        raise ValueError("--rounds and --num-pictures must be at least 1.")
+    image_processor = HoVLEImageProcessor(tile_size=args.tile_size, max_tiles=args.max_tiles)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            paths = _pictures(args, Path(folder))
+            num_bytes = sum(path.stat().st_size for path in paths)
+            figures = measure_data(paths, image_processor, args.rounds)
+    finally:
+        torch.set_num_threads(num_threads)
+    return {
+        "bench": "data",
+        "pictures": args.pictures or f"{len(paths)} generated, {PICTURE_SIZE[0]} x {PICTURE_SIZE[1]}",
+        "mean_file_bytes": num_bytes // len(paths),
+        "tile_size": args.tile_size,
+        "max_tiles": args.max_tiles,
+        "rounds": args.rounds,
+        **figures,
+        "environment": environment(),
+    }
+
+
+def _pictures(args: argparse.Namespace, folder: Path) -> list[Path]:
+    if args.pictures is None:
+        paths = [folder / f"{seed}.jpg" for seed in range(args.num_pictures)]
+        for seed, path in enumerate(paths):
+            generate_photograph(seed).save(path, quality=JPEG_QUALITY)
+        return paths
+    found = (path for path in sorted(Path(args.pictures).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg"))
+    paths = list(itertools.islice(found, args.num_pictures))
+    if not paths:
+        raise ValueError(f"{args.pictures} holds no JPEG files.")
+    return paths
+
+
+def environment() -> dict:
+    """What a reader needs to judge the figures."""
+    import importlib.metadata
+
+    packages = {}
+    for name in ("torch", "transformers", "pillow", "simplejpeg"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "not installed"
+    return {
+        "processor": processor_name(),
+        "threads": 1,
+        "python": platform.python_version(),
+        **packages,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command line of `hovle bench`."""
+    parser.add_argument("part", choices=["data"], help="what to measure")
+    parser.add_argument("--out", metavar="FILE", help="also write the result as JSON")
+    parser.add_argument("--pictures", metavar="FOLDER", help="JPEG files to read (default: generated photographs)")
+    parser.add_argument("--num-pictures", type=int, default=64, metavar="N", help="pictures per round (default: 64)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N", help="rounds per route (default: 7)")
+    parser.add_argument("--tile-size", type=int, default=448, metavar="PX", help="side of a tile (default: 448)")
+    parser.add_argument("--max-tiles", type=int, default=1, metavar="N", help="most tiles (default: 1)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, print, and write the result."""
+    text = json.dumps(bench_data(args), indent=1)
+    print(text)  # noqa: T201 - this is the command's output
+    if args.out:
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.out).write_text(text + "\n")
+    return 0
