@@ -107,8 +107,8 @@ class Stage:
             self.skips.add(batch)
             yield batch
 
-    def held_out_batches(self) -> list[dict]:
-        """The first batches of the validation source."""
+    def held_out_batches(self, log: Callable[[dict], None]) -> list[dict]:
+        """The first batches of the validation source; what of it is skipped is logged."""
         if self.config.validation is None:
             return []
         stream = iter(self.batches(open_mixture([self.config.validation], self.config.seed)))
@@ -116,7 +116,8 @@ class Stage:
         skips = SkipLedger(self.config.max_skip_fraction)
         for batch in batches:
             skips.add(batch)
-        skips.share()
+        for skip in skips.share():
+            log({"event": "skip", "step": self.first_step, **skip._asdict()})
         skips.check()
         return batches
 
@@ -127,7 +128,7 @@ class Stage:
         return Examiner(
             wrapped,
             self.model.config,
-            self.held_out_batches(),
+            self.held_out_batches(log),
             ((1 - mean) / std)[:, None, None],
             self.config,
             self.autocast,
