@@ -221,6 +221,12 @@ class PackedBatches(IterableDataset):
         self.start = start
         self.num_lanes = config.gradient_accumulation_steps * world_size
         self.lane_numbers = range(rank, self.num_lanes, world_size)
+        missing = [number for number in self.lane_numbers if start.lanes and number not in start.lanes]
+        if missing:
+            raise ValueError(
+                f"The position to continue from knows {len(start.lanes)} lanes, not {missing}: keep "
+                "gradient_accumulation_steps x processes."
+            )
         self.pad_token_id = pad_token_id
         # In every batch or in none: one compiled graph.
         self.has_branches = isinstance(maker, ReplySamples) and self.mixture.has_branches

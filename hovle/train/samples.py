@@ -4,6 +4,7 @@ The tiles of a picture are counted from the header of its file, so samples wait 
 these are read for a whole batch at once (`load_pixels`).
 """
 
+import bisect
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -87,12 +88,18 @@ class SampleMaker:
     def _make_fitting(
         self, record: Record, index: int, max_tokens: int, max_tiles: int | None
     ) -> list[Sample | SkipSampleError]:
-        first, rest = self._make_checked(record, index, max_tokens, max_tiles), None
-        for start, end in self.cuts(record):
-            if isinstance(first, Sample) or first.reason != OVER_LONG:
-                break
-            first, rest = self._make_checked(start, index, max_tokens, max_tiles), end
-        return [first, *(self._make_fitting(rest, index, max_tokens, max_tiles) if rest else [])]
+        whole = self._make_checked(record, index, max_tokens, max_tiles)
+        cuts = list(self.cuts(record)) if _is_over_long(whole) else []
+        if not cuts:
+            return [whole]
+
+        def fits(cut: tuple[Record, Record]) -> bool:
+            return not _is_over_long(self._make_checked(cut[0], index, max_tokens, max_tiles))
+
+        # From the longest first part to the shortest: none fits, then all do. If none does, the shortest is left out.
+        start, rest = cuts[min(bisect.bisect_left(cuts, True, key=fits), len(cuts) - 1)]
+        first = self._make_checked(start, index, max_tokens, max_tiles)
+        return [first, *self._make_fitting(rest, index, max_tokens, max_tiles)]
 
     def _make_checked(
         self, record: Record, index: int, max_tokens: int, max_tiles: int | None
@@ -149,6 +156,10 @@ class SampleMaker:
 
 OVER_LONG = "over-long"
 """Reason of a sample that no row can hold and that cannot be cut further."""
+
+
+def _is_over_long(made: Sample | SkipSampleError) -> bool:
+    return isinstance(made, SkipSampleError) and made.reason == OVER_LONG
 
 
 def _picture_fault(pictures: list[str | bytes]) -> str:

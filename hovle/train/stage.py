@@ -124,7 +124,9 @@ class Stage:
         return batches
 
     def examiner(self, wrapped: nn.Module, log: Callable[[dict], None]) -> Examiner:
-        """What looks at held-out data during the run."""
+        """What looks at held-out data during the run; what of that was skipped is logged."""
+        for skip in itertools.chain.from_iterable(batch["skips"] for batch in self.held_out):
+            log({"event": "skip", "step": self.first_step, **skip._asdict()})
         parts = (self.model.config, self.held_out, self.config)
         return Examiner(wrapped, *parts, self.autocast, self.accelerator, log)
 

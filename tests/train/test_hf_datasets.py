@@ -11,7 +11,15 @@ from PIL import Image
 
 from hovle import HoVLEProcessor
 from hovle.train.config import DataConfig
-from hovle.train.data import Mixture, PackedBatches, ReplySamples, SkipSampleError, StreamPosition, load_records
+from hovle.train.data import (
+    Mixture,
+    PackedBatches,
+    ReplySamples,
+    SkipSampleError,
+    StreamPosition,
+    load_batches,
+    load_records,
+)
 from hovle.train.mixture import MixtureReader
 
 NUM_ROWS = 24
@@ -215,7 +223,8 @@ def test_a_mixture_with_a_stream_is_packed_and_resumed_exactly(tars, data, check
     assert any("huggingface:tars" in name for name in straight[0]["names"])
     assert any("chat.jsonl" in name for name in straight[0]["names"])
     names = [batch["names"] for batch in straight]
-    resumed = itertools.islice(batches(start=straight[3]["position"]), 4)
-    assert [batch["names"] for batch in resumed] == names[4:]
+    for num_workers in (0, 1, 2):
+        resumed = load_batches(batches(start=straight[3]["position"]), num_workers)
+        assert [batch["names"] for batch in itertools.islice(resumed, 4)] == names[4:]
     ranks = [list(itertools.islice(batches(rank, 2, straight[3]["position"]), 2)) for rank in range(2)]
     assert [ranks[place % 2][place // 2]["names"] for place in range(4)] == names[4:]

@@ -206,6 +206,12 @@ def test_a_run_continues_with_another_number_of_processes(stream):
     assert not pending & set(taken)  # none repeated
 
 
+def test_a_position_of_fewer_lanes_is_refused(stream):
+    _, position = steps_of(stream, 1, world_size=1, num_lanes=2)
+    with pytest.raises(ValueError, match=r"knows 2 lanes, not \[2\]: keep gradient_accumulation_steps x processes"):
+        stream(LENGTHS, position, gradient_accumulation_steps=3)
+
+
 def test_skips_are_counted_once_however_often_a_run_is_resumed(stream):
     straight, _ = steps_of(stream, 6, world_size=1, num_lanes=2)
     found, position = [], None

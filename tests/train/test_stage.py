@@ -299,6 +299,15 @@ def test_skips_are_logged_and_counted_on_after_resuming(next_token_config, monke
     assert all("damaged.png" in entry["detail"] for entry in events[0] if entry["name"] == "chat.jsonl:5")
 
 
+def test_skips_of_the_validation_data_are_logged(next_token_config, tmp_path, faulty):
+    path = faulty.removeprefix("data.path=")
+    validation = ("validation.source=chat", f"validation.path={path}", "num_validation_batches=2")
+    run_stage(next_token_config(*validation, "max_skip_fraction=1", "num_steps=1"))
+    events = [entry for entry in read_log(tmp_path / "run") if entry.get("event") == "skip"]
+    assert {entry["name"] for entry in events} <= {"chat.jsonl:5", "chat.jsonl:6"}
+    assert events
+
+
 def test_too_many_skips_stop_the_run_and_name_the_worst(next_token_config, faulty, tmp_path):
     with pytest.raises(SkipBudgetError) as caught:
         run_stage(next_token_config(faulty))
