@@ -47,7 +47,12 @@ class TextRetention:
 
     def __init__(self, config: RetentionConfig, processor: HoVLEProcessor):
         self.config = config
-        ids = processor._encode_text(read_text(config.source), at_start=True)[: config.num_tokens]
+        ids: list[int] = []
+        for paragraph in read_text(config.source).split("\n\n"):  # as far as it takes
+            if len(ids) >= config.num_tokens:
+                break
+            ids += processor._encode_text(paragraph + "\n\n", at_start=not ids)
+        ids = ids[: config.num_tokens]
         if len(ids) < config.num_tokens:
             raise ValueError(
                 f"retention.source {config.source} has {len(ids)} tokens, fewer than retention.num_tokens "

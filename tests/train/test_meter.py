@@ -117,6 +117,20 @@ def test_the_rows_of_a_batch_make_up_its_operations(parts, batches):
     assert 3 * count_flops(objective, row, FLOAT32) == pytest.approx(count_flops(objective, batch, FLOAT32), rel=0.05)
 
 
+def test_layers_to_be_compiled_are_counted_as_eager_ones(parts, batches):
+    model, _ = parts
+    [batch] = batches("chat")
+    objective = NextTokenObjective(model)
+    eager = count_flops(objective, batch, FLOAT32)
+    for layer in model.model.language_model.layers:
+        layer.compile(backend=refuse_to_compile)
+    assert count_flops(objective, batch, FLOAT32) == eager
+
+
+def refuse_to_compile(graph, inputs):
+    raise AssertionError("Counting compiled a layer.")
+
+
 # --- rates -----------------------------------------------------------------------------------------------------------
 
 
