@@ -874,9 +874,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         return dict.fromkeys(self.model.attention_types, masks)  # says that it is ready, unlike a caller's own
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        has_pictures = any(model_kwargs.get(name) is not None for name in ("pixel_values", "mm_encoder_outputs"))
         is_special = self.model.is_hd or self.config.image_attention == "bidirectional"
-        if generation_config.prefill_chunk_size is not None and has_pictures and is_special:
+        if generation_config.prefill_chunk_size is not None and is_special and _has_pictures(model_kwargs):
             raise ValueError(
                 "prefill_chunk_size would cut pictures, which HoVLE-HD and bidirectional pictures do not allow; leave "
                 "it out."
@@ -905,6 +904,12 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             )
         if generation_config.assistant_early_exit is not None:
             raise ValueError("assistant_early_exit would leave out the language model's upper layers; leave it out.")
+        assistant = kwargs.get("assistant_model")
+        if "image" in getattr(assistant, "input_modalities", ()) and _has_pictures(kwargs["model_kwargs"]):
+            raise ValueError(
+                f"{type(assistant).__name__} cannot assist with pictures: `generate` hands on what this model's stem "
+                "made of them, not the pictures. Take a text-only assistant_model with rows for the picture tokens."
+            )
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     @classmethod
@@ -944,6 +949,13 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             untie_text_embeddings=untie_text_embeddings,
             **kwargs,
         )
+
+
+def _has_pictures(model_kwargs: dict) -> bool:
+    """Whether `generate` was given pictures, as pixels or as what the stem made of them."""
+    return model_kwargs.get("pixel_values") is not None or bool(
+        (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+    )
 
 
 def _repeat_tiles(

@@ -22,6 +22,7 @@ from transformers import (
     GPTNeoXConfig,
     GraniteConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaModel,
     MistralConfig,
     MixtralConfig,
@@ -707,6 +708,36 @@ def test_assisted_decoding_that_would_go_wrong_is_refused():
         greedy(shared_model("post"), PROMPTS[0], prompt_lookup_num_tokens=2, **kwargs)
     with pytest.raises(ValueError, match="assistant_early_exit would leave out"):
         greedy(shared_model("pre"), PROMPTS[0], assistant_early_exit=2, **kwargs)
+
+
+def text_assistant(**fields) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    return shake(LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 1, **fields}))).eval()
+
+
+@pytest.mark.parametrize("image_attention", ["causal", "bidirectional"])
+@pytest.mark.parametrize("row", range(len(PROMPTS)))
+def test_a_small_text_model_may_assist(row, image_attention):
+    model = tiny_model("pre", image_attention=image_attention)
+    pictures = {} if PICTURES[row] is None else {"pixel_values": PICTURES[row]}
+    generate = functools.partial(greedy, model, PROMPTS[row], **pictures, max_new_tokens=12)
+    expected = generate()
+    assistants = [text_assistant(), text_assistant(vocab_size=58)]
+    with pytest.raises(ValueError, match="different tokenizers"):
+        generate(assistant_model=assistants[1])
+    assistants[1].resize_token_embeddings(TEXT["vocab_size"], mean_resizing=False)  # rows for the picture tokens
+    for assistant in assistants:
+        assert torch.equal(generate(assistant_model=assistant), expected)
+
+
+@pytest.mark.parametrize("assistant_stem", STEMS)
+def test_a_small_hovle_assists_with_text_and_is_refused_with_pictures(assistant_stem):
+    model = shared_model("pre")
+    assistant = tiny_model(assistant_stem, {"num_hidden_layers": 3}, num_embedding_layers=1)
+    found = greedy(model, PROMPTS[2], max_new_tokens=12, assistant_model=assistant)
+    assert torch.equal(found, greedy(model, PROMPTS[2], max_new_tokens=12))
+    with pytest.raises(ValueError, match="HoVLEForConditionalGeneration cannot assist with pictures"):
+        greedy(model, PROMPTS[0], pixel_values=PICTURES[0], max_new_tokens=12, assistant_model=assistant)
 
 
 def test_inputs_embeds_generate_like_their_ids(model):
