@@ -25,6 +25,7 @@ RESUMABLE_CHANGES = (
     "log_every",
     "checkpoint_every",
     "max_skip_fraction",
+    "expected",
     "gradient_accumulation_steps",
 )
 """Fields a resumed run may change: they move no number. The last one goes with the number of processes; their product

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 PARAMETER_GROUPS = ("stem", "holistic_layers", "text_embeddings", "language_model")
 """What a stage can train: patch stem; the first N layers; the text table; the LLM's layers, norm and head."""
+
+OVERRIDE = re.compile(r"[a-z_.0-9]+=")
+"""How a `key=value` argument starts; a path with an equals sign has a slash before it or is given as ./PATH."""
 
 SMALLEST = {
     "num_steps": 1,
@@ -150,6 +154,20 @@ class LoraConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpectedData:
+    """What `hovle plan` assumes of the data, which it does not read; training ignores it."""
+
+    tiles_per_sample: float = 1.0
+    """Picture tiles, thumbnail included."""
+    text_tokens_per_sample: float = 60.0
+    """Tokens that are not picture, chat template included; in distillation without the random ones."""
+    supervised_tokens_per_sample: float = 20.0
+    """Those of them that are replies."""
+    filled_ratio: float = 0.95
+    """Share of packed rows that is not padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One training stage."""
 
@@ -171,6 +189,8 @@ class StageConfig:
     """Image teacher, for distillation."""
     lora: LoraConfig | None = None
     """Adapters on the language model; then `language_model` must not be in `trainable`."""
+    expected: ExpectedData | None = None
+    """Average sample, for `hovle plan` only."""
 
     num_steps: int
     """Optimizer steps, not micro-batches."""
