@@ -204,6 +204,8 @@ class StageConfig:
     """Most picture tiles of one micro-batch on one process, where pictures would overflow the memory."""
     max_skip_fraction: float = 0.001
     """The run stops when a larger share of the samples (of the first thousand at least) had to be skipped."""
+    max_tiles_per_picture: int | None = None
+    """Most tiles a picture is cut into in this stage; by default what the model's processor allows, which stays."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     learning_rate: float
@@ -258,8 +260,9 @@ class StageConfig:
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
             raise ValueError(f"data names several sources {', '.join(repeated)}: give each a `name` of its own.")
-        if self.max_tiles_per_batch is not None and self.max_tiles_per_batch < 1:
-            raise ValueError(f"max_tiles_per_batch must be at least 1, got {self.max_tiles_per_batch}.")
+        for name in ("max_tiles_per_batch", "max_tiles_per_picture"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}.")
         if not 0 <= self.max_skip_fraction <= 1:
             raise ValueError(f"max_skip_fraction must lie in [0, 1], got {self.max_skip_fraction}.")
         if not 0 <= self.warmup_ratio < 1:

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_hovle import HoVLEConfig
 from ..modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
-from .config import PARAMETER_GROUPS, ExpectedData, StageConfig, TeacherConfig
+from .config import PARAMETER_GROUPS, ExpectedData, StageConfig
 from .memory import Activations, measure_activations
 from .setup import parameter_groups
+from .shapes import teacher_shapes, teacher_width
 
 ATTENTION_BACKWARD = 2.5
 """Backward over forward products of fused attention: five (it computes the scores again) instead of two."""
@@ -155,7 +156,7 @@ class StageCost:
         self.num_adapters = _num_adapters(self.model, config)
         self._teacher: nn.Module | None = None
         if config.teacher is not None:
-            self._teacher = _meta_teacher(config.teacher)
+            self._teacher = teacher_shapes(config.teacher)
 
     # Parameters
 
@@ -292,7 +293,7 @@ class StageCost:
 
     @property
     def _teacher_width(self) -> int | None:
-        return None if self._teacher is None else self._teacher.feature_info.channels()[-1]  # type: ignore[union-attr,operator]
+        return None if self._teacher is None else teacher_width(self._teacher)
 
     def _teacher_flops_per_tile(self) -> float:
         assert self._teacher is not None  # distillation has one
@@ -331,15 +332,6 @@ def _num_adapters(model: HoVLEForConditionalGeneration, config: StageConfig) -> 
         return 0
     linear = [module for module in model.model.language_layers.modules() if isinstance(module, nn.Linear)]
     return sum(config.lora.rank * (module.in_features + module.out_features) for module in linear)
-
-
-def _meta_teacher(config: TeacherConfig) -> nn.Module:
-    import timm  # an extra: only distillation needs it
-
-    with torch.device("meta"):
-        return timm.create_model(
-            config.name, pretrained=False, features_only=True, out_indices=(config.feature_index,)
-        ).eval()
 
 
 @dataclass(frozen=True)

@@ -68,18 +68,18 @@ def measure_activations(
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    before_holistic = bool({"stem", "text_embeddings"} & set(config.trainable))
-    before_language = before_holistic or "holistic_layers" in config.trainable
-    before_loss = before_language or "language_model" in config.trainable or config.lora is not None
+    # Each layer stands for all of its section, and what enters any but the first has a gradient if the section learns.
+    in_holistic = bool({"stem", "text_embeddings", "holistic_layers"} & set(config.trainable))
+    in_language = in_holistic or "language_model" in config.trainable or config.lora is not None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model.to_empty(device="cpu")
         run_loss = _head if config.objective.name == "next_token" else _similarities
         weights = list(model.parameters())
         return Activations(
             stem=_kept(weights, lambda count: _stem(model, count)),
-            holistic_layer=_kept_by_layer(model, 0, holistic_length, before_holistic),
-            language_layer=_kept_by_layer(model, -1, row_length, before_language),
-            loss=_kept(weights, lambda count: run_loss(model, 64 * count, before_loss), units_per_count=64),
+            holistic_layer=_kept_by_layer(model, 0, holistic_length, in_holistic),
+            language_layer=_kept_by_layer(model, -1, row_length, in_language),
+            loss=_kept(weights, lambda count: run_loss(model, 64 * count, in_language), units_per_count=64),
         )
 
 

@@ -36,6 +36,9 @@ from .shapes import model_config, sibling_stages
 
 GIB = 2**30
 
+GPU_MFU = 0.4
+"""Assumed share of a GPU's peak: what published packed trainers reach, 35 to 45 %."""
+
 TOLERANCE = 0.15
 """Largest relative error of a prediction that `--check` accepts."""
 
@@ -51,7 +54,7 @@ class Device:
     """Memory bandwidth."""
     dollars_per_hour: float
     """An assumption; `--price` replaces it."""
-    mfu: float = 0.4
+    mfu: float = GPU_MFU
     """Share of the peak that training is assumed to reach; `--mfu` replaces it."""
     process_gib: float = 1.0
     """Held beside tensors: driver context and libraries."""
@@ -160,10 +163,10 @@ def plan_stage(name: str, config: StageConfig, model: HoVLEConfig, device: Devic
     """
     cost = StageCost(config, model, planned_dtype(config, device))
     work = Workload.expected(config, model)
-    flops, memory = cost.flops(work), cost.memory(work, count)
+    flops, memory = cost.flops(work), cost.memory(work)
     compute_seconds = sum(flops.values()) / (device.flops_per_second * device.mfu)
     optimizer_seconds = ADAM_BYTES * memory.optimizer / 8 / device.bytes_per_second
-    largest = _largest_rows(cost, work, device, count)
+    largest = _largest_rows(cost, work, device)
     return StagePlan(
         name=name,
         num_parameters=cost.num_parameters,
@@ -187,12 +190,12 @@ def _peak_gib(memory: Memory, device: Device) -> float:
     return memory.peak / GIB * (1 + device.slack_ratio) + device.process_gib
 
 
-def _largest_rows(cost: StageCost, work: Workload, device: Device, count: int) -> int:
+def _largest_rows(cost: StageCost, work: Workload, device: Device) -> int:
     """Most rows of a micro-batch that fit on a device, up to 1024; 0 for none."""
     return bisect.bisect_right(
         range(1, 1025),
         device.memory_gib,
-        key=lambda num_rows: _peak_gib(cost.memory(work.with_rows(num_rows), count), device),
+        key=lambda num_rows: _peak_gib(cost.memory(work.with_rows(num_rows)), device),
     )
 
 

@@ -1,5 +1,6 @@
 """What a stage needs before its first step: model, frozen and trainable parts, number format, compiled layers."""
 
+import copy
 import random
 from pathlib import Path
 
@@ -154,6 +155,10 @@ def make_objective(config: StageConfig, model: HoVLEForConditionalGeneration, te
 
 def make_sampler(config: StageConfig, processor: HoVLEProcessor):
     """What turns records into samples for the objective."""
+    if config.max_tiles_per_picture is not None:  # in copies: the processor that is saved keeps its own
+        processor = copy.copy(processor)
+        processor.image_processor = copy.copy(processor.image_processor)
+        processor.image_processor.max_patches = config.max_tiles_per_picture
     if config.objective.name == "distillation":
         return RandomTextSamples(processor, config.objective.num_random_tokens, config.seed)
     return ReplySamples(processor)

@@ -26,6 +26,7 @@ from .data import (
     load_tiles,
     open_mixture,
 )
+from .forecast import Forecast
 from .loop import train, validate
 from .objectives import DistillationObjective, Objective
 from .report import describe, environment, make_log
@@ -210,11 +211,22 @@ def train_and_save(stage: Stage) -> None:
         claim_output(stage.output, config)
     log = make_log(stage.output, accelerator)
     facts = environment(stage.dtype, is_compiled, accelerator)
+    first_batch = next(iter(stage.batches(stage.mixture)))
+    forecast = Forecast(config, stage.model.config, stage.dtype, first_batch, accelerator)
 
     def log_step(entry: dict) -> None:
+        forecast.note(entry)
         log({**entry, **stage.log_skips(log, entry["step"])})
 
-    log({"event": "start", "step": stage.first_step, **facts, "handoff": stage.handoff})
+    log(
+        {
+            "event": "start",
+            "step": stage.first_step,
+            **facts,
+            "handoff": stage.handoff,
+            "predicted": forecast.predicted,
+        }
+    )
     held_out = stage.held_out_batches()
 
     def log_validation(step: int) -> None:
@@ -237,9 +249,10 @@ def train_and_save(stage: Stage) -> None:
     )
     log_validation(config.num_steps)
     if accelerator.is_main_process:
-        first_batch = next(iter(stage.batches(stage.mixture)))
+        measured = forecast.measured()
         finish(stage.output, stage.model, stage.processor, stage.peft_model, first_batch)
-        log({"event": "finish", "step": config.num_steps})
+        predicted = {"predicted": forecast.predicted, "measured": measured}
+        log({"event": "finish", "step": config.num_steps, **predicted})
     accelerator.wait_for_everyone()
 
 
