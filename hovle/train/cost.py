@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..configuration_hovle import HoVLEConfig
 from ..modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
 from .config import PARAMETER_GROUPS, ExpectedData, StageConfig
-from .memory import Activations, measure_activations
+from .memory import Activations, measure_activations, tied_table_learns
 from .setup import parameter_groups
 from .shapes import teacher_shapes, teacher_width
 
@@ -119,10 +119,15 @@ class Learning:
     lora: bool
 
     @classmethod
-    def of(cls, config: StageConfig) -> "Learning":
-        """Read it from a recipe."""
+    def of(cls, config: StageConfig, model: HoVLEConfig) -> "Learning":
+        """Read it from a recipe; a text table tied to the head learns with the language model."""
         stem, holistic, table, language = (name in config.trainable for name in PARAMETER_GROUPS)
-        return cls(stem, holistic, table, language, config.lora is not None)
+        return cls(stem, holistic, table or tied_table_learns(config, model), language, config.lora is not None)
+
+    @property
+    def before_loss(self) -> bool:
+        """Whether what enters the head needs one."""
+        return self.before_language or self.language or self.lora
 
     @property
     def before_holistic(self) -> bool:
@@ -148,7 +153,7 @@ class StageCost:
         self.config = config
         self.model_config = model
         self.dtype = dtype
-        self.learning = Learning.of(config)
+        self.learning = Learning.of(config, model)
         self.runs_language_model = config.objective.name == "next_token"
         with torch.device("meta"):
             self.model = HoVLEForConditionalGeneration._from_config(model)
@@ -220,13 +225,18 @@ class StageCost:
     def _language_model_flops(self, work: Workload) -> dict[str, float]:
         learning, text = self.learning, self.model_config.text_config
         layers, num_layers = self.model.model.language_layers, self.model_config.num_language_layers
-        learns = learning.before_language or learning.language or learning.lora
         passes = _passes(learning.language, learning.before_language or learning.lora, num_layers)
         return {
             "language model": _products(layers, self.model_config) * work.num_tokens * passes,
-            "language model attention": self._attention_flops(work.num_rows, work.row_length, num_layers, learns),
+            "language model attention": self._attention_flops(
+                work.num_rows, work.row_length, num_layers, learning.before_loss
+            ),
             "adapters": 2 * self.num_adapters * work.num_tokens * 3,
-            "head": 2 * text.hidden_size * text.vocab_size * work.num_supervised * _passes(learning.language, learns),
+            "head": 2
+            * text.hidden_size
+            * text.vocab_size
+            * work.num_supervised
+            * _passes(learning.language, learning.before_loss),
         }
 
     def _teacher_flops(self, work: Workload) -> dict[str, float]:

@@ -69,8 +69,9 @@ def measure_activations(
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
     # Each layer stands for all of its section, and what enters any but the first has a gradient if the section learns.
-    in_holistic = bool({"stem", "text_embeddings", "holistic_layers"} & set(config.trainable))
-    in_language = in_holistic or "language_model" in config.trainable or config.lora is not None
+    trainable = set(config.trainable) | ({"text_embeddings"} if tied_table_learns(config, model_config) else set())
+    in_holistic = bool({"stem", "text_embeddings", "holistic_layers"} & trainable)
+    in_language = in_holistic or "language_model" in trainable or config.lora is not None
     with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         model.to_empty(device="cpu")
         run_loss = _head if config.objective.name == "next_token" else _similarities
@@ -81,6 +82,11 @@ def measure_activations(
             language_layer=_kept_by_layer(model, -1, row_length, in_language),
             loss=_kept(weights, lambda count: run_loss(model, 64 * count, in_language), units_per_count=64),
         )
+
+
+def tied_table_learns(config: StageConfig, model_config: HoVLEConfig) -> bool:
+    """Whether the text table learns as the language model's head, to which it is tied."""
+    return model_config.tie_word_embeddings and "language_model" in config.trainable
 
 
 def _two_layers(config: HoVLEConfig) -> HoVLEConfig:
