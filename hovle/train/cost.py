@@ -12,6 +12,7 @@ Memory counts tensors; `memory.py` finds what autograd keeps.
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ from ..modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
 from .config import PARAMETER_GROUPS, ExpectedData, StageConfig
 from .memory import Activations, measure_activations, tied_table_learns
 from .setup import parameter_groups
-from .shapes import teacher_shapes, teacher_width
+from .shapes import teacher_shapes
 
 ATTENTION_BACKWARD = 2.5
 """Backward over forward products of fused attention: five (it computes the scores again) instead of two."""
@@ -159,7 +160,7 @@ class StageCost:
             self.model = HoVLEForConditionalGeneration._from_config(model)
         self.groups = {name: _count(items) for name, items in parameter_groups(self.model).items()}
         self.num_adapters = _num_adapters(self.model, config)
-        self._teacher: nn.Module | None = None
+        self._teacher: Any = None
         if config.teacher is not None:
             self._teacher = teacher_shapes(config.teacher)
 
@@ -303,11 +304,10 @@ class StageCost:
 
     @property
     def _teacher_width(self) -> int | None:
-        return None if self._teacher is None else teacher_width(self._teacher)
+        return None if self._teacher is None else self._teacher.feature_info.channels()[-1]
 
     def _teacher_flops_per_tile(self) -> float:
-        assert self._teacher is not None  # distillation has one
-        assert self.config.teacher is not None
+        assert self.config.teacher is not None  # distillation has one
         size = self.config.teacher.image_size
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self._teacher(torch.empty(1, 3, size, size, device="meta"))

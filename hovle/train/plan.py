@@ -350,7 +350,7 @@ def _details(plan: StagePlan, device: Device) -> list[str]:
     ]
     if plan.peak_gib > device.memory_gib:
         fits = plan.largest_rows_per_batch
-        advice = f"rows_per_batch={fits}" if fits else "shorter rows, activation_checkpointing=true or sharding=full"
+        advice = f"rows_per_batch={fits}" if fits else "shorter rows or lora"
         lines.append(f"  DOES NOT FIT into {device.memory_gib:.0f} GiB: try {advice}")
     return lines
 

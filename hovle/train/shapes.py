@@ -5,8 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModel, InternVLVisionConfig, LlamaConfig, Qwen3Config
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration_hovle import HoVLEConfig
@@ -50,37 +49,15 @@ KNOWN_LANGUAGE_MODELS: dict[str, PreTrainedConfig] = {
 }
 """Shapes of the language models that shipped recipes name, so that planning them needs no network."""
 
-KNOWN_TEACHERS: dict[str, PreTrainedConfig] = {
-    "OpenGVLab/InternVL2-2B": InternVLVisionConfig(  # InternViT-300M
-        hidden_size=1024,
-        num_hidden_layers=24,
-        num_attention_heads=16,
-        intermediate_size=4096,
-        image_size=[448, 448],
-        patch_size=[14, 14],
-        attention_bias=True,
-    ),
-}
-"""Shapes of teachers that are no timm models."""
 
+def teacher_shapes(config: TeacherConfig) -> Any:
+    """The teacher without weights, on the meta device."""
+    import timm  # an extra: only distillation needs it
 
-def teacher_shapes(config: TeacherConfig) -> nn.Module:
-    """The teacher without weights, on the meta device; it takes pixels of shape `(N, 3, s, s)`."""
     with torch.device("meta"):
-        if config.name in KNOWN_TEACHERS:
-            return AutoModel.from_config(KNOWN_TEACHERS[config.name]).eval()
-        import timm  # an extra: only distillation needs it
-
         return timm.create_model(
             config.name, pretrained=False, features_only=True, out_indices=(config.feature_index,)
         ).eval()
-
-
-def teacher_width(teacher: nn.Module) -> int:
-    """Channels of its features."""
-    if hasattr(teacher, "feature_info"):
-        return teacher.feature_info.channels()[-1]  # type: ignore[union-attr,operator]
-    return teacher.config.hidden_size  # type: ignore[union-attr,return-value]
 
 
 def model_config(stage: StageConfig, others: Iterable[StageConfig] = ()) -> HoVLEConfig:

@@ -94,27 +94,28 @@ def test_hours_and_cost_follow_the_assumptions(next_token_config):
         plan_stage("", config, model, choose_device("A100-80G", torch.bfloat16, mfu, price), count)
         for mfu, price, count in ((0.2, 1.0, 1), (0.4, 3.0, 8))
     ]
-    assert plans[1].tokens_per_second == pytest.approx(16 * plans[0].tokens_per_second, rel=0.02)
-    assert plans[1].hours == pytest.approx(plans[0].hours / 2, rel=0.02)
-    assert plans[1].dollars == pytest.approx(12 * plans[0].dollars, rel=0.02)
+    # Not quite twice as fast: reading and writing the optimizer's state stays.
+    assert 13 < plans[1].tokens_per_second / plans[0].tokens_per_second < 16
+    assert 1.7 < plans[0].hours / plans[1].hours < 2
+    assert plans[1].dollars / plans[1].hours == pytest.approx(24 * plans[0].dollars / plans[0].hours)
     assert plans[1].samples_per_step == 8 * plans[0].samples_per_step
 
 
 def test_the_rows_suggested_fit_and_one_more_does_not(next_token_config):
     config = next_token_config(EXPECTED)
     model, device = model_config(config), choose_device("L4-24G", torch.bfloat16)
-    device = type(device)(**{**vars(device), "memory_gib": device.process_gib + 0.05})
+    device = type(device)(**{**vars(device), "memory_gib": device.process_gib + 0.2})
     rows = plan_stage("", config, model, device).largest_rows_per_batch
     cost, work = StageCost(config, model, torch.bfloat16), Workload.expected(config, model)
     assert 0 < rows < 1024
     held = [cost.memory(work.with_rows(number)).peak * 1.05 / 2**30 for number in (rows, rows + 1)]
-    assert held[0] <= 0.05 < held[1]
+    assert held[0] <= 0.2 < held[1]
 
 
 def test_what_does_not_fit_is_said_with_advice(capsys):
     assert main(["plan", "hovle-2.6b/instruction_tuning", "--gpu", "RTX-4090-24G"]) == 0
     printed = capsys.readouterr().out
-    assert "DOES NOT FIT into 24 GiB: try shorter rows" in printed
+    assert "DOES NOT FIT into 24 GiB: try shorter rows or lora" in printed
 
 
 def test_a_checkpoint_to_come_has_the_shapes_of_the_recipe_that_writes_it(recipe, next_token_config, tmp_path):
