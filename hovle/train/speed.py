@@ -412,7 +412,7 @@ def time_teacher(objective: nn.Module, batches: list[dict], autocast: contextlib
     """Seconds a step spends in the teacher; 0 where there is none."""
     if not isinstance(objective, DistillationObjective):
         return 0.0
-    grid_size = round(objective.model.config.image_seq_length ** 0.5)
+    grid_size = round(objective.model.config.image_seq_length**0.5)
     started_at = time.perf_counter()
     for batch in batches:
         with autocast:
