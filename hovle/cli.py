@@ -14,6 +14,7 @@ COMMANDS = {
     "serve": ("hovle.serve", "answer requests of OpenAI's chat API with a model"),
     "convert": ("hovle.conversion", "turn a released checkpoint into a hovle model, and back"),
     "fetch": ("hovle.assets", "download the real model, teacher and data the demo uses"),
+    "plan": ("hovle.train.plan", "predict memory, hours and cost of training stages before they run"),
     "data": ("hovle.train.data_doctor", "look through the training data of a recipe before a run"),
     "train": ("hovle.train.__main__", "run one training stage from a YAML recipe, and report on runs"),
     "bench": ("hovle.bench", "measure how fast a part of hovle is on this machine"),

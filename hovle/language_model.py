@@ -51,16 +51,13 @@ def build_around_language_model(
         )
     else:
         min_vocab_size = image_token_id + 1
-    text_config = copy.deepcopy(language_model.config)
-    _add_layers_below(text_config, num_embedding_layers)
-    text_config.vocab_size = max(vocab_size, min_vocab_size)
-    if untie_text_embeddings:
-        text_config.tie_word_embeddings = False
-    config = HoVLEConfig(
-        text_config=text_config.to_dict(),
-        num_embedding_layers=num_embedding_layers,
-        language_head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
+    config = config_around(
+        language_model.config,
+        num_embedding_layers,
         image_token_id=image_token_id,
+        vocab_size=max(vocab_size, min_vocab_size),
+        untie_text_embeddings=untie_text_embeddings,
+        language_head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
         **config_kwargs,
     )
     # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
@@ -84,6 +81,38 @@ def build_around_language_model(
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [image_token_id]  # a placeholder means a picture, never a word
     return model
+
+
+def config_around(
+    language_config: PreTrainedConfig,
+    num_embedding_layers: int,
+    *,
+    image_token_id: int,
+    vocab_size: int,
+    untie_text_embeddings: bool = False,
+    **kwargs,
+) -> HoVLEConfig:
+    """Describe the HoVLE of a bare language model's config; no weights are needed.
+
+    Args:
+        language_config: Config of the language model; left as it is.
+        num_embedding_layers: Holistic layers to put below it.
+        image_token_id: Id of the placeholder.
+        vocab_size: Rows of the text table, picture tokens included.
+        untie_text_embeddings: Give the holistic layers a text table of their own.
+        **kwargs: Other fields of `HoVLEConfig`.
+    """
+    text_config = copy.deepcopy(language_config)
+    _add_layers_below(text_config, num_embedding_layers)
+    text_config.vocab_size = vocab_size
+    if untie_text_embeddings:
+        text_config.tie_word_embeddings = False
+    return HoVLEConfig(
+        text_config=text_config.to_dict(),
+        num_embedding_layers=num_embedding_layers,
+        image_token_id=image_token_id,
+        **kwargs,
+    )
 
 
 @torch.no_grad()

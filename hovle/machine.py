@@ -2,7 +2,9 @@
 
 import math
 import platform
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +39,21 @@ def _matmul_seconds(dtype: torch.dtype, sizes: tuple[int, int, int], device: tor
     generator = torch.Generator().manual_seed(0)  # its own: measuring must not change what training draws
     left = torch.rand(rows, inner, generator=generator).to(device, dtype)
     right = torch.rand(inner, columns, generator=generator).to(device, dtype)
-    left @ right
-    num_products = 20 if device.type == "cuda" else 1  # launching one takes longer than a small product
+    return _best_seconds(lambda: left @ right, device)
+
+
+def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Shortest time of doing something, over a few trials after one that warms up."""
+    work()
+    num_runs = 20 if device.type == "cuda" else 1  # launching one takes longer than a small product
     times = []
-    for _ in range(5):
+    for _ in range(10):
         wait_for_device(device)
         started_at = time.perf_counter()
-        for _ in range(num_products):
-            left @ right
+        for _ in range(num_runs):
+            work()
         wait_for_device(device)
-        times.append((time.perf_counter() - started_at) / num_products)
+        times.append((time.perf_counter() - started_at) / num_runs)
     return min(times)
 
 
@@ -106,3 +113,32 @@ def processor_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
+    """Multiply-adds, counted as two, that large matrix products reach on this device per second; takes a second."""
+    size = 8192 if device.type == "cuda" else 1024
+    return 2 * size**3 / _matmul_seconds(dtype, (size, size, size), device)
+
+
+def memory_bytes_per_second(device: torch.device) -> float:
+    """Bytes this device reads and writes per second when it copies a large tensor."""
+    source = torch.ones(2**24, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best_seconds(lambda: target.copy_(source), device)
+
+
+def peak_resident_bytes() -> int:
+    """Most memory this process has held at once.
+
+    `getrusage` is the second choice: on Linux its figure survives `exec`, so that a child of a large process starts
+    with its parent's.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return 1024 * int(line.split()[1])
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -11,18 +11,14 @@ examples:
 """
 
 import argparse
-import re
 import sys
 
 from ..cli import main
-from .config import load_stage
+from .config import OVERRIDE, load_stage
 from .stage import run_stage
 
 ACTIONS = {"report": "hovle.train.run_report"}
 """What `hovle train` does beside training; a recipe of such a name is given as ./NAME."""
-
-OVERRIDE = re.compile(r"[a-z_.]+=")
-"""How a `key=value` argument starts; a path with an equals sign has a slash before it or is given as ./PATH."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

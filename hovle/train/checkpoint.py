@@ -31,6 +31,7 @@ RESUMABLE_CHANGES = (
     "min_picture_gap",
     "stop_when_blind",
     "tracking",
+    "expected",
     "gradient_accumulation_steps",
 )
 """Fields a resumed run may change: they move no number. The last one goes with the number of processes; their product

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 
 PARAMETER_GROUPS = ("stem", "holistic_layers", "text_embeddings", "language_model")
 """What a stage can train: patch stem; the first N layers; the text table; the LLM's layers, norm and head."""
+
+OVERRIDE = re.compile(r"[a-z_.0-9]+=")
+"""How a `key=value` argument starts; a path with an equals sign has a slash before it or is given as ./PATH."""
 
 SMALLEST = {
     "num_steps": 1,
@@ -215,6 +219,20 @@ class RetentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpectedData:
+    """What `hovle plan` assumes of the data, which it does not read; training ignores it."""
+
+    tiles_per_sample: float = 1.0
+    """Picture tiles, thumbnail included."""
+    text_tokens_per_sample: float = 60.0
+    """Tokens that are not picture, chat template included; in distillation without the random ones."""
+    supervised_tokens_per_sample: float = 20.0
+    """Those of them that are replies."""
+    filled_ratio: float = 0.95
+    """Share of packed rows that is not padding."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One training stage."""
 
@@ -248,6 +266,8 @@ class StageConfig:
     """Image teacher, for distillation."""
     lora: LoraConfig | None = None
     """Adapters on the language model; then `language_model` must not be in `trainable`."""
+    expected: ExpectedData | None = None
+    """Average sample, for `hovle plan` only."""
 
     num_steps: int
     """Optimizer steps, not micro-batches."""
@@ -261,6 +281,8 @@ class StageConfig:
     """Most picture tiles of one micro-batch on one process, where pictures would overflow the memory."""
     max_skip_fraction: float = 0.001
     """The run stops when a larger share of the samples (of the first thousand at least) had to be skipped."""
+    max_tiles_per_picture: int | None = None
+    """Most tiles a picture is cut into in this stage; by default what the model's processor allows, which stays."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step."""
     learning_rate: float
@@ -322,8 +344,9 @@ class StageConfig:
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
             raise ValueError(f"data names several sources {', '.join(repeated)}: give each a `name` of its own.")
-        if self.max_tiles_per_batch is not None and self.max_tiles_per_batch < 1:
-            raise ValueError(f"max_tiles_per_batch must be at least 1, got {self.max_tiles_per_batch}.")
+        for name in ("max_tiles_per_batch", "max_tiles_per_picture"):
+            if (limit := getattr(self, name)) is not None and limit < 1:
+                raise ValueError(f"{name} must be at least 1, got {limit}.")
         if not 0 <= self.max_skip_fraction <= 1:
             raise ValueError(f"max_skip_fraction must lie in [0, 1], got {self.max_skip_fraction}.")
         if not 0 <= self.warmup_ratio < 1:

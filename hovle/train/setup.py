@@ -1,5 +1,6 @@
 """What a stage needs before its first step: model, frozen and trainable parts, number format, compiled layers."""
 
+import copy
 import dataclasses
 import random
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import nn
 
 from .. import assets
 from ..backbones import final_norm
+from ..image_processing_hovle import HoVLEImageProcessor
 from ..machine import compiler_problem, fastest_dtype
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
@@ -143,10 +145,13 @@ def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def make_objective(
-    config: StageConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor, text_table: torch.Tensor
+    config: StageConfig,
+    model: HoVLEForConditionalGeneration,
+    image_processor: HoVLEImageProcessor,
+    text_table: torch.Tensor,
 ) -> Objective:
     """Build the objective a config names."""
-    normalize = PixelNormalization.of(processor.image_processor)
+    normalize = PixelNormalization.of(image_processor)
     if config.objective.name == "next_token":
         return NextTokenObjective(model, normalize)
     assert config.teacher is not None  # StageConfig wants one with this objective
@@ -159,6 +164,10 @@ def make_objective(
 
 def make_sampler(config: StageConfig, processor: HoVLEProcessor):
     """What turns records into samples for the objective."""
+    if config.max_tiles_per_picture is not None:  # in copies: the processor that is saved keeps its own
+        processor = copy.copy(processor)
+        processor.image_processor = copy.copy(processor.image_processor)
+        processor.image_processor.max_patches = config.max_tiles_per_picture
     if config.objective.name == "distillation":
         return RandomTextSamples(processor, config.objective.num_random_tokens, config.seed)
     return ReplySamples(processor)

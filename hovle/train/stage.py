@@ -29,6 +29,7 @@ from .data import (
 )
 from .diagnosis import BlindPicturesError, Examiner
 from .feature_cache import cached_targets
+from .forecast import Forecast
 from .loop import to_device, train
 from .meter import Meter
 from .objectives import DistillationObjective, Objective
@@ -211,7 +212,7 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
     retention = TextRetention(config.retention, processor) if config.retention else None
-    objective = make_objective(config, model, processor, text_table)
+    objective = make_objective(config, model, processor.image_processor, text_table)
     if state:
         checkpoints.load_trainable(objective, state["trainable"])
     parts = (model, processor, objective, peft_model)
@@ -253,14 +254,16 @@ def train_and_examine(
     config, accelerator, retention = stage.config, stage.accelerator, stage.retention
 
     def log_step(entry: dict) -> None:
+        forecast.note(entry)
         log({**entry, **stage.log_skips(log, entry["step"])})
 
     batches = stage.training_batches()
     first_batch = next(batches)
     on_device = to_device(first_batch, accelerator.device)
+    forecast = Forecast(config, stage.model.config, stage.dtype, on_device, accelerator)
     meter = Meter(stage.objective, on_device, stage.autocast, stage.dtype, accelerator.num_processes)
     facts = {**environment(stage.dtype, is_compiled, accelerator), **meter.facts(), "handoff": stage.handoff}
-    log({"event": "start", "step": stage.first_step, **facts})
+    log({"event": "start", "step": stage.first_step, **facts, "predicted": forecast.predicted})
     examiner = stage.examiner(wrapped, log)
     if retention:
         if accelerator.is_main_process:
@@ -282,6 +285,7 @@ def train_and_examine(
         save=functools.partial(stage.save, optimizer, log),
         name=stage.output.name,
     )
+    log({"event": "plan", "step": config.num_steps, "predicted": forecast.predicted, "measured": forecast.measured()})
     alarm = examiner.examine(config.num_steps)
     if retention:
         retention.measure(stage.model, stage.autocast)

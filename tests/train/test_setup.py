@@ -5,11 +5,13 @@ import torch
 
 from hovle import HoVLEForConditionalGeneration, assets, machine
 from hovle.train import setup
+from hovle.train.data import Record, conversation
 from hovle.train.setup import (
     check_stated_fields,
     choose_dtype,
     compile_layers,
     make_optimizer,
+    make_sampler,
     parameter_groups,
     resolve_asset,
     select_trainable,
@@ -159,3 +161,16 @@ def test_without_a_compiler_layers_run_eager_and_the_run_says_so(parts, monkeypa
 def test_off_means_off_and_silent(parts, capsys):
     assert compile_layers(parts[0], "off") is False
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("limit", "tokens"), [(None, 3 * 4), (1, 4)])
+def test_a_stage_may_cut_pictures_into_fewer_tiles_than_the_model_allows(
+    parts, data, next_token_config, limit, tokens
+):
+    _, processor = parts
+    wide = data / "pictures" / "00.png"  # two tiles and a thumbnail
+    config = next_token_config(f"max_tiles_per_picture={'null' if limit is None else limit}")
+    maker = make_sampler(config, processor)
+    sample = maker.make(Record("wide", conversation(wide, "what?", "a bus")), 0)
+    assert int((sample.input_ids == parts[0].config.image_token_id).sum()) == tokens
+    assert processor.image_processor.max_patches == 2

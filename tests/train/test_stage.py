@@ -136,6 +136,19 @@ def test_a_run_records_its_recipe_and_what_it_ran_on(next_token_config):
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
     assert all(entry["time"] > 1e9 for entry in steps)
     assert finish["event"] == "finish"
+    assert start["predicted"] == finish["predicted"]
+    assert (
+        set(finish["measured"])
+        < set(start["predicted"])
+        == {
+            "flops_per_step",
+            "tokens_per_second",
+            "peak_memory_gib",
+        }
+    )
+    assert all(value > 0 for value in [*start["predicted"].values(), *finish["measured"].values()])
+    # Mostly Python and its libraries, which are there before the first step.
+    assert start["predicted"]["peak_memory_gib"] < 1.3 * finish["measured"]["peak_memory_gib"]
 
 
 def test_git_is_not_needed(next_token_config, monkeypatch):

@@ -1,0 +1,128 @@
+"""The shapes of a stage's model, from configs alone: no weights are read and none need exist."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, LlamaConfig, Qwen3Config
+from transformers.configuration_utils import PreTrainedConfig
+
+from ..configuration_hovle import HoVLEConfig
+from ..language_model import IMAGE_TOKENS, config_around
+from .config import ModelConfig, StageConfig, TeacherConfig, load_stage
+
+
+def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocab,
+        tie_word_embeddings=tied,
+        dtype="bfloat16",
+    )
+
+
+_SMOLLM2_135M = _llama(576, 1536, 30, 9, 3, 49152, tied=True)
+
+KNOWN_LANGUAGE_MODELS: dict[str, PreTrainedConfig] = {
+    "asset:smollm2-135m-instruct": _SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": _llama(960, 2560, 32, 15, 5, 49152, tied=True),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": _llama(2048, 8192, 24, 32, 32, 49152, tied=True),
+    # InternLM2 is Llama with its attention matrices fused; six of HoVLE's nine special tokens are beyond our three.
+    "internlm/internlm2-chat-1_8b": _llama(2048, 8192, 24, 16, 8, 92550, tied=False),
+    "Qwen/Qwen3-1.7B": Qwen3Config(
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=151936,
+        tie_word_embeddings=True,
+        dtype="bfloat16",
+    ),
+}
+"""Shapes of the language models that shipped recipes name, so that planning them needs no network."""
+
+
+def teacher_shapes(config: TeacherConfig) -> Any:
+    """The teacher without weights, on the meta device.
+
+    Raises:
+        ValueError: For any but a timm teacher, whose shapes are known by its name alone.
+    """
+    if config.kind != "timm":
+        raise ValueError(
+            f"Costs are known of timm teachers only, not of {config.kind}: plan with a timm model of its size, for "
+            "instance teacher.kind=timm teacher.name=vit_large_patch14_clip_336."
+        )
+    import timm  # an extra: only distillation needs it
+
+    layers = tuple(sorted({match.teacher for match in config.layers}))
+    with torch.device("meta"):
+        return timm.create_model(config.name, pretrained=False, features_only=True, out_indices=layers).eval()
+
+
+def model_config(stage: StageConfig, others: Iterable[StageConfig] = ()) -> HoVLEConfig:
+    """Describe the model of a stage, whether or not it exists yet.
+
+    Args:
+        stage: The stage.
+        others: Stages that may write the checkpoint it starts from, for instance those before it.
+
+    Raises:
+        ValueError: When neither a folder, nor one of `others`, nor the Hub has the model.
+    """
+    start = stage.model
+    if start.checkpoint is None:
+        return _new_model(start)
+    if (Path(start.checkpoint) / "config.json").is_file():
+        return HoVLEConfig.from_pretrained(start.checkpoint)
+    for other in others:
+        if Path(other.output) / "model" == Path(start.checkpoint):
+            return model_config(other, [item for item in others if item is not other])
+    if start.checkpoint.count("/") == 1:
+        return HoVLEConfig.from_pretrained(start.checkpoint)
+    raise ValueError(
+        f"model.checkpoint: no model in {start.checkpoint} yet. Name the recipe that writes it as well, before this "
+        "one: hovle plan FIRST.yaml SECOND.yaml."
+    )
+
+
+def _new_model(start: ModelConfig) -> HoVLEConfig:
+    language_config = language_model_config(start.language_model or "")
+    vocab_size = language_config.vocab_size + len(IMAGE_TOKENS)
+    fields: dict[str, Any] = {
+        name: getattr(start, name) for name in ("image_size", "patch_size", "pixel_shuffle_loc", "image_attention")
+    }
+    return config_around(
+        language_config,
+        start.num_embedding_layers,
+        image_token_id=vocab_size - 1,
+        vocab_size=vocab_size,
+        untie_text_embeddings=start.untie_text_embeddings,
+        **fields,
+    )
+
+
+def language_model_config(name: str) -> PreTrainedConfig:
+    """Config of a language model: from its folder, from what is known here, or from the Hub."""
+    if not (Path(name) / "config.json").is_file() and name in KNOWN_LANGUAGE_MODELS:
+        return KNOWN_LANGUAGE_MODELS[name]
+    try:
+        return AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"No config of the language model {name!r}: it is no folder with config.json, it is not among the known "
+            f"ones ({', '.join(KNOWN_LANGUAGE_MODELS)}), and the Hub gave none ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def sibling_stages(recipe: Path, overrides: Sequence[str] = ()) -> list[StageConfig]:
+    """The other recipes of a folder, one of which may write the checkpoint this one starts from."""
+    return [load_stage(str(path), overrides) for path in sorted(recipe.parent.glob("*.yaml")) if path != recipe]

@@ -1,0 +1,92 @@
+"""Shipped recipes of sizes that no test can train: each is set up with tiny stand-ins for model and data.
+
+What runs is the recipe's own objective, trained parts, optimizer and data pipeline; model, teacher, sources, rows and
+workers are replaced. That the real parts exist and fit is for `hovle plan` and a machine with a network to say.
+"""
+
+import pytest
+
+from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.cli import main
+from hovle.train.config import RECIPES, load_stage
+
+FOLDERS = ("hovle-2.6b", "hovle-2.6b-hd", "smollm2-360m", "smollm2-1.7b")
+
+SMALL = ["rows_per_batch=1", "row_length=192", "packing_window=4", "num_workers=0", "dtype=float32", "compile=off"]
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory, language_models) -> dict[str, str]:
+    """Tiny HoVLE and HoVLE-HD with a text table of their own, as a first stage would leave them."""
+    folders = {}
+    for location in ("pre", "post"):
+        folder = tmp_path_factory.mktemp(location)
+        model = HoVLEForConditionalGeneration.from_language_model(
+            language_models["untied"], 2, image_size=56, pixel_shuffle_loc=location
+        )
+        model.save_pretrained(folder)
+        HoVLEProcessor.from_language_model(language_models["untied"], model.config, max_tiles=4).save_pretrained(
+            folder
+        )
+        folders[location] = str(folder)
+    return folders
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_distillation_recipes_run_dry_with_stand_ins(folder, language_models, data, teacher_weights, capsys):
+    stand_ins = [
+        f"model.language_model={language_models['untied']}",
+        "model.num_embedding_layers=2",
+        "model.image_size=56",
+        f"teacher={{name: test_efficientnet, checkpoint: {teacher_weights}, image_size: 64}}",
+        f"data={{source: pictures, path: {data / 'pictures'}}}",
+    ]
+    assert main(["train", f"{folder}/distillation", *stand_ins, *SMALL, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "trains          stem, holistic_layers, text_embeddings" in printed
+    assert " 1 samples in 1 rows of 192 tokens, 1 tiles" in printed
+
+
+@pytest.mark.parametrize("stage", ["alignment", "instruction_tuning"])
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_later_recipes_run_dry_with_stand_ins(folder, stage, starts, data, capsys):
+    start = starts["post" if folder.endswith("hd") else "pre"]
+    stand_ins = [f"model.checkpoint={start}", f"data={{source: chat, path: {data / 'chat.jsonl'}}}"]
+    assert main(["train", f"{folder}/{stage}", *stand_ins, *SMALL, "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert ("language_model" in printed.split("trains")[1].splitlines()[0]) == (stage == "instruction_tuning")
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_each_stage_starts_where_the_one_before_it_ends(folder):
+    first, second, third = (
+        load_stage(f"{folder}/{name}") for name in ("distillation", "alignment", "instruction_tuning")
+    )
+    assert second.model.checkpoint == f"{first.output}/model"
+    assert third.model.checkpoint == f"{second.output}/model"
+
+
+@pytest.mark.parametrize("folder", ["hovle-2.6b", "hovle-2.6b-hd"])
+def test_the_papers_values_are_the_papers(folder):
+    rates = [load_stage(f"{folder}/{name}").learning_rate for name in ("distillation", "alignment")]
+    assert [*rates, load_stage(f"{folder}/instruction_tuning").learning_rate] == [3e-4, 5e-5, 4e-5]
+    first = load_stage(f"{folder}/distillation")
+    assert (first.model.num_embedding_layers, first.model.image_size, first.objective.num_random_tokens) == (
+        8,
+        448,
+        50,
+    )
+    assert first.model.pixel_shuffle_loc == ("post" if folder.endswith("hd") else "pre")
+
+
+@pytest.mark.parametrize("folder", ["hovle-2.6b", "hovle-2.6b-hd"])
+@pytest.mark.parametrize("stage", ["distillation", "alignment", "instruction_tuning"])
+def test_every_number_of_the_papers_recipes_says_whose_it_is(folder, stage):
+    body = (RECIPES / folder / f"{stage}.yaml").read_text()
+    for line in body.splitlines():
+        key, _, value = line.strip().partition(": ")
+        if key in ("output", "dtype") or line.startswith(("#", "  - ")) or not value or "checkpoint:" in line:
+            continue
+        if any(mark in line for mark in ("[paper]", "[ours]")) or key in ("source", "path", "format", "streaming"):
+            continue
+        assert key in ("gradient_accumulation_steps",), line  # explained with rows_per_batch
