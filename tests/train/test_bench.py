@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hovle import HoVLEProcessor
-from hovle.train import speed
+from hovle.bench import train as speed
 from hovle.train.data import ReplySamples
 
 CPU = torch.device("cpu")

@@ -1,14 +1,14 @@
-"""Measure how fast a part of hovle is on this machine, beside the usual way of doing it.
+"""Measure how fast picture files become tiles, the work a training process does for every sample.
 
-data    From picture file to tiles, the work a training process does for every sample: JPEG pictures in memory's file
-        cache, one thread, pictures per second. Three routes take turns, so that what else the machine does hurts
-        all alike; the best round counts, the median shows how quiet the machine was.
-          training    what `hovle train` does: fast decoding where a JPEG is plain, torch resizes bytes
-          pillow      Pillow decodes and resizes, tiles of bytes
-          processor   `HoVLEImageProcessor`, tiles of normalised floats (what inference does)
-        Tiles of the first two are compared: largest and mean difference in grey levels of 255.
+JPEG pictures in memory's file cache, one thread, pictures per second. Three routes take turns, so that what else the
+machine does hurts all alike; the best round counts, the median shows how quiet the machine was.
 
-Close other programs first. The result is printed and, with --out, kept as JSON with the machine it was measured on.
+  training    what `hovle train` does: fast decoding where a JPEG is plain, torch resizes bytes
+  pillow      Pillow decodes and resizes, tiles of bytes
+  processor   `HoVLEImageProcessor`, tiles of normalised floats (what inference does)
+
+Tiles of the first two are compared: largest and mean difference in grey levels of 255. The result is printed and, with
+--out, kept as JSON with the machine it was measured on.
 
   hovle bench data                                          generated photographs, 500 x 375 to one tile of 448
   hovle bench data --out eval/results/speed/data.json
@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .image_processing_hovle import HoVLEImageProcessor
-from .machine import processor_name
-from .pictures import decode_plain_jpeg, load_picture
-from .train.pixels import read_tiles
+from ..image_processing_hovle import HoVLEImageProcessor
+from ..machine import processor_name
+from ..pictures import decode_plain_jpeg, load_picture
+from ..train.pixels import read_tiles
 
 PICTURE_SIZE = (500, 375)
 """Width and height of generated photographs: a usual size of web pictures."""
@@ -159,8 +159,7 @@ def environment() -> dict:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command line of `hovle bench`."""
-    parser.add_argument("part", choices=["data"], help="what to measure")
+    """Declare the options of `hovle bench data`."""
     parser.add_argument("--out", metavar="FILE", help="also write the result as JSON")
     parser.add_argument("--pictures", metavar="FOLDER", help="JPEG files to read (default: generated photographs)")
     parser.add_argument("--num-pictures", type=int, default=64, metavar="N", help="pictures per round (default: 64)")

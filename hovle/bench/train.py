@@ -32,14 +32,14 @@ from tqdm.auto import tqdm
 from ..charts import load_pyplot
 from ..machine import fastest_dtype
 from ..modeling_hovle import IGNORE_INDEX
-from .config import DataConfig, StageConfig, load_stage
-from .data import PackedBatches, Record, ReplySamples, Sample, StreamPosition, load_records, pack_rows
-from .loop import train_step
-from .objectives import NextTokenObjective, ObjectiveOutput, norm_ratio
-from .pixels import PixelNormalization
-from .report import environment
-from .setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
-from .stage import make_accelerator, set_up
+from ..train.config import DataConfig, StageConfig, load_stage
+from ..train.data import PackedBatches, Record, ReplySamples, Sample, StreamPosition, load_records, pack_rows
+from ..train.loop import train_step
+from ..train.objectives import NextTokenObjective, ObjectiveOutput, norm_ratio
+from ..train.pixels import PixelNormalization
+from ..train.report import environment
+from ..train.setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
+from ..train.stage import make_accelerator, set_up
 
 MIXES = ("easy_vqa", "skewed")
 """easy_vqa: short questions of similar length. skewed: the same pictures with passages of long-tailed length."""

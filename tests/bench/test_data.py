@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from hovle import HoVLEImageProcessor, bench, cli
+from hovle import HoVLEImageProcessor, cli
+from hovle.bench import data as bench
 from hovle.train.pixels import read_tiles
 
 

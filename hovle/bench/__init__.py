@@ -1,0 +1,23 @@
+"""Measure how fast a part of hovle is on this machine, beside the usual way of doing it.
+
+  hovle bench data     from picture files to tiles, beside Pillow
+  hovle bench train    training steps, beside transformers' Trainer and this machine's peak
+
+Close other programs first. Results are JSON with the machine they were measured on; those in eval/results/speed are
+the ones documents quote. `hovle bench data --help` and `hovle bench train --help` explain more.
+"""
+
+import argparse
+
+ACTIONS = {"data": "hovle.bench.data", "train": "hovle.bench.train"}
+"""What can be measured -> the module that does."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the first argument of `hovle bench`; each action has options of its own."""
+    parser.add_argument("action", choices=ACTIONS, help="what to measure")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Never reached: actions are run by their own modules."""
+    raise ValueError(f"name the part first: hovle bench {args.action}")
