@@ -157,6 +157,7 @@ def train(
     progress = tqdm(
         total=config.num_steps, initial=first_step, desc=name, unit="step", disable=not accelerator.is_main_process
     )
+    meter.start()
     for step in range(first_step, config.num_steps):
         with meter.waiting_for_data():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]

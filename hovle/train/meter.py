@@ -47,9 +47,10 @@ class Meter:
         self.batch_flops = num_rows * count_flops(objective, row, autocast)
         linear = largest_linear(objective.model.model.language_model.layers)
         self.gemm_peak = gemm_peak(num_rows * row_length, linear, dtype, first_batch["input_ids"].device)
-        self._start_anew()
+        self.start()
 
-    def _start_anew(self) -> None:
+    def start(self) -> None:
+        """Begin to count; what came before, such as a first validation, is forgotten."""
         self._num_batches = self._num_tokens = self._num_slots = self._num_samples = 0
         self._data_seconds = self._paused_seconds = 0.0
         self.teacher_time.read()
@@ -93,7 +94,7 @@ class Meter:
             "padding_ratio": round(1 - self._num_tokens / self._num_slots, 4),
             "elapsed_seconds": round(seconds, 1),
         }
-        self._start_anew()
+        self.start()
         return rates
 
 

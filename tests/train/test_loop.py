@@ -2,12 +2,14 @@
 
 import contextlib
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from hovle import HoVLEForConditionalGeneration
+from hovle.train import meter as meters
 from hovle.train.config import StageConfig
 from hovle.train.loop import NonFiniteLossError, train, train_step, validate
 from hovle.train.meter import Meter
@@ -243,6 +245,13 @@ def test_checkpoints_carry_the_position_of_the_last_batch(make_parts, batches):
     _, saved = run_loop(make_parts, batches, "num_steps=4", "checkpoint_every=1", "gradient_accumulation_steps=2")
     position = batches("chat", 2)[1]["position"]
     assert saved == [(1, position), (2, position), (3, position)]  # the end has its own folder
+
+
+def test_what_comes_before_the_first_step_is_no_training_time(make_parts, batches, monkeypatch):
+    clock = iter([0.0, *range(1000, 2000)])  # the meter is made long before the loop begins
+    monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    [entry], _ = run_loop(make_parts, batches, "num_steps=1")
+    assert entry["elapsed_seconds"] < 10
 
 
 def test_a_step_is_validated_before_it_is_saved_and_the_last_one_is_neither(make_parts, batches):
