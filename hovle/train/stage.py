@@ -48,6 +48,7 @@ from .setup import (
     start_model,
     store_parameters,
 )
+from .skips import NO_PICTURE
 from .teachers import ImageTeacher, Targets
 
 NUM_STANDARDIZING_RECORDS = 256
@@ -136,7 +137,8 @@ class Stage:
         from accelerate.utils import gather_object
 
         for skip in self.skips.share(gather_object):
-            log({"event": "skip", "step": step, **skip._asdict()})
+            if skip.reason != NO_PICTURE:  # no fault, and there may be millions: counted is enough
+                log({"event": "skip", "step": step, **skip._asdict()})
         self.skips.check()
         return self.skips.summary()
 

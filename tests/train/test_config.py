@@ -203,6 +203,19 @@ def test_wrong_overrides_are_refused(load, override, message):
     assert message in str(caught.value)
 
 
+def test_data_is_one_source_or_a_list_of_them(load):
+    alone = load(minimal(data={"source": "chat", "path": "a.jsonl"}), "data.weight=2")
+    assert [(data.path, data.weight) for data in alone.data] == [("a.jsonl", 2.0)]
+    sources = [{"source": "chat", "path": "a.jsonl"}, {"source": "llava", "path": "b.json", "weight": 3}]
+    mixed = load(minimal(data=sources), "data.1.weight=0.5", "data.0.name=notes")
+    assert [(data.label, data.weight) for data in mixed.data] == [("notes", 1.0), ("llava:b.json", 0.5)]
+    assert mixed.to_dict()["data"][1]["path"] == "b.json"
+    with pytest.raises(ValueError, match=r"data\.2\.weight: '2' is none of the list's 2 items; they count from 0"):
+        load(minimal(data=sources), "data.2.weight=1")
+    with pytest.raises(ValueError, match=r"data item: unknown key 'wieght'; did you mean weight\?"):
+        load(minimal(data=[{"source": "chat", "path": "a.jsonl", "wieght": 1}]))
+
+
 def test_a_stage_cannot_be_changed_after_loading(load):
     config = load(minimal())
     with pytest.raises(dataclasses.FrozenInstanceError):

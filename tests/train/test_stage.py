@@ -321,6 +321,18 @@ def test_skips_of_the_validation_data_are_logged(next_token_config, tmp_path, fa
     assert events
 
 
+def test_distillation_takes_the_pictures_of_a_mixed_list_and_counts_what_has_none(distillation_config, data, tmp_path):
+    sources = (
+        f"[{{source: chat, path: {data / 'chat.jsonl'}, weight: 2}}, {{source: pictures, path: {data / 'pictures'}}}]"
+    )
+    run_stage(distillation_config(f"data={sources}", "num_steps=2"))
+    log = read_log(tmp_path / "run")
+    assert not any(entry.get("event") == "skip" for entry in log)
+    last = [entry for entry in log if "loss" in entry][-1]
+    assert last["samples_skipped"].keys() == {"no picture"}  # text-only chats: counted, but no fault
+    assert last["samples_drawn"] > last["samples_skipped"]["no picture"] > 0
+
+
 def test_too_many_skips_stop_the_run_and_name_the_worst(next_token_config, faulty, tmp_path):
     with pytest.raises(SkipBudgetError) as caught:
         run_stage(next_token_config(faulty))
