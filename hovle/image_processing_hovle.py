@@ -7,6 +7,7 @@ what the released model saw, torchvision's differs by a grey level, and pixels d
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from transformers.feature_extraction_utils import BatchFeature
@@ -98,6 +99,35 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         """Count the tiles of a picture without its pixels, the thumbnail included; arguments as in `choose_grid`."""
         columns, rows = self.choose_grid(height, width, images_kwargs)
         return columns * rows + (columns * rows > 1)
+
+    def spread_tiles(
+        self,
+        image_sizes: Sequence[tuple[int, int]],
+        max_image_tokens: int,
+        tokens_per_tile: int,
+        images_kwargs: dict | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Share a budget of tokens between pictures; `HoVLEProcessor.spread_tiles` explains it."""
+        images_kwargs = images_kwargs or {}
+        fewest = self.grid_settings(images_kwargs)["min_patches"]
+
+        def grid(size: tuple[int, int], limit: int | None) -> int:
+            options = images_kwargs if limit is None else {**images_kwargs, "max_patches": limit, "max_tiles": None}
+            columns, rows = self.choose_grid(*size, options)
+            return columns * rows
+
+        grids = [grid(size, None) for size in image_sizes]
+        while True:
+            tokens = [2 + tokens_per_tile * (tiles + (tiles > 1)) for tiles in grids]
+            if sum(tokens) <= max_image_tokens:
+                return grids, tokens
+            largest = max(range(len(grids)), key=lambda number: grids[number])
+            if grids[largest] <= fewest:
+                raise ValueError(
+                    f"max_image_tokens ({max_image_tokens}) is too small: {len(grids)} pictures take {sum(tokens)} "
+                    f"tokens with the fewest tiles ({fewest} each). Give fewer pictures or a smaller tile_size."
+                )
+            grids[largest] = grid(image_sizes[largest], grids[largest] - 1)
 
     def _standardize_kwargs(self, **kwargs) -> dict:  # type: ignore[override]
         """Translate our names into the base class's and refuse numbers that allow no grid."""

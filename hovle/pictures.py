@@ -48,6 +48,9 @@ DOCUMENTS = {
 }
 """What people take for pictures but no decoder here reads: sign near the beginning -> what to do."""
 
+HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
+"""Transfer functions of high dynamic range by their number in ITU-T H.273; read as sRGB they look washed out."""
+
 Kind = Literal["url", "path", "base64"]
 """How a string is to be read."""
 
@@ -86,7 +89,8 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
         on white; 16-bit values are scaled, not clipped; 8-bit colours of an embedded ICC profile become sRGB.
 
     Raises:
-        ValueError: When the picture is missing, unreadable, damaged, empty or too large; it names the picture.
+        ValueError: When the picture is missing, unreadable, damaged, empty, too large or of high dynamic range; it
+            names the picture.
     """
     if kind is not None and not isinstance(source, str | os.PathLike):
         kind = None  # a picture object says itself what it is
@@ -351,7 +355,27 @@ def _decode(data: io.BytesIO) -> Image.Image:
             if found is None:
                 raise
             raise _PictureError(f"is {found}.") from None
+        if (transfer := HDR_TRANSFERS.get(_transfer_function(image.format, data.getvalue()))) is not None:
+            raise _PictureError(f"is an HDR picture ({transfer}); map its tones to sRGB first.")
         return _to_upright_rgb(_check_size(image))
+
+
+def _transfer_function(file_format: str | None, data: bytes) -> int:
+    """The number of the transfer function that a PNG (chunk `cICP`) or an AVIF (box `colr`) names; 2 is "unknown".
+
+    Pillow does not tell it.
+    """
+    if file_format == "AVIF" and (start := data.find(b"colrnclx")) >= 0:
+        return int.from_bytes(data[start + 10 : start + 12])
+    offset = 8
+    while file_format == "PNG" and offset + 10 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, offset)
+        if name == b"cICP":
+            return data[offset + 9]
+        if name == b"IDAT":  # where the pixels begin, all has been said
+            break
+        offset += 12 + length
+    return 2
 
 
 def _check_size(image: Image.Image) -> Image.Image:

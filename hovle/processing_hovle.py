@@ -262,26 +262,8 @@ class HoVLEProcessor(ProcessorMixin):
             ValueError: When even the fewest tiles take more; pictures are never cut.
         """
         images_kwargs = self._merge(kwargs)["images_kwargs"]
-        settings = self.image_processor.grid_settings(images_kwargs)
-        per_tile, fewest = self.tokens_per_tile(settings["size"].height), settings["min_patches"]
-
-        def grid(size: tuple[int, int], limit: int | None) -> int:
-            options = images_kwargs if limit is None else {**images_kwargs, "max_patches": limit, "max_tiles": None}
-            columns, rows = self.image_processor.choose_grid(*size, options)
-            return columns * rows
-
-        grids = [grid(size, None) for size in image_sizes]
-        while True:
-            tokens = [2 + per_tile * (tiles + (tiles > 1)) for tiles in grids]
-            if sum(tokens) <= max_image_tokens:
-                return grids, tokens
-            largest = max(range(len(grids)), key=lambda number: grids[number])
-            if grids[largest] <= fewest:
-                raise ValueError(
-                    f"max_image_tokens ({max_image_tokens}) is too small: {len(grids)} pictures take {sum(tokens)} "
-                    f"tokens with the fewest tiles ({fewest} each). Give fewer pictures or a smaller tile_size."
-                )
-            grids[largest] = grid(image_sizes[largest], grids[largest] - 1)
+        per_tile = self.tokens_per_tile(self.image_processor.grid_settings(images_kwargs)["size"].height)
+        return self.image_processor.spread_tiles(image_sizes, max_image_tokens, per_tile, images_kwargs)
 
     def _tile_limits(self, pictures: list, counts: list[int], max_image_tokens: int, kwargs: dict) -> list[int]:
         """`max_tiles` of every picture of a batch of prompts that hold so many pictures each."""

@@ -6,9 +6,12 @@ one, the thumbnail that follows them: the whole picture squeezed into one square
   hovle tiles photo.jpg                            the released model's numbers: 448 px, up to 12 tiles
   hovle tiles photo.jpg --max-tiles 6 --out 6.png  fewer tiles, fewer tokens
   hovle tiles photo.jpg --model my-model           the numbers of a model folder
+  hovle tiles a.jpg b.jpg --max-image-tokens 3000  pictures of one prompt that share a budget; who has most tiles
+                                                   gives way first; draws tiles-1.png, tiles-2.png
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,18 +79,35 @@ class TilePlan:
         return f"{self.columns} x {self.rows} tiles of {self.tile_size} px + thumbnail"
 
 
-def plan_tiles(width: int, height: int, image_processor: HoVLEImageProcessor, pixels_per_token_side: int) -> TilePlan:
-    """Plan the tiles of an upright picture of this size in pixels.
+def plan_tiles(
+    image_sizes: Sequence[tuple[int, int]],
+    image_processor: HoVLEImageProcessor,
+    pixels_per_token_side: int,
+    max_image_tokens: int | None = None,
+) -> list[TilePlan]:
+    """Plan the tiles of the pictures of one prompt.
+
+    Args:
+        image_sizes: Height and width of each upright picture in pixels.
+        image_processor: Cuts pictures into tiles.
+        pixels_per_token_side: Side of the square of pixels that becomes one token.
+        max_image_tokens: Tokens all pictures may take together.
 
     Raises:
-        ValueError: When a tile does not divide into whole tokens.
+        ValueError: When a tile does not divide into whole tokens, or the budget is too small.
     """
-    columns, rows = image_processor.choose_grid(height, width)
     tile_size = image_processor.size["height"]
     if tile_size < pixels_per_token_side or tile_size % pixels_per_token_side:
         raise ValueError(f"tile_size ({tile_size}) must be a multiple of {pixels_per_token_side} pixels, one token.")
     tokens_per_tile = (tile_size // pixels_per_token_side) ** 2
-    return TilePlan(columns=columns, rows=rows, tile_size=tile_size, tokens_per_tile=tokens_per_tile)
+    limits: list[int] = [image_processor.max_patches] * len(image_sizes)
+    if max_image_tokens is not None:
+        limits = image_processor.spread_tiles(image_sizes, max_image_tokens, tokens_per_tile)[0]
+    plans = []
+    for size, limit in zip(image_sizes, limits, strict=True):
+        columns, rows = image_processor.choose_grid(*size, {"max_tiles": limit})
+        plans.append(TilePlan(columns=columns, rows=rows, tile_size=tile_size, tokens_per_tile=tokens_per_tile))
+    return plans
 
 
 def draw_tiles(picture: Image.Image, plan: TilePlan, title: str) -> Image.Image:
@@ -157,8 +177,15 @@ def _draw_badge(draw: ImageDraw.ImageDraw, number: int, left: int, top: int, roo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `hovle tiles`."""
-    parser.add_argument("picture", help="picture file or http(s) URL")
-    parser.add_argument("--out", default="tiles.png", metavar="FILE", help="drawing to write (default: tiles.png)")
+    parser.add_argument(
+        "pictures", nargs="+", metavar="PICTURE", help="picture file or http(s) URL; several: a prompt"
+    )
+    parser.add_argument(
+        "--out", default="tiles.png", metavar="FILE", help="drawing to write, numbered if several (default: tiles.png)"
+    )
+    parser.add_argument(
+        "--max-image-tokens", type=int, metavar="N", help="tokens all pictures may take together (default: no limit)"
+    )
     parser.add_argument("--model", metavar="DIR", help="take all numbers from this model folder or Hub id")
     parser.add_argument("--tile-size", type=int, metavar="PX", help="side of a tile (default: 448, or the model's)")
     parser.add_argument("--min-tiles", type=int, metavar="N", help="fewest tiles (default: 1, or the model's)")
@@ -175,16 +202,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw the tiles and print the counts."""
     image_processor, pixels_per_token_side = _numbers_from(args)
-    picture = load_picture(args.picture)
-    plan = plan_tiles(picture.width, picture.height, image_processor, pixels_per_token_side)
-    drawing = draw_tiles(picture, plan, title=Path(args.picture).name[:60])
-    try:
-        drawing.save(args.out)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{args.out}: cannot be written ({error}).") from error
-    print(f"picture          {picture.width} x {picture.height} px")  # noqa: T201 - this is the command's output
-    print("\n".join(plan.lines()))  # noqa: T201
-    print(f"drawing          {args.out}")  # noqa: T201
+    pictures = [load_picture(source) for source in args.pictures]
+    sizes = [(picture.height, picture.width) for picture in pictures]
+    plans = plan_tiles(sizes, image_processor, pixels_per_token_side, args.max_image_tokens)
+    for number, (source, picture, plan) in enumerate(zip(args.pictures, pictures, plans, strict=True), start=1):
+        out = Path(args.out)
+        if len(pictures) > 1:
+            out = out.with_stem(f"{out.stem}-{number}")
+        drawing = draw_tiles(picture, plan, title=Path(source).name[:60])
+        try:
+            drawing.save(out)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{out}: cannot be written ({error}).") from error
+        lines = [f"picture          {picture.width} x {picture.height} px", *plan.lines(), f"drawing          {out}"]
+        print("\n".join(lines) + "\n" * (len(pictures) > 1))  # noqa: T201 - this is the command's output
+    if len(pictures) > 1 or args.max_image_tokens is not None:
+        budget = "" if args.max_image_tokens is None else f" of at most {args.max_image_tokens:,}"
+        total = sum(plan.num_tokens for plan in plans)
+        print(f"together         {total:,} tokens{budget}")  # noqa: T201
     return 0
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -569,3 +570,40 @@ def test_a_url_item_cannot_read_a_local_file(tmp_path: Path):
     sample().save(tmp_path / "secret.png")
     with pytest.raises(ValueError, match="only http and https"):
         load_picture(str(tmp_path / "secret.png"), kind="url")
+
+
+# --- high dynamic range ----------------------------------------------------------------------------------------------
+
+
+def png_with_transfer(transfer: int) -> bytes:
+    """A PNG whose `cICP` chunk, right after the header, names a transfer function."""
+    data = encoded(Image.new("RGB", (4, 4), "red"))
+    body = b"cICP" + bytes([9, transfer, 0, 1])
+    chunk = (4).to_bytes(4) + body + zlib.crc32(body).to_bytes(4)
+    header = 8 + 25
+    return data[:header] + chunk + data[header:]
+
+
+def avif_with_transfer(transfer: int) -> bytes:
+    head, box, rest = encoded(Image.new("RGB", (4, 4), "red"), "AVIF", quality=100).partition(b"colrnclx")
+    assert box
+    return head + box + rest[:2] + transfer.to_bytes(2) + rest[4:]
+
+
+@pytest.mark.parametrize("make", [png_with_transfer, avif_with_transfer])
+@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
+def test_pictures_of_high_dynamic_range_are_refused_by_name(make, transfer, name):
+    with pytest.raises(ValueError, match=rf"picture 3: is an HDR picture \({name}\); map its tones to sRGB first"):
+        load_picture(make(transfer), "picture 3")
+
+
+@pytest.mark.parametrize("make", [png_with_transfer, avif_with_transfer])
+def test_pictures_that_name_the_transfer_of_srgb_are_read(make):
+    red, green, blue = load_picture(make(13)).getpixel((1, 1))
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+def test_a_png_that_ends_within_a_chunk_is_refused_as_damaged():
+    with pytest.raises(ValueError, match="cannot be decoded"):
+        load_picture(png_with_transfer(16)[:36])

@@ -58,6 +58,7 @@ def test_a_model_folder_gives_its_own_numbers(photo: Path, tmp_path: Path, make_
         (["--tile-size", "440"], "multiple of 28"),
         (["--min-tiles", "5", "--max-tiles", "3"], "min_tiles"),
         (["--patch-size", "0"], "--patch-size must be at least 1"),
+        (["--max-image-tokens", "100"], "max_image_tokens (100) is too small"),
         (["--out", "no/such/folder/x.png"], "cannot be written"),
         (["--out", "x.unknown"], "x.unknown: cannot be written"),
         (["--model", "no/such/model"], "no/such/model"),
@@ -81,9 +82,31 @@ def test_a_bad_picture_ends_in_a_message(tmp_path: Path, capsys):
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 3000), (3000, 1), (50, 40), (2000, 1990), (900, 300)])
 def test_pictures_of_any_shape_can_be_drawn(width: int, height: int):
     processor = HoVLEImageProcessor()
-    plan = plan_tiles(width, height, processor, 28)
+    (plan,) = plan_tiles([(height, width)], processor, 28)
     assert plan.num_tiles == processor.get_number_of_image_patches(height, width)
     drawing = draw_tiles(Image.new("RGB", (width, height), "navy"), plan, title="a picture")
     colors = {color for _, color in drawing.getcolors(2**20)}
     assert tuple(bytes.fromhex(LINE_SHADOW[1:])) in colors
     assert (0, 0, 128) in colors
+
+
+def test_several_pictures_share_a_budget_as_in_the_processor(photo: Path, tmp_path: Path, make_tokenizer, capsys):
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(), image_size=56, max_tiles=4)
+    processor.save_pretrained(tmp_path / "model")
+    wide = tmp_path / "wide.png"
+    Image.new("RGB", (400, 100), "navy").save(wide)
+    arguments = ["tiles", str(photo), str(wide), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "t.png")]
+    for options, budget in (([], 10**6), (["--max-image-tokens", "30"], 30)):
+        assert main([*arguments, *options]) == 0
+        out = capsys.readouterr().out
+        grids, tokens = processor.spread_tiles([(960, 1280), (100, 400)], budget)
+        found = [int(line.split()[3]) for line in out.splitlines() if line.startswith("tokens in all")]
+        assert found == tokens
+        together = next(line for line in out.splitlines() if line.startswith("together"))
+        assert together.split()[1] == str(sum(tokens)) == str(sum(found))
+        assert ("of at most 30" in together) == bool(options)
+        assert sum(tokens) <= budget
+        assert (sum(grids) < 8) == bool(options)
+    for number in (1, 2):
+        with Image.open(tmp_path / f"t-{number}.png") as drawing:
+            assert drawing.width > 960
