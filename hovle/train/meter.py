@@ -155,7 +155,7 @@ def largest_linear(layers: nn.Module) -> nn.Linear:
 
 
 def trained_parts(objective: Objective) -> dict[str, list[nn.Parameter]]:
-    """What learns, by the parts recipes name; adapters are `lora`, all else goes by its module (`projection`)."""
+    """What learns, by the parts recipes name; adapters are `lora`, all else goes by its module (`projections`)."""
     groups = {
         id(parameter): name for name, members in parameter_groups(objective.model).items() for parameter in members
     }
