@@ -12,11 +12,9 @@ Memory counts tensors; `memory.py` finds what autograd keeps.
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from ..configuration_hovle import HoVLEConfig
 from ..modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
@@ -160,9 +158,7 @@ class StageCost:
             self.model = HoVLEForConditionalGeneration._from_config(model)
         self.groups = {name: _count(items) for name, items in parameter_groups(self.model).items()}
         self.num_adapters = _num_adapters(self.model, config)
-        self._teacher: Any = None
-        if config.teacher is not None:
-            self._teacher = teacher_shapes(config.teacher)
+        self._teacher = None if config.teacher is None else teacher_shapes(config.teacher)
 
     # Parameters
 
@@ -179,7 +175,8 @@ class StageCost:
     @property
     def _num_projection(self) -> int:
         hidden = self.model_config.text_config.hidden_size
-        return sum(width * hidden for width in self._teacher_widths if width != hidden)
+        widths = () if self._teacher is None else self._teacher.widths
+        return sum(width * hidden for width in widths if width != hidden)
 
     # Operations
 
@@ -243,7 +240,7 @@ class StageCost:
     def _teacher_flops(self, work: Workload) -> dict[str, float]:
         tokens = work.num_tiles * self.model_config.image_seq_length
         return {
-            "teacher": work.num_tiles * self._teacher_flops_per_tile(),
+            "teacher": work.num_tiles * (self._teacher.flops_per_tile if self._teacher else 0),
             "projection": 2 * tokens * self._num_projection * 3,
         }
 
@@ -279,7 +276,9 @@ class StageCost:
         holistic, language = kept.holistic_layer.at(work.num_rows), kept.language_layer.at(work.num_rows)
         return Memory(
             weights=(4 * self.num_trainable + frozen) / num_shards,
-            teacher=0 if self.runs_language_model else table + 4 * self._num_teacher,
+            teacher=0
+            if self.runs_language_model
+            else table + 4 * (self._teacher.num_parameters if self._teacher else 0),
             optimizer=8 * self.num_trainable / num_shards,
             gradients=tuple(4 * count / num_shards for count in gradients),
             activations=(
@@ -295,24 +294,6 @@ class StageCost:
     @functools.cache  # noqa: B019 - few sizes, and the object lives as long as its plan
     def _activations(self, row_length: int, holistic_length: int) -> Activations:
         return measure_activations(self.config, self.model_config, self.dtype, row_length, holistic_length)
-
-    # Teacher
-
-    @property
-    def _num_teacher(self) -> int:
-        return 0 if self._teacher is None else _count(self._teacher.parameters())
-
-    @property
-    def _teacher_widths(self) -> list[int]:
-        """Channels of each matched layer."""
-        return [] if self._teacher is None else self._teacher.feature_info.channels()
-
-    def _teacher_flops_per_tile(self) -> float:
-        assert self.config.teacher is not None  # distillation has one
-        size = self.config.teacher.image_size
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self._teacher(torch.empty(1, 3, size, size, device="meta"))
-        return counter.get_total_flops()
 
 
 def _count(parameters) -> int:

@@ -26,13 +26,12 @@ class Forecast:
     def __init__(self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: dict, accelerator):
         self.device: torch.device = accelerator.device
         self.rates: list[float] = []
-        try:
-            self.predicted = self._predict(config, model, dtype, batch, accelerator.num_processes)
-        except ValueError as error:  # a teacher whose costs are not known is no reason not to train
-            self.predicted = {"unknown": str(error)}
+        self.predicted: dict[str, Any] | None = None  # for teachers that `hovle plan` does not know
+        if config.teacher is None or config.teacher.kind == "timm":
+            self.predicted = self._predict(config, model, dtype, batch, accelerator)
 
     def _predict(
-        self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: dict, num_processes: int
+        self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: dict, accelerator
     ) -> dict[str, Any]:
         work = Workload.of_batch(batch)
         with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay as they are
@@ -41,10 +40,10 @@ class Forecast:
         is_cpu = self.device.type == "cpu"
         reached = matmul_flops_per_second(self.device, dtype) * (CPU_MFU if is_cpu else GPU_MFU)
         to_come = memory.peak - memory.weights - memory.teacher
-        micro_batches = config.gradient_accumulation_steps * num_processes
+        micro_batches = config.gradient_accumulation_steps * accelerator.num_processes
         return {
             "flops_per_step": flops * micro_batches,
-            "tokens_per_second": round(work.num_filled * num_processes * reached / flops, 1),
+            "tokens_per_second": round(work.num_filled * accelerator.num_processes * reached / flops, 1),
             "peak_memory_gib": round((self._held() + to_come * (1 + CPU_SLACK_RATIO * is_cpu)) / GIB, 3),
         }
 

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 import itertools
 import json
 import sys
@@ -16,15 +17,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..configuration_hovle import HoVLEConfig
-from ..image_processing_hovle import HoVLEImageProcessor
 from ..machine import peak_resident_bytes
 from ..modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
 from .adapters import add_lora
 from .config import ExpectedData, StageConfig, load_stage
 from .cost import FROM_LANGUAGE_MODEL, Workload
 from .loop import train_step
-from .objectives import Objective
-from .setup import make_objective, make_optimizer, parameter_groups, select_trainable, store_parameters
+from .objectives import DistillationObjective, NextTokenObjective, Objective
+from .pixels import PixelNormalization
+from .setup import make_optimizer, parameter_groups, select_trainable, store_parameters
+from .teachers import make_teacher
 
 CPU_ATTENTION = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -81,8 +83,11 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> dict:
             tiles_of_next, length, num_supervised = next(samples)
         batch["position_ids"][row, end:] = torch.arange(config.row_length - end)
     tiles = (num_tiles, model.num_channels, model.image_size, model.image_size)
-    batch["pixel_values"] = torch.randint(256, tiles, generator=generator, dtype=torch.uint8)
-    return {**batch, "picture_keys": [], "names": ["random"] * num_samples}
+    return {
+        **batch,
+        "pixel_values": torch.randint(256, tiles, generator=generator, dtype=torch.uint8),
+        "names": ["random"] * num_samples,
+    }
 
 
 def random_samples(config: StageConfig, model: HoVLEConfig) -> Iterator[tuple[int, int, int]]:
@@ -106,7 +111,7 @@ def rehearse(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype,
         dtype: Number format of matrix products.
         folder: An empty folder, for the random weights of a teacher.
     """
-    warm_up(dtype)
+    warm_up(config, dtype)
     process_bytes = peak_resident_bytes()
     torch.manual_seed(0)
     objective = random_objective(config, model_config, dtype, folder).train()
@@ -130,8 +135,12 @@ def rehearse(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype,
     return Measured(flops, process_bytes, peak_bytes, step_seconds, Workload.of_batch(batch))
 
 
-def warm_up(dtype: torch.dtype) -> None:
-    """Take a step with a single number, so that what libraries load when they are first needed is there."""
+def warm_up(config: StageConfig, dtype: torch.dtype) -> None:
+    """Import what the stage needs and take a step with a single number: libraries load parts when first used."""
+    if config.lora is not None:
+        importlib.import_module("peft")
+    if config.teacher is not None:
+        importlib.import_module("timm")
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -151,13 +160,15 @@ def random_objective(config: StageConfig, model_config: HoVLEConfig, dtype: torc
     if config.lora is not None:
         add_lora(model, config.lora)
     store_parameters(model, dtype)
-    if config.teacher is not None:
-        import timm  # an extra: only distillation needs it
+    if config.teacher is None:
+        return NextTokenObjective(model, PixelNormalization())
+    import timm  # an extra: only distillation needs it
 
-        weights = folder / "teacher.pt"
-        torch.save(timm.create_model(config.teacher.name, pretrained=False).state_dict(), weights)
-        config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, checkpoint=str(weights)))
-    return make_objective(config, model, HoVLEImageProcessor(), text_table)
+    weights = folder / "teacher.pt"
+    torch.save(timm.create_model(config.teacher.name, pretrained=False).state_dict(), weights)
+    teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=str(weights)))
+    student_layers = [match.student for match in config.teacher.layers]
+    return DistillationObjective(model, teacher, text_table, config.objective, student_layers)
 
 
 def main(folder: Path, dtype: str) -> None:

@@ -1,10 +1,12 @@
 """The shapes of a stage's model, from configs alone: no weights are read and none need exist."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, Qwen3Config
 from transformers.configuration_utils import PreTrainedConfig
 
@@ -50,22 +52,39 @@ KNOWN_LANGUAGE_MODELS: dict[str, PreTrainedConfig] = {
 """Shapes of the language models that shipped recipes name, so that planning them needs no network."""
 
 
-def teacher_shapes(config: TeacherConfig) -> Any:
-    """The teacher without weights, on the meta device.
+@dataclass(frozen=True)
+class TeacherShapes:
+    """What matters of a teacher that is not there."""
 
-    Raises:
-        ValueError: For any but a timm teacher, whose shapes are known by its name alone.
-    """
+    num_parameters: int
+    flops_per_tile: int
+    widths: tuple[int, ...]
+    """Channels of each matched layer."""
+
+
+def teacher_shapes(config: TeacherConfig) -> TeacherShapes:
+    """Run a teacher without weights on the meta device; ValueError unless it is a timm model."""
     if config.kind != "timm":
         raise ValueError(
-            f"Costs are known of timm teachers only, not of {config.kind}: plan with a timm model of its size, for "
-            "instance teacher.kind=timm teacher.name=vit_large_patch14_clip_336."
+            f"Only timm teachers are planned; {config.name} is of kind {config.kind}. Name a timm model of its size, "
+            "for instance teacher={name: vit_intern300m_patch14_448, image_size: 448}."
         )
     import timm  # an extra: only distillation needs it
 
-    layers = tuple(sorted({match.teacher for match in config.layers}))
-    with torch.device("meta"):
-        return timm.create_model(config.name, pretrained=False, features_only=True, out_indices=layers).eval()
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model: Any = timm.create_model(config.name, pretrained=False).eval()
+        count = len(model.feature_info)
+        layers = sorted({match.teacher % count for match in config.layers})
+        maps = model.forward_intermediates(
+            torch.empty(1, 3, config.image_size, config.image_size),
+            indices=layers,
+            norm=True,
+            stop_early=True,
+            output_fmt="NCHW",
+            intermediates_only=True,
+        )
+    widths = tuple(maps[layers.index(match.teacher % count)].shape[1] for match in config.layers)
+    return TeacherShapes(sum(item.numel() for item in model.parameters()), counter.get_total_flops(), widths)
 
 
 def model_config(stage: StageConfig, others: Iterable[StageConfig] = ()) -> HoVLEConfig:

@@ -239,11 +239,12 @@ def train_and_save(stage: Stage) -> None:
         claim_output(stage.output, config)
     with tracking(config, accelerator):
         log = make_log(stage.output, accelerator)
-        alarm = train_and_examine(stage, wrapped, optimizer, is_compiled, log)
+        alarm, forecast = train_and_examine(stage, wrapped, optimizer, is_compiled, log)
         if accelerator.is_main_process:
+            measured = {"measured": forecast.measured()}
             first_batch = next(iter(stage.batches(stage.mixture)))
             finish(stage.output, stage.model, stage.processor, stage.peft_model, first_batch, bare_record(stage))
-            log({"event": "finish", "step": config.num_steps})
+            log({"event": "finish", "step": config.num_steps, "predicted": forecast.predicted, **measured})
         accelerator.wait_for_everyone()
     if alarm and config.stop_when_blind:
         raise BlindPicturesError(f"{alarm} The model is saved in {stage.output / 'model'}.")
@@ -251,8 +252,8 @@ def train_and_save(stage: Stage) -> None:
 
 def train_and_examine(
     stage: Stage, wrapped: nn.Module, optimizer: torch.optim.Optimizer, is_compiled: bool, log: Callable[[dict], None]
-) -> str | None:
-    """Do the steps, look at the model before, between and after them, and return the last alarm."""
+) -> tuple[str | None, Forecast]:
+    """Do the steps, look at the model before, between and after them; return the last alarm and what was foreseen."""
     config, accelerator, retention = stage.config, stage.accelerator, stage.retention
 
     def log_step(entry: dict) -> None:
@@ -262,8 +263,8 @@ def train_and_examine(
     batches = stage.training_batches()
     first_batch = next(batches)
     on_device = to_device(first_batch, accelerator.device)
-    forecast = Forecast(config, stage.model.config, stage.dtype, on_device, accelerator)
     meter = Meter(stage.objective, on_device, stage.autocast, stage.dtype, accelerator.num_processes)
+    forecast = Forecast(config, stage.model.config, stage.dtype, first_batch, accelerator)
     facts = {**environment(stage.dtype, is_compiled, accelerator), **meter.facts(), "handoff": stage.handoff}
     log({"event": "start", "step": stage.first_step, **facts, "predicted": forecast.predicted})
     examiner = stage.examiner(wrapped, log)
@@ -292,7 +293,7 @@ def train_and_examine(
     if retention:
         retention.measure(stage.model, stage.autocast)
         log(retention.entry(config.num_steps))
-    return alarm
+    return alarm, forecast
 
 
 def bare_record(stage: Stage) -> BareRecord | None:

@@ -106,7 +106,7 @@ def test_the_rows_suggested_fit_and_one_more_does_not(next_token_config):
     model, device = model_config(config), choose_device("L4-24G", torch.bfloat16)
     device = type(device)(**{**vars(device), "memory_gib": device.process_gib + 0.2})
     rows = plan_stage("", config, model, device).largest_rows_per_batch
-    cost, work = StageCost(config, model, torch.bfloat16), Workload.expected(config, model)
+    cost, work = StageCost(config, model, torch.float32), Workload.expected(config, model)
     assert 0 < rows < 1024
     held = [cost.memory(work.with_rows(number)).peak * 1.05 / 2**30 for number in (rows, rows + 1)]
     assert held[0] <= 0.2 < held[1]
