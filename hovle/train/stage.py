@@ -288,7 +288,6 @@ def train_and_examine(
         save=functools.partial(stage.save, optimizer, log),
         name=stage.output.name,
     )
-    log({"event": "plan", "step": config.num_steps, "predicted": forecast.predicted, "measured": forecast.measured()})
     alarm = examiner.examine(config.num_steps)
     if retention:
         retention.measure(stage.model, stage.autocast)
