@@ -36,6 +36,8 @@ from typing import Any, BinaryIO
 import filelock
 from tqdm import tqdm
 
+from .durable import replace_folder
+
 logger = logging.getLogger(__name__)
 
 MANIFEST = Path(__file__).with_name("assets.json")
@@ -286,11 +288,7 @@ def _make_folder(folder: Path, identity: dict[str, Any], fill: Callable[[Path], 
             try:
                 more = fill(staging)
                 _write_marker(staging, {**identity, **more})
-                if folder.exists():  # damaged: out of the way in one step, then deleted
-                    damaged = Path(tempfile.mkdtemp(prefix="damaged-", dir=staging.parent))
-                    os.replace(folder, damaged / folder.name)
-                    shutil.rmtree(damaged)
-                os.replace(staging, folder)
+                replace_folder(staging, folder)  # one that is there is damaged
             finally:
                 shutil.rmtree(staging, ignore_errors=True)
     return folder

@@ -20,6 +20,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
+from .durable import rename_durably
+
 CONFIG, WEIGHTS, INDEX, LICENCE = "config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -249,7 +251,7 @@ def appear_when_complete(dst: Path) -> Iterator[Path]:
     folder.mkdir()
     try:
         yield folder
-        folder.rename(dst)
+        rename_durably(folder, dst)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise

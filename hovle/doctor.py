@@ -19,6 +19,7 @@ OPTIONAL = {
     "timm": ("hovle[teacher]", "teachers for distillation"),
     "matplotlib": ("hovle[demo]", "reports of runs and the demo"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
+    "bitsandbytes": ("hovle[quant]", "alignment against an 8- or 4-bit language model"),
     "fastapi": ("hovle[serve]", "hovle serve"),
     "open_clip_torch": ("hovle[teacher]", "OpenCLIP teachers"),
     "simplejpeg": ("hovle[vision]", "faster decoding of JPEG files in training"),

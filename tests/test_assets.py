@@ -252,11 +252,11 @@ def test_a_damaged_folder_is_noticed_and_made_anew(damage, toy, wheels, cache):
 
 
 PROCESS = """
-import importlib.util, pathlib, sys, time
-# The file itself: importing the package would cost each process seconds for torch.
-spec = importlib.util.spec_from_file_location("assets", {module!r})
-assets = sys.modules["assets"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(assets)
+import importlib, pathlib, sys, time, types
+# The folder as a bare package: importing hovle itself would cost each process seconds for torch.
+sys.modules["hovle"] = types.ModuleType("hovle")
+sys.modules["hovle"].__path__ = [str(pathlib.Path({module!r}).parent)]
+assets = importlib.import_module("hovle.assets")
 toy = assets.load_manifest(pathlib.Path({manifest!r}))["toy"]
 unpack = assets._unpack
 def slow_unpack(file, source, folder):

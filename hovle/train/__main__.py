@@ -5,9 +5,9 @@ examples:
   hovle train my_stage.yaml                             your own file
   hovle train demo/alignment num_steps=20 model.checkpoint=runs/demo/distillation/model
   hovle train my_stage.yaml --dry-run                   show what would be trained on what
-  hovle train my_stage.yaml --resume                    continue the newest checkpoint, exactly
+  hovle train my_stage.yaml --resume                    continue the newest checkpoint, exactly; start where none is
   hovle train report runs/demo/alignment                curves and a page of figures, also of a run that goes on
-  torchrun --nproc-per-node 2 -m hovle.train my_stage.yaml
+  torchrun --nproc-per-node 2 -m hovle.train my_stage.yaml sharding=full
 """
 
 import argparse
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hovle train`."""
     parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe such as demo/alignment")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields; dots reach nested ones")
-    parser.add_argument("--resume", action="store_true", help="continue the newest checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="continue the output folder's run, or start it")
     parser.add_argument("--dry-run", action="store_true", help="set up, show model and data, take no step")
 
 

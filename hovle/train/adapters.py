@@ -5,6 +5,7 @@ from torch import nn
 
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from .config import LoraConfig
+from .parallel import whole
 
 
 def add_lora(model: HoVLEForConditionalGeneration, config: LoraConfig) -> nn.Module:
@@ -37,8 +38,11 @@ def add_lora(model: HoVLEForConditionalGeneration, config: LoraConfig) -> nn.Mod
 
 
 @torch.no_grad()
-def merged_state_dict(model: HoVLEForConditionalGeneration) -> dict[str, torch.Tensor]:
-    """State dict of a plain HoVLE: adapters, if any, added to the weights they adapt; the model stays as it is."""
+def merged_state_dict(model: HoVLEForConditionalGeneration, keep: bool = True) -> dict[str, torch.Tensor]:
+    """State dict of a plain HoVLE in float32: pieces joined, adapters added to the weights they adapt; on the CPU.
+
+    The model stays as it is. A sharded one needs all processes; those that do not `keep` the result get none.
+    """
     state = {}
     for name, tensor in model.state_dict().items():
         if ".lora_" in name:
@@ -47,5 +51,7 @@ def merged_state_dict(model: HoVLEForConditionalGeneration) -> dict[str, torch.T
         if plain != name and name.endswith(".weight"):
             layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
             tensor = tensor.float() + sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-        state[plain] = tensor
+        tensor = whole(tensor)
+        if keep:
+            state[plain] = tensor.cpu().float()
     return state

@@ -5,16 +5,19 @@ Everything is written to a temporary folder beside its place and renamed, so wha
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ..durable import remove_folder, write_folder
+from ..errors import StopRunError
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from .config import StageConfig
+from .parallel import whole
 from .pixels import PixelNormalization
 
 TRAINING_STATE = "training_state.pt"
@@ -32,47 +35,82 @@ RESUMABLE_CHANGES = (
     "stop_when_blind",
     "tracking",
     "expected",
+    "keep_last",
+    "keep_best",
+    "sharding",
+    "activation_checkpointing",
     "gradient_accumulation_steps",
 )
-"""Fields a resumed run may change: they move no number. The last one goes with the number of processes; their product
-must stay (`stage.load_state`)."""
+"""Fields a resumed run may change: they move no number, or rounding only (sharding). The last one goes with the number
+of processes; their product must stay (`stage.load_state`)."""
 
 
-def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` write into a temporary folder, then put it in place; an older one stays until then."""
-    temporary = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        fill(temporary)
-        older = folder.with_name(f".{folder.name}.old")
-        shutil.rmtree(older, ignore_errors=True)
-        if folder.exists():
-            os.replace(folder, older)
-        os.replace(temporary, folder)
-        shutil.rmtree(older, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+class SaveError(StopRunError):
+    """A checkpoint could not be written; the message names the one to continue from."""
 
 
-def save_checkpoint(output: Path, step: int, save: Callable[[Path], None], state: dict) -> None:
-    """Write `checkpoint-STEP` and drop older checkpoints once it is complete."""
+def save_checkpoint(
+    output: Path,
+    step: int,
+    save: Callable[[Path], None],
+    state: dict,
+    keep_last: int = 1,
+    best_step: int | None = None,
+) -> None:
+    """Write `checkpoint-STEP`, and drop all but the newest and the best once it is complete.
+
+    Args:
+        output: Run folder.
+        step: Finished steps.
+        save: Writes the model's files into a folder.
+        state: What `load_training_state` shall give back.
+        keep_last: Newest checkpoints that stay.
+        best_step: Step of the checkpoint that the link `best` names, and that stays too.
+
+    Raises:
+        SaveError: When it cannot be written, for instance on a full disk.
+    """
 
     def fill(temporary: Path) -> None:
         save(temporary)
         torch.save(state, temporary / TRAINING_STATE)
 
-    folder = output / f"checkpoint-{step:06d}"
-    write_folder(folder, fill)
-    for older in sorted(output.glob("checkpoint-*")):
-        if older != folder:
-            shutil.rmtree(older)
+    try:
+        write_folder(checkpoint_folder(output, step), fill)
+    except (OSError, RuntimeError, SafetensorError) as error:  # safetensors and torch have errors of their own
+        newest = find_checkpoint(output)
+        advice = "There is no earlier one." if newest is None else f"{newest} is complete: continue it with --resume."
+        raise SaveError(f"Checkpoint of step {step} could not be written ({error}). {advice}") from error
+    kept = sorted_checkpoints(output)[-keep_last:]
+    if best_step is not None:
+        link_best(output, best_step)
+        kept.append(checkpoint_folder(output, best_step))
+    for folder in sorted_checkpoints(output):
+        if folder not in kept:
+            remove_folder(folder)
+
+
+def checkpoint_folder(output: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return output / f"checkpoint-{step:06d}"
+
+
+def link_best(output: Path, step: int) -> None:
+    """Let the link `best` name a checkpoint, without a moment at which it names none."""
+    link = output / ".best.writing"
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint_folder(output, step).name, target_is_directory=True)
+    os.replace(link, output / "best")
+
+
+def sorted_checkpoints(output: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]))
 
 
 def find_checkpoint(output: Path) -> Path | None:
     """Newest checkpoint of a run, or None."""
-    return max(output.glob("checkpoint-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return next(reversed(sorted_checkpoints(output)), None)
 
 
 def load_training_state(checkpoint: Path) -> dict:
@@ -80,15 +118,20 @@ def load_training_state(checkpoint: Path) -> dict:
     return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True)
 
 
-def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> None:
-    """Refuse to resume a run whose recipe or data changed, naming what differs."""
-    old, new = state["config"], config.to_dict()
+def check_same_recipe(config: StageConfig, old: dict) -> None:
+    """Refuse to resume a run whose recipe changed, naming what differs."""
+    new = config.to_dict()
     changed = [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
     if changed:
         details = "; ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
         raise ValueError(
             f"Cannot resume: the recipe changed ({details}). Restore it, or start in a new output folder."
         )
+
+
+def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> None:
+    """Refuse to resume a run whose recipe or data changed."""
+    check_same_recipe(config, state["config"])
     if state["data_fingerprint"] != data_fingerprint:
         raise ValueError(
             f"Cannot resume: the data changed (fingerprint {state['data_fingerprint']} -> {data_fingerprint})."
@@ -190,8 +233,8 @@ def restore_rng(state: dict) -> None:
 
 
 def trainable_state(objective: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter that learns, the training-only projection and adapters included."""
-    return {name: item.detach().cpu() for name, item in objective.named_parameters() if item.requires_grad}
+    """Every parameter that learns, whole, the training-only projection and adapters included (together)."""
+    return {name: whole(item.detach()).cpu() for name, item in objective.named_parameters() if item.requires_grad}
 
 
 @torch.no_grad()

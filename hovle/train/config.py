@@ -29,6 +29,7 @@ SMALLEST = {
     "num_validation_batches": 1,
     "checkpoint_every": 0,
     "validate_every": 0,
+    "keep_last": 1,
     "num_workers": 0,
 }
 """Smallest value of each whole-number field of a stage."""
@@ -304,6 +305,13 @@ class StageConfig:
     """Number format of matrix products; `auto` takes bfloat16 where this machine is faster with it."""
     compile: typing.Literal["auto", "on", "off"] = "auto"
     """Compile decoder layers; `auto` runs eager, and says so, where there is no working C++ compiler."""
+    sharding: typing.Literal["none", "full"] = "none"
+    """With several processes: each holds the whole model (`none`), or a piece of each of its tensors (`full`)."""
+    activation_checkpointing: bool = False
+    """Run each decoder layer again in the backward pass instead of keeping what it computed: saves memory."""
+    quantize_frozen: typing.Literal["none", "int8", "int4"] = "none"
+    """Hold the frozen language model's layers in 8 or 4 bits while training (needs bitsandbytes); the saved model has
+    its weights as they were."""
     num_workers: int = 0
     """0: the training process prepares the batches; 1: a process of its own does; more: one of them tokenises and
     packs, the others read pictures. The batches are the same."""
@@ -311,6 +319,10 @@ class StageConfig:
     """Steps between log lines."""
     checkpoint_every: int = 0
     """Steps between resumable checkpoints; 0 for none."""
+    keep_last: int = 1
+    """Newest checkpoints to keep."""
+    keep_best: bool = False
+    """Measure the validation loss at every checkpoint and keep the one with the smallest, too; `best` names it."""
 
     def __post_init__(self):
         unknown = sorted(set(self.trainable) - set(PARAMETER_GROUPS))
@@ -335,6 +347,11 @@ class StageConfig:
                 "stop_when_blind needs blind_check, a validation source and the next_token objective: nothing would "
                 "be checked."
             )
+        self._check_quantization()
+        if self.sharding == "full" and self.retention is not None:
+            raise ValueError("retention needs the whole model on each process: take it out, or set sharding to none.")
+        if self.keep_best and (self.validation is None or not self.checkpoint_every):
+            raise ValueError("keep_best compares checkpoints by validation loss: set validation and checkpoint_every.")
         for name, smallest in SMALLEST.items():
             if getattr(self, name) < smallest:
                 raise ValueError(f"{name} must be at least {smallest}, got {getattr(self, name)}.")
@@ -353,6 +370,17 @@ class StageConfig:
             raise ValueError(f"warmup_ratio must lie in [0, 1), got {self.warmup_ratio}.")
         if len(self.adam_betas) != 2:
             raise ValueError(f"adam_betas needs two numbers, got {list(self.adam_betas)}.")
+
+    def _check_quantization(self) -> None:
+        if self.quantize_frozen == "none":
+            return
+        if self.objective.name == "distillation" or self.lora is not None or "language_model" in self.trainable:
+            raise ValueError(
+                f"quantize_frozen is {self.quantize_frozen}, which is for next_token stages whose language model is "
+                "frozen and has no lora: distillation does not run it, the others change it."
+            )
+        if self.sharding == "full":
+            raise ValueError("quantize_frozen cannot be cut into pieces: take it out, or set sharding to none.")
 
     def to_dict(self) -> dict:
         """Plain values, as written to the run folder's `recipe.yaml`."""

@@ -19,7 +19,7 @@ from ..configuration_hovle import HoVLEConfig
 from ..errors import StopRunError
 from ..modeling_hovle import IGNORE_INDEX, number_pictures
 from .config import StageConfig
-from .loop import validate
+from .loop import unwrap, validate
 
 CAUSES = (
     "Can wording alone give the answers away, or do pictures and questions not belong together? Are picture outputs "
@@ -55,8 +55,7 @@ class Examiner:
         """
         if not self.batches:
             return None
-        terms = self._measure(self.batches)
-        self.log({"event": "validation", "step": step, **terms})
+        terms = self._validate(step)
         if not step or not self.config.blind_check or self.config.objective.name != "next_token":
             return None
         effect = self._effect_of_pictures(terms["reply_nats"])
@@ -68,6 +67,16 @@ class Examiner:
         alarm = self.examine(step)
         if alarm and self.config.stop_when_blind:
             raise BlindPicturesError(alarm)
+
+    def held_out_loss(self, step: int) -> float:
+        """Log the held-out terms after so many steps and weigh them as training does."""
+        terms = self._validate(step)
+        return sum(weight * terms[name] for name, weight in unwrap(self.objective).weights.items())
+
+    def _validate(self, step: int) -> dict[str, float]:
+        terms = self._measure(self.batches)
+        self.log({"event": "validation", "step": step, **terms})
+        return terms
 
     def _measure(self, batches: list[dict]) -> dict[str, float]:
         return validate(self.objective, batches, self.autocast, self.accelerator)

@@ -1,6 +1,7 @@
 """The training loop all stages share: draw, step, log, validate, save."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from .config import StageConfig
 from .data import StreamPosition
 from .meter import Meter, gradient_norms
 from .objectives import Objective, learning_rate_factor
+from .parallel import gather, gradient_exchange, reshard, whole
 
 
 @dataclass
@@ -59,48 +61,52 @@ def train_step(
         num_processes: How many there are; data parallelism averages gradients, the loss here is a sum.
 
     Raises:
-        NonFiniteLossError: When loss or gradient is not a number; weights are left as they were.
+        NonFiniteLossError: When loss or gradient is not a number, on every process; weights are left as they were.
     """
     inner = unwrap(objective)
     weights = inner.weights
     counts = [inner.counts(batch) for batch in micro_batches]
     totals = {name: reduce_sum(torch.stack([count[name] for count in counts]).sum()).clamp(min=1) for name in weights}
-    sums = {name: torch.zeros((), device=total.device) for name, total in totals.items()}
-    for batch in micro_batches:
-        with autocast:
-            terms = objective(batch).terms
-        loss = torch.stack([weights[name] * terms[name] / totals[name] for name in weights]).sum()
-        if not torch.isfinite(loss):
-            raise NonFiniteLossError(
-                f"Loss is {float(loss.detach())} on {_names([batch])}; terms: "
-                f"{', '.join(f'{name} {float(term.detach()):.4g}' for name, term in terms.items())}. {UNTOUCHED}"
-            )
-        (loss * num_processes).backward()
-        for name in weights:
-            sums[name] += terms[name].detach()
+    losses, sums = [], torch.zeros(len(weights), device=totals[next(iter(weights))].device)
+    for number, batch in enumerate(micro_batches, 1):
+        with gradient_exchange(objective, is_last=number == len(micro_batches)):
+            with autocast:
+                terms = objective(batch).terms
+            loss = torch.stack([weights[name] * terms[name] / totals[name] for name in weights]).sum()
+            (loss * num_processes).backward()
+        losses.append(loss.detach())
+        sums += torch.stack([terms[name].detach() for name in weights])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    part_norms = gradient_norms(inner)
+    part_norms = {part: whole(norm) for part, norm in gradient_norms(inner).items()}
     gradient_norm = torch.stack(list(part_norms.values())).norm()
     nn.utils.clip_grads_with_norm_(parameters, max_gradient_norm, gradient_norm)
-    if not torch.isfinite(gradient_norm):
-        raise NonFiniteLossError(
-            f"The gradient norm is {float(gradient_norm)} on {_names(micro_batches)}. {UNTOUCHED}"
-        )
+    means = {name: float(total / totals[name]) for name, total in zip(weights, reduce_sum(sums), strict=True)}
+    total = sum(weights[name] * means[name] for name in weights)
+    result = StepResult(total, means, float(gradient_norm), {part: float(norm) for part, norm in part_norms.items()})
+    # Every process knows these two numbers, so all of them stop or none does.
+    if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
+        raise _non_finite(result, micro_batches, losses)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    means = {name: float(reduce_sum(sums[name]) / totals[name]) for name in weights}
-    total = sum(weights[name] * means[name] for name in weights)
-    return StepResult(total, means, float(gradient_norm), {part: float(norm) for part, norm in part_norms.items()})
+    return result
+
+
+def _non_finite(result: StepResult, micro_batches: list[dict], losses: list[torch.Tensor]) -> NonFiniteLossError:
+    """Name the batches whose loss is no number, on whichever process; all of them where only the gradient is none."""
+    bad = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
+    names = gather([name for batch in bad for name in batch["names"]])
+    what = f"Loss is {result.loss}"
+    if not names:
+        names = gather([name for batch in micro_batches for name in batch["names"]])
+        what = f"The gradient norm is {result.gradient_norm}"
+    terms = ", ".join(f"{name} {value:.4g}" for name, value in result.terms.items())
+    shown = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} samples)"
+    return NonFiniteLossError(f"{what} on the batch of {shown}; terms: {terms}. {UNTOUCHED}")
 
 
 def unwrap(objective: nn.Module) -> Objective:
     """The objective inside a data-parallel wrapper."""
     return objective.module if hasattr(objective, "module") else objective  # type: ignore[return-value]
-
-
-def _names(batches: list[dict]) -> str:
-    names = [name for batch in batches for name in batch["names"]]
-    return f"the batch of {', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} samples)"
 
 
 @torch.no_grad()
@@ -119,6 +125,7 @@ def validate(
             sums[0, column] += output.terms[name]
             sums[1, column] += output.counts[name]
     inner.train()
+    reshard(inner)
     terms, counts = accelerator.reduce(sums, "sum")
     return dict(zip(inner.weights, (terms / counts.clamp(min=1)).tolist(), strict=True))
 

@@ -197,6 +197,13 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def checkpoint_activations(model: HoVLEForConditionalGeneration) -> None:
+    """Let each decoder layer run again in the backward pass instead of keeping what it computed."""
+    # transformers 5.23 renamed it; the old name goes away in 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def compile_layers(model: HoVLEForConditionalGeneration, mode: str) -> bool:
     """Compile the decoder layers, which share one graph; `auto` runs eager, and says so, where that is impossible."""
     if mode == "off":

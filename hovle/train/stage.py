@@ -12,7 +12,10 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
+from transformers.initialization import no_init_weights
 
+from ..configuration_hovle import HoVLEConfig
+from ..durable import remove_leftovers, rename_durably, write_folder
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from . import checkpoint as checkpoints
@@ -33,10 +36,21 @@ from .forecast import Forecast
 from .loop import to_device, train
 from .meter import Meter
 from .objectives import DistillationObjective, Objective
+from .parallel import (
+    gather,
+    load_optimizer_state,
+    make_accelerator,
+    optimizer_state,
+    reshard,
+    spread,
+    together,
+)
 from .pixels import PixelNormalization, picture_key, read_tiles
+from .quantization import in_full_precision, quantize_language_model
 from .report import check_trackers, describe, environment, make_log, tracking
 from .retention import BareRecord, TextRetention, read_record, write_record
 from .setup import (
+    checkpoint_activations,
     choose_dtype,
     compile_layers,
     dtype_name,
@@ -50,6 +64,9 @@ from .setup import (
 )
 from .skips import NO_PICTURE
 from .teachers import ImageTeacher, Targets
+
+RECIPE = "recipe.yaml"
+UNFINISHED_RECIPE = f".{RECIPE}.writing"
 
 NUM_STANDARDIZING_RECORDS = 256
 """Records whose pictures tell mean and deviation of teacher features."""
@@ -76,6 +93,8 @@ class Stage:
     """Difference from what the previous stage ended with, relative to its largest output."""
     retention: TextRetention | None
     """Measures text perplexity where the recipe wants it."""
+    originals: dict[str, nn.Linear]
+    """Exact maps of the language model that quantised ones stand in for, by name."""
 
     @property
     def output(self) -> Path:
@@ -134,35 +153,50 @@ class Stage:
 
     def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
         """Count the skips of all processes, log each new one, and give the counts for the step's own entry."""
-        from accelerate.utils import gather_object
-
-        for skip in self.skips.share(gather_object):
+        for skip in self.skips.share(gather):
             if skip.reason != NO_PICTURE:  # no fault, and there may be millions: counted is enough
                 log({"event": "skip", "step": step, **skip._asdict()})
         self.skips.check()
         return self.skips.summary()
 
-    def save(
-        self, optimizer: torch.optim.Optimizer, log: Callable[[dict], None], step: int, reached: StreamPosition
-    ) -> None:
-        """Write a checkpoint from which the run continues exactly."""
-        position = gather_position(reached)
-        self.log_skips(log, step)  # so that the counts saved are complete
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Plain float32 weights of the model on the main process, nothing on the others (together)."""
+        reshard(self.objective)
+        with in_full_precision(self.model, self.originals):
+            return merged_state_dict(self.model, keep=self.accelerator.is_main_process)
+
+    def save(self, optimizer: torch.optim.Optimizer, step: int, reached: StreamPosition, best: dict | None) -> None:
+        """Write a checkpoint from which the run continues exactly (together).
+
+        Args:
+            optimizer: Over the trainable parameters.
+            step: Finished steps.
+            reached: Where the data continues.
+            best: Step and validation loss of the best checkpoint, this one included, where the run keeps it.
+        """
+        weights = self.weights()
         training_state = {
             "step": step,
-            "position": dataclasses.asdict(position),
+            "position": dataclasses.asdict(gather_position(reached)),
             "skips": self.skips.state_dict(),
             "dtype": dtype_name(self.dtype),
             "config": self.config.to_dict(),
             "data_fingerprint": self.mixture.fingerprint,
             "trainable": checkpoints.trainable_state(self.objective),
-            "optimizer": optimizer.state_dict(),
-            "rng": checkpoints.rng_state(),
+            "optimizer": optimizer_state(self.objective, optimizer),
+            "rng": gather([checkpoints.rng_state()]),
+            "best": best,
         }
-        if self.accelerator.is_main_process:
-            checkpoints.save_checkpoint(
-                self.output, step, lambda folder: save_weights(folder, self.model, self.processor), training_state
-            )
+        with together():
+            if self.accelerator.is_main_process:
+                checkpoints.save_checkpoint(
+                    self.output,
+                    step,
+                    lambda folder: save_weights(folder, self.model, self.processor, weights),
+                    training_state,
+                    self.config.keep_last,
+                    best["step"] if best else None,
+                )
 
 
 def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = False) -> Path:
@@ -170,7 +204,8 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
 
     Args:
         config: The stage.
-        resume: Continue the newest checkpoint in `config.output`; refused when recipe or data changed.
+        resume: Continue the newest checkpoint in `config.output`, or start where there is none yet; refused when
+            recipe or data changed. A finished run is left as it is.
         dry_run: Set everything up, take no step, write nothing, and print what would be trained on what.
 
     Returns:
@@ -183,15 +218,22 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     """
     check_trackers(config.tracking)
     accelerator = make_accelerator()
-    if not resume and not dry_run and accelerator.is_main_process:
-        check_unused(Path(config.output))
+    output = Path(config.output)
+    with together():
+        if resume:
+            check_resumable(output, config)
+        elif not dry_run:
+            check_unused(output)
+    if resume and find_standing(output) == "model":
+        accelerator.print(f"{output} is finished: nothing to resume.")
+        return output / "model"
     stage = set_up(config, accelerator, resume)
     if dry_run:
         batch = next(iter(stage.batches(stage.mixture)))
         lines = describe(stage.objective, batch, stage.processor, stage.mixture, config)
         print(lines)  # noqa: T201 - the dry run's output
     else:
-        train_and_save(stage)
+        train_and_save(stage, resume)
     return stage.output / "model"
 
 
@@ -199,7 +241,10 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     """Load data and model, check the hand-off, freeze, and build the objective; nothing is written."""
     mixture = open_mixture(config.data, config.seed)
     skips = SkipLedger(config.max_skip_fraction)
-    state = load_state(config, mixture.fingerprint, accelerator.num_processes) if resume else None
+    state = None
+    if resume:
+        with together():
+            state = load_state(config, mixture.fingerprint, accelerator.num_processes)
     if state:
         skips.load_state_dict(state["skips"])
     seed_everything(config.seed)
@@ -213,38 +258,55 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     select_trainable(model, config)
     peft_model = add_lora(model, config.lora) if config.lora else None
     store_parameters(model, dtype)
+    originals = {}
+    if config.quantize_frozen != "none":
+        originals = quantize_language_model(model, config.quantize_frozen, dtype, accelerator.device)
     retention = TextRetention(config.retention, processor) if config.retention else None
     objective = make_objective(config, model, processor.image_processor, text_table)
     if state:
-        checkpoints.load_trainable(objective, state["trainable"])
-    parts = (model, processor, objective, peft_model)
-    return Stage(config, accelerator, mixture, skips, state, *parts, dtype, handoff, retention)
+        checkpoints.load_trainable(objective, state.pop("trainable"))
+    return Stage(
+        config=config,
+        accelerator=accelerator,
+        mixture=mixture,
+        skips=skips,
+        state=state,
+        model=model,
+        processor=processor,
+        objective=objective,
+        peft_model=peft_model,
+        dtype=dtype,
+        handoff=handoff,
+        retention=retention,
+        originals=originals,
+    )
 
 
-def train_and_save(stage: Stage) -> None:
+def train_and_save(stage: Stage, resume: bool) -> None:
     """Train from the stage's first step to its last and write the model."""
     config, accelerator, objective = stage.config, stage.accelerator, stage.objective
     objective.to(accelerator.device).train()
     if isinstance(objective, DistillationObjective):
         prepare_teacher(stage, objective)
+    if config.activation_checkpointing:
+        checkpoint_activations(stage.model)
     is_compiled = compile_layers(stage.model, config.compile)
     if stage.retention:
         stage.retention.start(config, stage.model, stage.autocast, stage.first_step)
+    wrapped = spread(objective, config.sharding, accelerator)
     optimizer = make_optimizer(objective, config)
-    wrapped = accelerator.prepare_model(objective)
+    with together():
+        if accelerator.is_main_process:
+            claim_output(stage.output, config, resume)
+    continue_random_numbers(stage)
     if stage.state:
-        optimizer.load_state_dict(stage.state["optimizer"])
-        checkpoints.restore_rng(stage.state["rng"])
-    elif accelerator.is_main_process:
-        claim_output(stage.output, config)
+        load_optimizer_state(objective, optimizer, stage.state.pop("optimizer"))
     with tracking(config, accelerator):
         log = make_log(stage.output, accelerator)
         alarm, forecast = train_and_examine(stage, wrapped, optimizer, is_compiled, log)
-        if accelerator.is_main_process:
-            measured = {"measured": forecast.measured()}
-            first_batch = next(iter(stage.batches(stage.mixture)))
-            finish(stage.output, stage.model, stage.processor, stage.peft_model, first_batch, bare_record(stage))
-            log({"event": "finish", "step": config.num_steps, "predicted": forecast.predicted, **measured})
+        measured = forecast.measured()
+        finish(stage)
+        log({"event": "finish", "step": config.num_steps, "predicted": forecast.predicted, "measured": measured})
         accelerator.wait_for_everyone()
     if alarm and config.stop_when_blind:
         raise BlindPicturesError(f"{alarm} The model is saved in {stage.output / 'model'}.")
@@ -272,6 +334,16 @@ def train_and_examine(
         if accelerator.is_main_process:
             write_record(stage.output, retention.record)
         log(retention.entry(stage.first_step))
+    best = stage.state["best"] if stage.state else None
+
+    def save(step: int, reached: StreamPosition) -> None:
+        nonlocal best
+        stage.log_skips(log, step)  # so that the counts saved are complete
+        if config.keep_best:
+            loss = examiner.held_out_loss(step)
+            best = best if best and best["loss"] <= loss else {"step": step, "loss": loss}
+        stage.save(optimizer, step, reached, best)
+
     if not stage.state:
         examiner.examine(0)
     train(
@@ -285,7 +357,7 @@ def train_and_examine(
         meter=meter,
         log=log_step,
         validate=examiner.examine_or_stop,
-        save=functools.partial(stage.save, optimizer, log),
+        save=save,
         name=stage.output.name,
     )
     alarm = examiner.examine(config.num_steps)
@@ -300,15 +372,6 @@ def bare_record(stage: Stage) -> BareRecord | None:
     if stage.retention:
         return stage.retention.record
     return read_record(Path(stage.config.model.checkpoint)) if stage.config.model.checkpoint else None
-
-
-def make_accelerator():
-    """Processes and devices as the launcher set them up, on CPU where there is no CUDA device."""
-    from accelerate import Accelerator, DistributedDataParallelKwargs  # an extra: inference does without it
-
-    # Buffers hold the text table and the teacher's statistics, which never change.
-    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False)]
-    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
 
 
 def check_hd(config: StageConfig, model: HoVLEForConditionalGeneration) -> None:
@@ -329,11 +392,27 @@ def check_hd(config: StageConfig, model: HoVLEForConditionalGeneration) -> None:
             )
 
 
-def load_state(config: StageConfig, fingerprint: str, num_processes: int) -> dict:
-    """Read the newest checkpoint's state; ValueError unless this run continues it exactly."""
+def find_standing(output: Path) -> str | None:
+    """Name of the folder that says how far a run is: `model`, its newest checkpoint, or None (together)."""
+    newest = checkpoints.find_checkpoint(output)
+    own = newest.name if newest else None
+    if (output / "model").is_dir():
+        own = "model"
+    found = gather([own])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"The processes find different things in {output}: {', '.join(map(str, found))}. The output folder must "
+            "lie on a disk that all nodes share."
+        )
+    return own
+
+
+def load_state(config: StageConfig, fingerprint: str, num_processes: int) -> dict | None:
+    """Read the newest checkpoint's state, None where there is none; ValueError unless this run continues it."""
     newest = checkpoints.find_checkpoint(Path(config.output))
     if newest is None:
-        raise ValueError(f"--resume: {config.output} holds no checkpoint.")
+        print(f"{config.output} holds no checkpoint yet: starting at step 0.")  # noqa: T201 - not silently
+        return None
     state = checkpoints.load_training_state(newest)
     checkpoints.check_same_run(config, state, fingerprint)
     num_lanes, found = config.gradient_accumulation_steps * num_processes, len(state["position"]["lanes"])
@@ -346,6 +425,16 @@ def load_state(config: StageConfig, fingerprint: str, num_processes: int) -> dic
     return state
 
 
+def continue_random_numbers(stage: Stage) -> None:
+    """Undo what set-up drew from the generators, or give each process numbers of its own in a new run."""
+    rank = stage.accelerator.process_index
+    saved = stage.state["rng"] if stage.state else []
+    if rank < len(saved):
+        checkpoints.restore_rng(saved[rank])
+    else:
+        seed_everything(stage.config.seed + rank)
+
+
 def agree_on_dtype(config: StageConfig, state: dict | None, accelerator) -> torch.dtype:
     """Number format of the run, measured at most once: the same on every process and after resuming."""
     from accelerate.utils import broadcast_object_list
@@ -356,9 +445,7 @@ def agree_on_dtype(config: StageConfig, state: dict | None, accelerator) -> torc
 
 def gather_position(reached: StreamPosition) -> StreamPosition:
     """Where the data stands on all processes together."""
-    from accelerate.utils import gather_object
-
-    return StreamPosition.join(gather_object([dataclasses.asdict(reached)]))
+    return StreamPosition.join(gather([dataclasses.asdict(reached)]))
 
 
 def prepare_teacher(stage: Stage, objective: DistillationObjective) -> None:
@@ -397,48 +484,89 @@ def standardize_teacher(teacher: Targets, mixture: Mixture, processor: HoVLEProc
     teacher.standardize(raw_features())
 
 
-def save_weights(folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
-    """Write model files into an existing folder: float32 weights with adapters merged, config, processor."""
-    state = {name: item.float() for name, item in merged_state_dict(model).items()}
-    if model.config.tie_word_embeddings:
-        del state["lm_head.weight"]  # the cast may have made a copy of the table
-    model.save_pretrained(folder, state_dict=state)
+def save_weights(
+    folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor, weights: dict[str, torch.Tensor]
+) -> None:
+    """Write model files into an existing folder: weights, config, processor."""
+    if model.config.tie_word_embeddings:  # the cast may have made a copy of the table
+        weights = {name: item for name, item in weights.items() if name != "lm_head.weight"}
+    model.save_pretrained(folder, state_dict=weights)
     processor.save_pretrained(folder)
 
 
 def check_unused(output: Path) -> None:
     """Raise where a run folder is not empty: one run per folder."""
-    if output.exists() and any(output.iterdir()):
+    if _holds_files(output):
         raise ValueError(
             f"Output folder {output} already holds a run. Continue it with --resume, or choose another output."
         )
 
 
-def claim_output(output: Path, config: StageConfig) -> None:
-    """Take a run folder once everything is set up; write the resolved recipe."""
-    check_unused(output)
+def _holds_files(output: Path) -> bool:
+    return output.exists() and any(path.name != UNFINISHED_RECIPE for path in output.iterdir())
+
+
+def check_resumable(output: Path, config: StageConfig) -> None:
+    """Raise where a run folder holds another recipe's run, or files but no run; an empty or absent one is new."""
+    recipe = output / RECIPE
+    if recipe.is_file():
+        checkpoints.check_same_recipe(config, yaml.safe_load(recipe.read_text()))
+    elif _holds_files(output):
+        raise ValueError(f"Cannot resume: {output} holds files but no {RECIPE}, so no run. Choose another output.")
+
+
+def claim_output(output: Path, config: StageConfig, resume: bool) -> None:
+    """Take a run folder once everything is set up; one that is resumed keeps its recipe and loses its leftovers."""
+    if not resume:
+        check_unused(output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+    remove_leftovers(output)
+    if not (output / RECIPE).is_file():
+        unfinished = output / UNFINISHED_RECIPE
+        unfinished.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        rename_durably(unfinished, output / RECIPE)
 
 
-def finish(output: Path, model: HoVLEForConditionalGeneration, processor, peft_model, batch: dict, record) -> None:
-    """Write the trained model with a hand-off probe and the bare language model's record, if there is one, and the
-    adapters alone when nothing else learned.
+def finish(stage: Stage) -> None:
+    """Write the trained model with a hand-off probe, and the adapters alone when nothing else learned (together)."""
+    weights, trained = stage.weights(), checkpoints.trainable_state(stage.objective)
+    with together():
+        if stage.accelerator.is_main_process:
+            if stage.peft_model is not None and all(".lora_" in name for name in trained):
+                write_adapter(stage.output / "adapter", stage.peft_model, trained)
+            first_batch = next(iter(stage.batches(stage.mixture)))
+            parts = (stage.model.config, stage.processor, weights, first_batch, bare_record(stage))
+            write_model(stage.output / "model", *parts)
+
+
+def write_adapter(folder: Path, peft_model: Any, trained: dict[str, torch.Tensor]) -> None:
+    """Write adapters, named as an objective names them, in peft's layout."""
+    state = {f"base_model.{name}": item for name, item in trained.items()}
+    write_folder(folder, functools.partial(peft_model.save_pretrained, state_dict=state))
+
+
+def write_model(
+    folder: Path,
+    config: HoVLEConfig,
+    processor: HoVLEProcessor,
+    weights: dict[str, torch.Tensor],
+    batch: dict,
+    record: BareRecord | None,
+) -> None:
+    """Write a model and what it says of a batch, computed free of all that training wrapped around it.
+
+    The bare language model's record, if there is one, goes with it.
     """
-    adapters_only = peft_model is not None and all(
-        ".lora_" in name for name, item in model.named_parameters() if item.requires_grad
-    )
-    if adapters_only:
-        checkpoints.write_folder(output / "adapter", peft_model.save_pretrained)
-    model.float()  # before merging, which rounds to the format of the weights
-    if peft_model is not None:
-        model = peft_model.merge_and_unload()
+    with no_init_weights():
+        model = HoVLEForConditionalGeneration(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
     probe = checkpoints.make_probe(model, batch, PixelNormalization.of(processor.image_processor))
 
-    def fill(folder: Path) -> None:
-        save_weights(folder, model, processor)
-        checkpoints.write_probe(folder, probe)
+    def fill(temporary: Path) -> None:
+        save_weights(temporary, model, processor, weights)
+        checkpoints.write_probe(temporary, probe)
         if record is not None:
-            write_record(folder, record)
+            write_record(temporary, record)
 
-    checkpoints.write_folder(output / "model", fill)
+    write_folder(folder, fill)

@@ -147,10 +147,15 @@ Recipe = Callable[..., StageConfig]
 
 
 @pytest.fixture
-def next_token_config(tmp_path, checkpoints, data) -> Recipe:
+def next_token_config(tmp_path, next_token_values) -> Recipe:
     """`next_token_config("key=value", ...)`: alignment of the tied tiny HoVLE on the chats, 4 steps."""
-    values = {
-        "output": str(tmp_path / "run"),
+    return _loader(tmp_path / "next_token.yaml", {"output": str(tmp_path / "run"), **next_token_values})
+
+
+@pytest.fixture(scope="session")
+def next_token_values(checkpoints, data) -> dict:
+    """The recipe of `next_token_config` without an output."""
+    return {
         "model": {"checkpoint": checkpoints["tied"]},
         "objective": {"name": "next_token"},
         "trainable": ["stem", "holistic_layers"],
@@ -164,14 +169,18 @@ def next_token_config(tmp_path, checkpoints, data) -> Recipe:
         "dtype": "float32",
         "compile": "off",
     }
-    return _loader(tmp_path / "next_token.yaml", values)
 
 
 @pytest.fixture
-def distillation_config(tmp_path, language_models, data, teacher_weights) -> Recipe:
+def distillation_config(tmp_path, distillation_values) -> Recipe:
     """`distillation_config("key=value", ...)`: a new HoVLE around the tied tiny language model, 4 steps."""
-    values = {
-        "output": str(tmp_path / "run"),
+    return _loader(tmp_path / "distillation.yaml", {"output": str(tmp_path / "run"), **distillation_values})
+
+
+@pytest.fixture(scope="session")
+def distillation_values(language_models, data, teacher_weights) -> dict:
+    """The recipe of `distillation_config` without an output."""
+    return {
         "model": {
             "language_model": language_models["tied"],
             "num_embedding_layers": 2,
@@ -191,7 +200,6 @@ def distillation_config(tmp_path, language_models, data, teacher_weights) -> Rec
         "dtype": "float32",
         "compile": "off",
     }
-    return _loader(tmp_path / "distillation.yaml", values)
 
 
 def _loader(path: Path, values: dict) -> Recipe:

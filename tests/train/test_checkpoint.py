@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hovle import HoVLEForConditionalGeneration
+from hovle import HoVLEForConditionalGeneration, durable
 from hovle.train import checkpoint as checkpoints
 from hovle.train.data import PackedBatches, Record, ReplySamples, StreamPosition, conversation
 from hovle.train.pixels import PixelNormalization
@@ -29,6 +29,15 @@ def test_a_saved_checkpoint_replaces_older_ones(tmp_path):
     assert checkpoints.load_training_state(newest) == {"step": 4}
 
 
+def test_the_newest_and_the_best_stay(tmp_path):
+    best = {1: 1, 2: 2, 3: 2, 4: 2, 5: 2, 6: 6}
+    for step, best_step in best.items():
+        checkpoints.save_checkpoint(tmp_path, step, write(str(step)), {}, keep_last=2, best_step=best_step)
+        kept = {folder.name for folder in checkpoints.sorted_checkpoints(tmp_path)}
+        assert kept == {f"checkpoint-{place:06d}" for place in {step, max(step - 1, 1), best_step}}
+        assert (tmp_path / "best" / "weights").read_text() == str(best_step)
+
+
 @pytest.mark.parametrize("moment", ["weights", "state", "rename"])
 def test_an_interrupted_save_leaves_the_older_checkpoint_usable(tmp_path, monkeypatch, moment):
     checkpoints.save_checkpoint(tmp_path, 2, write("two"), {"step": 2})
@@ -42,8 +51,10 @@ def test_an_interrupted_save_leaves_the_older_checkpoint_usable(tmp_path, monkey
     elif moment == "state":
         monkeypatch.setattr(torch, "save", fail)
     else:
-        monkeypatch.setattr(checkpoints.os, "replace", fail)
-    with pytest.raises(OSError, match="No space"):
+        monkeypatch.setattr(durable.os, "rename", fail)
+    with pytest.raises(
+        checkpoints.SaveError, match=r"step 4 .*No space left.*checkpoint-000002 is complete: continue"
+    ):
         checkpoints.save_checkpoint(tmp_path, 4, save, {"step": 4})
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000002"]

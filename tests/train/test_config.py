@@ -113,6 +113,11 @@ def test_wrong_types_are_refused_with_the_key(load, changes, message):
         ({"model": {"checkpoint": "x", "language_model": "y"}}, "exactly one of checkpoint"),
         ({"objective": {"name": "distillation"}}, "A teacher goes with"),
         ({"teacher": {"name": "x", "image_size": 64}}, "A teacher goes with"),
+        (
+            {"keep_best": True, "checkpoint_every": 5},
+            "keep_best compares checkpoints by validation loss: set validation",
+        ),
+        ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
         ({"packing_window": 0}, "packing_window must be at least 1"),
         ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),

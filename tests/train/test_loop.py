@@ -95,6 +95,19 @@ def test_a_step_lowers_the_loss_and_leaves_no_gradient_behind(make_parts, batche
     assert all(parameter.grad is None for parameter in objective.parameters())
 
 
+def test_frozen_parts_build_neither_gradients_nor_optimizer_state(make_parts, batches):
+    objective, optimizer, _ = make_parts("chat")
+    trained = {item for item in objective.parameters() if item.requires_grad}
+    frozen = [item for item in objective.parameters() if not item.requires_grad]
+    assert frozen
+    seen = []
+    optimizer.register_step_pre_hook(
+        lambda *args: seen.append([item for item in objective.parameters() if item.grad is not None])
+    )
+    train_step(objective, optimizer, batches("chat"), 1.0, FLOAT32)
+    assert set(seen[0]) == set(optimizer.state) == trained
+
+
 @pytest.mark.parametrize("limit", [0.01, 1e9])
 def test_gradients_are_clipped_to_the_norm(make_parts, batches, limit):
     objective, optimizer, _ = make_parts("chat")

@@ -5,9 +5,11 @@ import torch
 
 from hovle import HoVLEForConditionalGeneration, assets, machine
 from hovle.train import setup
-from hovle.train.data import Record, conversation
+from hovle.train.data import PackedBatches, Record, ReplySamples, StreamPosition, conversation
+from hovle.train.objectives import NextTokenObjective
 from hovle.train.setup import (
     check_stated_fields,
+    checkpoint_activations,
     choose_dtype,
     compile_layers,
     make_optimizer,
@@ -143,6 +145,56 @@ def test_the_number_format_is_the_named_or_the_faster_one(monkeypatch):
     for fast in (torch.bfloat16, torch.float32):
         monkeypatch.setattr(machine, "_matmul_seconds", lambda dtype, fast=fast: 1.0 if dtype == fast else 2.0)
         assert choose_dtype("auto", device) == fast
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("questions", [1, 2], ids=["packed", "with a mask"])
+def test_activation_checkpointing_runs_each_layer_twice_and_changes_no_bit(
+    parts, batches, data, next_token_config, questions
+):
+    model, processor = parts
+    [batch] = batches("chat")
+    if questions == 2:
+        picture = data / "pictures" / "00.png"
+        others = (conversation(picture, "A tree?", "The street."),)
+        record = Record("x", conversation(picture, "Why?", "A bus"), others)
+        stream = PackedBatches([record], ReplySamples(processor), next_token_config(), StreamPosition(), 0, 1, 0)
+        batch = next(iter(stream))
+        assert "attention_mask" in batch
+    objective = NextTokenObjective(model)
+    calls: list[int] = []
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *args, index=index: calls.append(index))
+    gradients = []
+    for enabled in (False, True):
+        if enabled:
+            checkpoint_activations(model)
+        calls.clear()
+        objective(batch).terms["reply_nats"].backward()
+        assert sorted(calls) == sorted([0, 1, 2, 3] * (1 + enabled))
+        gradients.append([item.grad for item in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+@pytest.mark.slow
+# The compiler looks at the gradient of every input it guards, hidden states among them.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_activation_checkpointing_works_in_compiled_layers(parts, batches):
+    model, _ = parts
+    objective, [batch] = NextTokenObjective(model), batches("chat")
+    gradients = []
+    for enabled in (False, True):
+        if enabled:
+            checkpoint_activations(model)
+            assert compile_layers(model, "on")
+        objective(batch).terms["reply_nats"].backward()
+        gradients.append([item.grad for item in model.parameters()])
+        model.zero_grad(set_to_none=True)
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-3, rtol=1e-3)
 
 
 # --- compiler --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,117 @@
+"""Processes and shards: what training needs to know of either, so that loop and stage need not.
+
+With several processes each holds the whole model (`sharding: none`, DDP) or a piece of every tensor (`full`, FSDP2).
+Functions marked "together" talk to the other processes: all must call them, in the same order.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import StopRunError
+from .objectives import Objective
+
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for one that writes a large model before they give it up for dead."""
+
+
+def make_accelerator():
+    """Processes and devices as the launcher set them up, on CPU where there is no CUDA device."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # an extra
+
+    # Buffers hold the text table and the teacher's statistics, which never change.
+    handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=PATIENCE)]
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+    if accelerator.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+        raise ValueError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, but the recipe decides how a model "
+            "is spread: launch with torchrun or `accelerate launch --multi_gpu`, and set `sharding: full` to shard."
+        )
+    return accelerator
+
+
+def spread(objective: Objective, sharding: str, accelerator) -> nn.Module:
+    """Replicate an objective that is on its device, or shard it over all processes."""
+    if sharding == "full" and accelerator.num_processes > 1:
+        _shard(objective, accelerator)
+        return objective
+    return accelerator.prepare_model(objective)
+
+
+def _shard(objective: Objective, accelerator) -> None:
+    """Cut every parameter into one piece per process, in place; a decoder layer is whole only while it runs.
+
+    torch's own call instead of accelerate's plugin, which would replicate on CPU processes without a word.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for layer in objective.model.model.language_model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(objective, mesh=mesh)
+
+
+def reshard(objective: nn.Module) -> None:
+    """Give up the whole tensors that a forward pass without a backward pass has left in place of the pieces."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(objective, FSDPModule):
+        objective.reshard()
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the one its pieces make (together)."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gradient_exchange(objective: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+    """Context of one micro-batch: replicas exchange gradients after the last one only.
+
+    Shards do so every time, because nobody has room for whole gradients.
+    """
+    if isinstance(objective, nn.parallel.DistributedDataParallel) and not is_last:
+        return objective.no_sync()
+    return contextlib.nullcontext()
+
+
+def optimizer_state(objective: Objective, optimizer: torch.optim.Optimizer) -> dict:
+    """State by parameter name, whole and on the CPU of the main process (together)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return get_optimizer_state_dict(objective, optimizer, options=options)  # type: ignore[return-value]
+
+
+def load_optimizer_state(objective: Objective, optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Put a whole state back, cut as this run is (together)."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+    set_optimizer_state_dict(objective, optimizer, state, options=StateDictOptions(full_state_dict=True))
+
+
+def gather(items: list) -> list:
+    """Join the lists of all processes, in the order of the processes (together)."""
+    from accelerate.utils import gather_object
+
+    return gather_object(items)
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Let an error in this block end every process (together), instead of leaving the others to wait for one."""
+    error = None
+    try:
+        yield
+    except (ValueError, OSError, StopRunError) as caught:
+        error = caught
+    problems = gather([None if error is None else str(error)])
+    if error is not None:
+        raise error
+    found = next((f"Process {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None), None)
+    if found is not None:
+        raise StopRunError(found)

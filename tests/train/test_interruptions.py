@@ -1,0 +1,103 @@
+"""Training processes killed with no warning: the finished weights equal those of a run that was left alone."""
+
+import json
+import multiprocessing
+import random
+import runpy
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hovle import HoVLEForConditionalGeneration
+from hovle.train.checkpoint import sorted_checkpoints
+
+PATIENCE_SECONDS = 120
+
+
+@pytest.fixture(scope="module")
+def server():
+    """Starts processes that have imported torch and hovle already, so that each kill costs little."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["hovle.train.stage", "hovle.train.__main__", "accelerate"])
+    return context
+
+
+def launch(server, monkeypatch, *arguments: str):
+    """`python -m hovle.train ARGUMENTS` in a process of its own."""
+    monkeypatch.setattr(sys, "argv", ["hovle.train", *arguments])  # the process inherits it
+    process = server.Process(target=runpy.run_module, args=("hovle.train", None, "__main__"))
+    process.start()
+    return process
+
+
+def wait_until(process, condition) -> None:
+    """Look often until the condition holds or the process has ended."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while process.is_alive() and not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.0003)
+
+
+def num_log_lines(run: Path) -> int:
+    return (run / "log.jsonl").read_bytes().count(b"\n") if (run / "log.jsonl").exists() else 0
+
+
+def kill_somewhere(process, run: Path, number: int, chance: random.Random) -> tuple[bool, bool]:
+    """Kill a training process during a save (every other time) or at any moment after its start.
+
+    Returns:
+        Whether it was still running, and whether it left a half-written checkpoint.
+    """
+    if number % 2:
+        wait_until(process, lambda: any(run.glob(".checkpoint-*.writing")))
+        time.sleep(chance.uniform(0, 0.02))
+    else:
+        before = num_log_lines(run) + chance.randrange(4)  # the first line says that training starts
+        wait_until(process, lambda: num_log_lines(run) >= before)
+        time.sleep(chance.uniform(0, 0.5))
+    was_running = process.is_alive()
+    process.kill()
+    process.join()
+    return was_running, any(run.glob(".checkpoint-*.writing"))
+
+
+@pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
+def test_killed_runs_end_with_the_weights_of_an_unbroken_one(
+    next_token_config, server, monkeypatch, tmp_path, num_kills
+):
+    next_token_config()
+    recipe = [str(tmp_path / "next_token.yaml"), f"num_steps={3 * num_kills}", "row_length=96", "rows_per_batch=1"]
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    process = launch(server, monkeypatch, *recipe, f"output={straight}")
+    process.join()
+    assert process.exitcode == 0
+
+    chance, kills, half_written = random.Random(num_kills), 0, 0
+    broken = [*recipe, "checkpoint_every=1", "keep_last=2", "--resume"]
+    while kills < num_kills and not (run / "model").exists():
+        process = launch(server, monkeypatch, *broken)
+        was_running, is_half_written = kill_somewhere(process, run, kills + 1, chance)
+        kills += was_running
+        half_written += is_half_written
+        for folder in sorted_checkpoints(run)[-1:]:
+            HoVLEForConditionalGeneration.from_pretrained(folder)
+    assert kills >= num_kills * 2 // 3  # the others came after the last step
+    assert half_written > 0
+    process = launch(server, monkeypatch, *broken)
+    process.join()
+    assert process.exitcode == 0
+
+    found, expected = (load_file(folder / "model" / "model.safetensors") for folder in (run, straight))
+    assert set(found) == set(expected)
+    for name, tensor in expected.items():
+        assert found[name].equal(tensor), name
+    losses = [
+        {entry["step"]: entry["loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+         if "loss" in entry}
+        for folder in (run, straight)
+    ]  # fmt: skip
+    assert losses[0] == losses[1]
+    assert not list(run.glob(".*"))  # nothing is left of the kills
