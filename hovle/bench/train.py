@@ -103,7 +103,7 @@ class Shape:
     samples_per_padded_batch: int
 
 
-SHAPES = {"easy_vqa": Shape(8, 144, 32), "skewed": Shape(3, 512, 12)}
+SHAPES = {"easy_vqa": Shape(4, 256, 32), "skewed": Shape(3, 512, 12)}
 
 
 @dataclass
@@ -129,12 +129,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Time every variant on every mix, take two steps apart, write `train.json` and `train.png`."""
-    config = bench_config()
+    config = bench_config("alignment")
     accelerator = make_accelerator()
     dtype = fastest_dtype(accelerator.device)
     result: dict[str, Any] = {"environment": environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
     for mix in args.mix:
-        measured = compare(mix, args.samples, config, dtype, accelerator.device)
+        measured = compare(mix, args.samples, config, dtype)
         result["mixes"][mix] = {
             "num_samples": args.samples,
             **asdict(SHAPES[mix]),
@@ -153,9 +153,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def bench_config() -> StageConfig:
-    """An alignment stage around a new model, at learning rate 0."""
-    return load_stage("demo/alignment", SETTINGS)
+def bench_config(stage: str) -> StageConfig:
+    """A demo stage with a new model in the demo's short turns, at learning rate 0."""
+    config = load_stage(f"demo/{stage}", SETTINGS)
+    template = load_stage("demo/distillation").model.chat_template
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, chat_template=template))
 
 
 def compare(
@@ -379,7 +381,7 @@ def take_apart(stage: str, accelerator, dtype: torch.dtype, num_steps: int = 4) 
     The peak is what the step's matrix products do when each runs alone, over and over, at its own shape in its fastest
     memory layout. Time in a teacher is not the student's: it is measured apart and taken off the step.
     """
-    prepared = set_up(load_stage(f"demo/{stage}", SETTINGS), accelerator, resume=False)
+    prepared = set_up(bench_config(stage), accelerator, resume=False)
     objective = prepared.objective.to(accelerator.device).train()
     compile_layers(prepared.model, "on")
     optimizer = make_optimizer(objective, prepared.config)

@@ -8,10 +8,11 @@ from torch import nn
 
 from hovle.train import meter as meters
 from hovle.train.adapters import add_lora
-from hovle.train.config import LoraConfig
+from hovle.train.config import LoraConfig, ObjectiveConfig
 from hovle.train.meter import Meter, count_flops, first_row, gradient_norms, largest_linear, trained_parts
 from hovle.train.objectives import DistillationObjective, NextTokenObjective
 from hovle.train.setup import select_trainable
+from hovle.train.teachers import Targets
 
 # peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -19,32 +20,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 FLOAT32: contextlib.AbstractContextManager = contextlib.nullcontext()
 
 
-class BigTeacher(nn.Module):
+class BigTeacher(Targets):
     """Multiplies far more than the tiny student does."""
 
-    width = 64
-
-    def features(self, pixel_values: torch.Tensor, grid_size: int) -> torch.Tensor:
+    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
         square = torch.ones(1024, 1024)
-        return (
-            (square @ square)[:1, :1]
-            .expand(len(pixel_values) * grid_size**2, self.width)
-            .reshape(len(pixel_values), grid_size**2, self.width)
-        )
+        shape = (len(batch["pixel_values"]), grid_size**2, sum(self.widths))
+        return (square @ square)[:1, :1].expand(shape[0] * shape[1], shape[2]).reshape(shape)
 
 
-class NoTeacher(nn.Module):
+class NoTeacher(Targets):
     """Gives features without multiplying anything."""
 
-    width = 64
-
-    def features(self, pixel_values: torch.Tensor, grid_size: int) -> torch.Tensor:
-        return torch.ones(len(pixel_values), grid_size**2, self.width)
+    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
+        return torch.ones(len(batch["pixel_values"]), grid_size**2, sum(self.widths))
 
 
-def distillation(model, teacher: nn.Module) -> DistillationObjective:
+def distillation(model, teacher: Targets) -> DistillationObjective:
     table = model.get_input_embeddings().weight.detach().clone()
-    return DistillationObjective(model, teacher, table, text_weight=1.0, scale_weight=0.1)
+    return DistillationObjective(model, teacher, table, ObjectiveConfig(name="distillation"))
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
@@ -85,7 +79,7 @@ def test_a_teachers_operations_and_the_time_of_counting_are_left_out(parts, batc
     model, _ = parts
     [batch] = batches("pictures")
     flops = []
-    for teacher in (BigTeacher(), NoTeacher()):
+    for teacher in (BigTeacher([64]), NoTeacher([64])):
         objective = distillation(model, teacher)
         flops.append(count_flops(objective, batch, FLOAT32))
         assert objective.teacher_time.read() == 0
@@ -170,7 +164,7 @@ def test_rates_leave_pauses_out_and_count_all_batches_of_the_window(parts, batch
 
 def test_the_teachers_share_is_that_of_training_alone(parts, batches, monkeypatch):
     [batch] = batches("pictures")
-    objective = distillation(parts[0], NoTeacher()).train()
+    objective = distillation(parts[0], NoTeacher([64])).train()
     clock = Clock()
     monkeypatch.setattr(meters, "time", clock)
     monkeypatch.setattr(meters, "gemm_peak", lambda *args: 1e9)
@@ -222,7 +216,5 @@ def test_adapters_and_the_training_only_projection_are_parts_of_their_own(parts,
     select_trainable(model, next_token_config("trainable=[stem]"))
     add_lora(model, LoraConfig(rank=2))
     assert set(trained_parts(NextTokenObjective(model))) == {"stem", "lora"}
-    teacher = NoTeacher()
-    teacher.width = 48
-    parts_of = trained_parts(distillation(model, teacher))
-    assert [tuple(item.shape) for item in parts_of["projection"]] == [(48, 64)]
+    parts_of = trained_parts(distillation(model, NoTeacher([48])))
+    assert [tuple(item.shape) for item in parts_of["projections"]] == [(48, 64)]

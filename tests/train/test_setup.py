@@ -143,7 +143,7 @@ def test_the_number_format_is_the_named_or_the_faster_one(monkeypatch):
     assert choose_dtype("bfloat16", device) == torch.bfloat16
     assert choose_dtype("float32", device) == torch.float32
     for fast in (torch.bfloat16, torch.float32):
-        monkeypatch.setattr(machine, "_matmul_seconds", lambda dtype, fast=fast: 1.0 if dtype == fast else 2.0)
+        monkeypatch.setattr(machine, "_matmul_seconds", lambda dtype, *_, fast=fast: 1.0 if dtype == fast else 2.0)
         assert choose_dtype("auto", device) == fast
 
 
