@@ -34,7 +34,7 @@ from ..machine import fastest_dtype
 from ..modeling_hovle import IGNORE_INDEX
 from ..train.config import DataConfig, StageConfig, load_stage
 from ..train.data import PackedBatches, Record, ReplySamples, Sample, StreamPosition, load_records, pack_rows
-from ..train.loop import train_step
+from ..train.loop import to_device, train_step
 from ..train.objectives import NextTokenObjective, ObjectiveOutput, norm_ratio
 from ..train.pixels import PixelNormalization
 from ..train.report import environment
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     dtype = fastest_dtype(accelerator.device)
     result: dict[str, Any] = {"environment": environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
     for mix in args.mix:
-        measured = compare(mix, args.samples, config, dtype)
+        measured = compare(mix, args.samples, config, dtype, accelerator.device)
         result["mixes"][mix] = {
             "num_samples": args.samples,
             **asdict(SHAPES[mix]),
@@ -180,7 +180,12 @@ def compare(
         model, processor = start_model(config)
         select_trainable(model, config)
         maker = ReplySamples(processor)
-        batches = make_batches(make_samples(mix, num_samples, maker), variant.packed, SHAPES[mix], maker, config)
+        batches = [
+            to_device(batch, device)
+            for batch in make_batches(
+                make_samples(mix, num_samples, maker), variant.packed, SHAPES[mix], maker, config
+            )
+        ]
         model.to(device).train()
         if variant.trainer:
             seconds, nats = time_trainer(model, batches, dtype)
@@ -386,7 +391,8 @@ def take_apart(stage: str, accelerator, dtype: torch.dtype, num_steps: int = 4) 
     compile_layers(prepared.model, "on")
     optimizer = make_optimizer(objective, prepared.config)
     autocast = torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32)
-    batches = list(itertools.islice(prepared.batches(prepared.mixture), num_steps))
+    stream = itertools.islice(prepared.batches(prepared.mixture), num_steps)
+    batches = [to_device(batch, accelerator.device) for batch in stream]
 
     def step_all() -> float:
         started_at = time.perf_counter()

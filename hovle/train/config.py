@@ -379,6 +379,11 @@ class StageConfig:
                 f"quantize_frozen is {self.quantize_frozen}, which is for next_token stages whose language model is "
                 "frozen and has no lora: distillation does not run it, the others change it."
             )
+        if self.retention is not None:
+            raise ValueError(
+                "retention would measure the quantised language model, not the saved one: take it out, or set "
+                "quantize_frozen to none."
+            )
         if self.sharding == "full":
             raise ValueError("quantize_frozen cannot be cut into pieces: take it out, or set sharding to none.")
 

@@ -5,6 +5,7 @@ streamed source has to be read in order; whoever reads it keeps its place (`Mixt
 """
 
 import contextlib
+import functools
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -46,13 +47,13 @@ class Mixture:
         self._orders: dict[tuple[int, int], torch.Tensor] = {}
         self._blocks: dict[int, tuple[list[int], list[int]]] = {}
 
-    @property
+    @functools.cached_property
     def has_branches(self) -> bool:
         """Whether samples may hold several conversations; only readers that know all their records make such ones."""
         known = [records for records in self.sources if isinstance(records, list)]
         return any(record.has_branches for records in known for record in records)
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Short hash of all sources, to notice changed data when resuming."""
         return "+".join(fingerprint_records(records) for records in self.sources)

@@ -162,12 +162,19 @@ def make_objective(
     return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize)
 
 
+def limited_processor(config: StageConfig, processor: HoVLEProcessor) -> HoVLEProcessor:
+    """The processor with the stage's own limit of tiles; the one that is saved keeps its own."""
+    if config.max_tiles_per_picture is None:
+        return processor
+    limited = copy.copy(processor)
+    limited.image_processor = copy.copy(processor.image_processor)
+    limited.image_processor.max_patches = config.max_tiles_per_picture
+    return limited
+
+
 def make_sampler(config: StageConfig, processor: HoVLEProcessor):
     """What turns records into samples for the objective."""
-    if config.max_tiles_per_picture is not None:  # in copies: the processor that is saved keeps its own
-        processor = copy.copy(processor)
-        processor.image_processor = copy.copy(processor.image_processor)
-        processor.image_processor.max_patches = config.max_tiles_per_picture
+    processor = limited_processor(config, processor)
     if config.objective.name == "distillation":
         return RandomTextSamples(processor, config.objective.num_random_tokens, config.seed)
     return ReplySamples(processor)

@@ -1,9 +1,9 @@
 """Run one stage from its config: set up, train, check the hand-off, save."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +54,7 @@ from .setup import (
     choose_dtype,
     compile_layers,
     dtype_name,
+    limited_processor,
     make_objective,
     make_optimizer,
     make_sampler,
@@ -62,7 +63,7 @@ from .setup import (
     start_model,
     store_parameters,
 )
-from .skips import NO_PICTURE
+from .skips import NO_PICTURE, Skip
 from .teachers import ImageTeacher, Targets
 
 RECIPE = "recipe.yaml"
@@ -140,14 +141,15 @@ class Stage:
         skips = SkipLedger(self.config.max_skip_fraction)
         for batch in batches:
             skips.add(batch)
-        skips.share()
+        skips.share(gather)
         skips.check()
         return batches
 
     def examiner(self, wrapped: nn.Module, log: Callable[[dict], None]) -> Examiner:
         """What looks at held-out data during the run; what of that was skipped is logged."""
-        for skip in itertools.chain.from_iterable(batch["skips"] for batch in self.held_out):
-            log({"event": "skip", "step": self.first_step, **skip._asdict()})
+        own = [list(skip) for batch in self.held_out for skip in batch["skips"]]
+        for skip in gather(own):
+            log({"event": "skip", "step": self.first_step, **Skip(*skip)._asdict()})
         parts = (self.model.config, self.held_out, self.config)
         return Examiner(wrapped, *parts, self.autocast, self.accelerator, log)
 
@@ -341,7 +343,8 @@ def train_and_examine(
         stage.log_skips(log, step)  # so that the counts saved are complete
         if config.keep_best:
             loss = examiner.held_out_loss(step)
-            best = best if best and best["loss"] <= loss else {"step": step, "loss": loss}
+            if math.isfinite(loss) and (best is None or loss < best["loss"]):
+                best = {"step": step, "loss": loss}
         stage.save(optimizer, step, reached, best)
 
     if not stage.state:
@@ -452,6 +455,7 @@ def prepare_teacher(stage: Stage, objective: DistillationObjective) -> None:
     """Put a feature cache in the teacher's place and standardise features, where the recipe says so."""
     config = stage.config.teacher
     assert config is not None  # StageConfig wants one with this objective
+    processor = limited_processor(stage.config, stage.processor)
     if config.cache is not None:
         assert isinstance(objective.teacher, ImageTeacher)
         with stage.autocast:
@@ -460,12 +464,13 @@ def prepare_teacher(stage: Stage, objective: DistillationObjective) -> None:
                 stage.config,
                 stage.mixture,
                 stage.held_out,
-                stage.processor,
+                processor,
                 stage.dtype,
                 is_main_process=stage.accelerator.is_main_process,
             )
     if config.standardize:
-        standardize_teacher(objective.teacher, stage.mixture, stage.processor)
+        with stage.autocast:
+            standardize_teacher(objective.teacher, stage.mixture, processor)
 
 
 def standardize_teacher(teacher: Targets, mixture: Mixture, processor: HoVLEProcessor) -> None:
@@ -476,10 +481,12 @@ def standardize_teacher(teacher: Targets, mixture: Mixture, processor: HoVLEProc
     def raw_features() -> Iterator[torch.Tensor]:
         for record in mixture.first_records(NUM_STANDARDIZING_RECORDS):
             for picture in picture_sources(record.messages)[:1]:
-                with contextlib.suppress(ValueError):  # what is damaged counts as skipped when training draws it
-                    tiles = read_tiles(picture, processor.image_processor).to(device)
-                    batch = {"pixel_values": tiles, "picture_keys": [picture_key(picture)], "names": [record.name]}
-                    yield teacher.raw_targets(batch, grid_size)
+                try:
+                    key, tiles = picture_key(picture), read_tiles(picture, processor.image_processor)
+                except (ValueError, OSError):  # what is damaged counts as skipped when training draws it
+                    continue
+                batch = {"pixel_values": tiles.to(device), "picture_keys": [key], "names": [record.name]}
+                yield teacher.raw_targets(batch, grid_size)
 
     teacher.standardize(raw_features())
 

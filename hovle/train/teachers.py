@@ -57,6 +57,11 @@ class Targets(nn.Module):
             count += len(features)
             total += features.sum(dim=0)
             squares += features.square().sum(dim=0)
+        if not count:
+            raise ValueError(
+                "teacher.standardize found no readable picture among the first records: look at them with `hovle data "
+                "doctor RECIPE`, or switch it off."
+            )
         mean = total / count
         device = self.feature_mean.device
         self.feature_mean = mean.float().to(device)

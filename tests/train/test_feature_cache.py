@@ -309,13 +309,13 @@ def test_of_two_processes_one_fills_the_cache(tmp_path, teacher_weights, data):
     assert lines == ["tiles 0 pictures 12", "tiles 20 pictures 12"]
 
 
-def test_a_streamed_source_is_refused(teacher, config, distillation_config, parts):
+def test_a_streamed_source_is_refused(teacher, config, distillation_config, parts, tmp_path):
     class Stream:
         fingerprint = "stream"
 
         def open_lane(self):
             raise AssertionError
 
-    stage = distillation_config("teacher.cache=x")
+    stage = distillation_config(f"teacher.cache={tmp_path / 'cache'}")
     with pytest.raises(ValueError, match=r"teacher\.cache needs sources of known size"):
         feature_cache.cached_targets(teacher, stage, Mixture([Stream()], 0), [], parts[1], torch.float32)
