@@ -180,12 +180,9 @@ def compare(
         model, processor = start_model(config)
         select_trainable(model, config)
         maker = ReplySamples(processor)
-        batches = [
-            to_device(batch, device)
-            for batch in make_batches(
-                make_samples(mix, num_samples, maker), variant.packed, SHAPES[mix], maker, config
-            )
-        ]
+        samples = make_samples(mix, num_samples, maker)
+        batches = make_batches(samples, variant.packed, SHAPES[mix], maker, config)
+        batches = [to_device(batch, device) for batch in batches]
         model.to(device).train()
         if variant.trainer:
             seconds, nats = time_trainer(model, batches, dtype)

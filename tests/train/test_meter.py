@@ -170,13 +170,13 @@ def test_the_teachers_share_is_that_of_training_alone(parts, batches, monkeypatc
     monkeypatch.setattr(meters, "gemm_peak", lambda *args: 1e9)
     monkeypatch.setattr("hovle.machine.time", clock)
     meter = Meter(objective, batch, FLOAT32, torch.float32, num_processes=1)
-    features = objective.teacher.features
+    targets = objective.teacher.targets
 
     def slow(*args):
         clock.now += 2
-        return features(*args)
+        return targets(*args)
 
-    monkeypatch.setattr(objective.teacher, "features", slow)
+    monkeypatch.setattr(objective.teacher, "targets", slow)
     objective(batch)
     objective.eval()
     with meter.paused():
