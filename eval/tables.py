@@ -47,39 +47,6 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{share:.1%}"
 
 
-def train_speed_table(root: Path) -> str:
-    """Training variants on each mix of samples, one row each."""
-    result = json.loads((root / "eval/results/speed/train.json").read_text())
-    lines = [
-        "| samples | variant | supervised tokens/s | over Trainer | padding | nats per token |",
-        "|---|---|---|---|---|---|",
-    ]
-    for mix, measured in result["mixes"].items():
-        base = measured["variants"][-1]["supervised_tokens_per_second"]
-        lines += [
-            f"| {mix} | {item['name']} | {item['supervised_tokens_per_second']:.1f} | "
-            f"{item['supervised_tokens_per_second'] / base:.2f} | {item['padding_ratio']:.1%} | "
-            f"{item['nats_per_token']:.4f} |"
-            for item in measured["variants"]
-        ]
-    return "\n".join(lines)
-
-
-def train_step_table(root: Path) -> str:
-    """Where a training step's time goes, one row per stage."""
-    steps = json.loads((root / "eval/results/speed/train.json").read_text())["steps"]
-    lines = [
-        "| stage | share of the peak of its own matrix products | that peak | seconds a step | teacher |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [
-        f"| {stage} | {step['gemm_peak_share']:.0%} | {step['peak_tflops']:.2f} TFLOP/s | {step['seconds']:.2f} | "
-        f"{step['teacher_seconds']:.2f} |"
-        for stage, step in steps.items()
-    ]
-    return "\n".join(lines)
-
-
 def data_speed_table(root: Path) -> str:
     """Routes from picture file to tiles, one row each."""
     result = json.loads((root / "eval/results/speed/data.json").read_text())
@@ -91,12 +58,7 @@ def data_speed_table(root: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES = {
-    "demo": demo_table,
-    "train_speed": train_speed_table,
-    "train_step": train_step_table,
-    "data_speed": data_speed_table,
-}
+TABLES = {"demo": demo_table, "data_speed": data_speed_table}
 
 
 def fill(text: str, root: Path) -> str:

@@ -130,8 +130,8 @@ def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_batc
 def test_an_error_of_one_process_ends_the_others(folder):
     assert (folder / "error-0.txt").read_text() == "StopRunError: Process 1: the disk is mine"
     assert (folder / "error-1.txt").read_text() == "ValueError: the disk is mine"
-    refusals = [line for line in (folder / "stderr.txt").read_text().splitlines() if "already holds a run" in line]
-    assert len(refusals) == 2  # the folder of a finished stage was asked for again
+    said = (folder / "stderr.txt").read_text()  # both write at once, so lines may run into each other
+    assert said.count("already holds a run") == 2  # the folder of a finished stage was asked for again
 
 
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
