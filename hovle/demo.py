@@ -94,14 +94,15 @@ def check_kept_stages(output: Path, configs: dict) -> None:
     """Refuse to keep a finished stage that another recipe made, or that follows one still to be trained."""
     import yaml
 
+    from .train.checkpoint import changed_fields
+
     to_train: list[str] = []
     for stage, config in configs.items():
         folder = output / stage
         if not (folder / "model").is_dir():
             to_train.append(stage)
             continue
-        recipe, wanted = yaml.safe_load((folder / "recipe.yaml").read_text()), config.to_dict()
-        changed = [key for key in wanted if key != "output" and recipe.get(key) != wanted[key]]
+        changed = changed_fields(yaml.safe_load((folder / "recipe.yaml").read_text()), config.to_dict())
         if changed or to_train:
             reason = f"its {', '.join(changed)} differ" if changed else f"it was trained before {to_train[0]} will be"
             raise ValueError(f"{folder} does not belong to this demo: {reason}. Train all stages again with --fresh.")

@@ -107,6 +107,11 @@ def test_a_finished_stage_is_kept_and_its_log_is_summed_up(tmp_path, capsys):
     assert facts["teacher_cosine"] == {"before": 0.0, "after": 0.6}
 
 
+def test_a_stage_that_differs_in_what_moves_no_number_is_kept(tmp_path):
+    configs = finish_stage(tmp_path, "distillation", ["log_every=3", "num_workers=0"])
+    demo.check_kept_stages(tmp_path, configs)
+
+
 def test_a_stage_of_another_recipe_is_not_kept(tmp_path):
     configs = finish_stage(tmp_path, "distillation", ["num_steps=4"])
     with pytest.raises(ValueError, match=r"num_steps.*--fresh"):

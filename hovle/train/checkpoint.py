@@ -118,10 +118,15 @@ def load_training_state(checkpoint: Path) -> dict:
     return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True)
 
 
+def changed_fields(old: dict, new: dict) -> list[str]:
+    """Fields in which two recipes would train differently."""
+    return [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
+
+
 def check_same_recipe(config: StageConfig, old: dict) -> None:
     """Refuse to resume a run whose recipe changed, naming what differs."""
     new = config.to_dict()
-    changed = [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
+    changed = changed_fields(old, new)
     if changed:
         details = "; ".join(f"{key}: {old.get(key)!r} -> {new[key]!r}" for key in changed)
         raise ValueError(

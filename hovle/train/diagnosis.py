@@ -46,6 +46,8 @@ class Examiner:
     autocast: contextlib.AbstractContextManager
     accelerator: Any
     log: Callable[[dict], None]
+    last: tuple[int, dict[str, float]] | None = None
+    """Step and terms of the last validation; asked again after the same step, they are still right."""
 
     def examine(self, step: int) -> str | None:
         """Log the held-out terms after so many steps and, once training has begun, the effect of the pictures.
@@ -74,9 +76,10 @@ class Examiner:
         return sum(weight * terms[name] for name, weight in unwrap(self.objective).weights.items())
 
     def _validate(self, step: int) -> dict[str, float]:
-        terms = self._measure(self.batches)
-        self.log({"event": "validation", "step": step, **terms})
-        return terms
+        if self.last is None or self.last[0] != step:
+            self.last = step, self._measure(self.batches)
+            self.log({"event": "validation", "step": step, **self.last[1]})
+        return self.last[1]
 
     def _measure(self, batches: list[dict]) -> dict[str, float]:
         return validate(self.objective, batches, self.autocast, self.accelerator)

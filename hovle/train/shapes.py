@@ -1,5 +1,6 @@
 """The shapes of a stage's model, from configs alone: no weights are read and none need exist."""
 
+import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,5 +144,15 @@ def language_model_config(name: str) -> PreTrainedConfig:
 
 
 def sibling_stages(recipe: Path, overrides: Sequence[str] = ()) -> list[StageConfig]:
-    """The other recipes of a folder, one of which may write the checkpoint this one starts from."""
-    return [load_stage(str(path), overrides) for path in sorted(recipe.parent.glob("*.yaml")) if path != recipe]
+    """The other recipes of a folder, one of which may write the checkpoint this one starts from.
+
+    Overrides of the model hold for them as well; others are meant for the named recipe, and files that are no recipes
+    may lie beside it.
+    """
+    about_model = [override for override in overrides if override.startswith("model.")]
+    siblings = []
+    for path in sorted(recipe.parent.glob("*.yaml")):
+        if path != recipe:
+            with contextlib.suppress(ValueError):
+                siblings.append(load_stage(str(path), about_model))
+    return siblings

@@ -145,6 +145,16 @@ def test_before_the_first_step_nothing_but_validation_is_measured(examiner):
     assert [entry["event"] for entry in entries] == ["validation"]
 
 
+def test_the_same_step_is_validated_once(examiner):
+    examine, entries = examiner()
+    examine.examine(2)
+    loss = examine.held_out_loss(2)
+    assert [entry["event"] for entry in entries if entry["event"] == "validation"] == ["validation"]
+    assert loss == pytest.approx(entries[0]["reply_nats"])
+    examine.held_out_loss(4)
+    assert [entry["step"] for entry in entries if entry["event"] == "validation"] == [2, 4]
+
+
 def test_the_check_compares_replies_that_follow_a_picture(examiner, parts):
     examine, entries = examiner("min_picture_gap=0")
     examine.examine(4)

@@ -129,7 +129,8 @@ def test_a_checkpoint_to_come_has_the_shapes_of_the_recipe_that_writes_it(recipe
     (_, _, first), (_, _, second) = read_stages([recipe, str(path)])
     assert first.to_dict() == second.to_dict()
     (path.parent / "first.yaml").write_text(Path(recipe).read_text())
-    [(_, _, found)] = read_stages([str(path)])  # beside it
+    (path.parent / "notes.yaml").write_text("no: recipe")
+    [(_, _, found)] = read_stages([str(path), "learning_rate=1e-5", "objective={name: next_token}"])  # beside it
     assert found.to_dict() == first.to_dict()
 
 
