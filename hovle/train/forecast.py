@@ -12,6 +12,13 @@ from .cost import StageCost, Workload
 from .plan import CPU_MFU, CPU_SLACK_RATIO, GIB, GPU_MFU
 
 
+def is_planned(config: StageConfig) -> bool:
+    """Whether the plan's costs are those of this stage: it knows timm teachers that run, whole models and layers."""
+    teacher = config.teacher
+    plain = (config.sharding, config.quantize_frozen, config.activation_checkpointing) == ("none", "none", False)
+    return plain and (teacher is None or (teacher.kind == "timm" and teacher.cache is None))
+
+
 class Forecast:
     """Prediction and measurement of one run on the main process.
 
@@ -26,8 +33,8 @@ class Forecast:
     def __init__(self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: dict, accelerator):
         self.device: torch.device = accelerator.device
         self.rates: list[float] = []
-        self.predicted: dict[str, Any] | None = None  # for teachers that `hovle plan` does not know
-        if config.teacher is None or config.teacher.kind == "timm":
+        self.predicted: dict[str, Any] | None = None
+        if is_planned(config):
             self.predicted = self._predict(config, model, dtype, batch, accelerator)
 
     def _predict(

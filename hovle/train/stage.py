@@ -233,7 +233,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     if dry_run:
         batch = next(iter(stage.batches(stage.mixture)))
         lines = describe(stage.objective, batch, stage.processor, stage.mixture, config)
-        print(lines)  # noqa: T201 - the dry run's output
+        accelerator.print(lines)
     else:
         train_and_save(stage, resume)
     return stage.output / "model"

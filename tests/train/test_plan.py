@@ -10,6 +10,7 @@ import yaml
 from hovle.cli import main
 from hovle.train.config import load_stage
 from hovle.train.cost import StageCost, Workload
+from hovle.train.forecast import is_planned
 from hovle.train.plan import GPUS, check_stages, choose_device, plan_stage, read_stages
 from hovle.train.shapes import language_model_config, model_config
 
@@ -202,3 +203,12 @@ def test_a_prediction_far_off_fails_the_check(recipe, capsys, monkeypatch):
     )
     assert check_stages([("x", load_stage(recipe), None)]) == 1
     assert "2.000     1.000  2.000" in capsys.readouterr().out
+
+
+def test_a_run_predicts_nothing_where_the_plan_does_not_know_the_stage(next_token_config, distillation_config):
+    assert is_planned(next_token_config())
+    assert is_planned(distillation_config())
+    for change in ("activation_checkpointing=true", "sharding=full", "quantize_frozen=int8"):
+        assert not is_planned(next_token_config(change))
+    for change in ("teacher.kind=open_clip", "teacher.cache=features"):
+        assert not is_planned(distillation_config(change))
