@@ -246,12 +246,11 @@ class StageCost:
 
     # Memory
 
-    def memory(self, work: Workload, num_shards: int = 1) -> "Memory":
+    def memory(self, work: Workload) -> "Memory":
         """Bytes on one device in a step after the first.
 
         Args:
             work: One micro-batch of one process.
-            num_shards: Processes that share weights, gradients and optimizer state; 1: each has all of its own.
         """
         config = self.model_config
         kept = self._activations(work.row_length, round(work.holistic_length(config)))
@@ -275,12 +274,12 @@ class StageCost:
         loss_working = 10 * config.text_config.vocab_size if self.runs_language_model else 0
         holistic, language = kept.holistic_layer.at(work.num_rows), kept.language_layer.at(work.num_rows)
         return Memory(
-            weights=(4 * self.num_trainable + frozen) / num_shards,
+            weights=4 * self.num_trainable + frozen,
             teacher=0
             if self.runs_language_model
             else table + 4 * (self._teacher.num_parameters if self._teacher else 0),
-            optimizer=8 * self.num_trainable / num_shards,
-            gradients=tuple(4 * count / num_shards for count in gradients),
+            optimizer=8 * self.num_trainable,
+            gradients=tuple(4 * count for count in gradients),
             activations=(
                 kept.stem.at(work.num_tiles),
                 holistic * config.num_embedding_layers,
