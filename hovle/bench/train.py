@@ -11,7 +11,6 @@ shapes, and the share of a step they explain is the share of this machine's peak
 
 import argparse
 import dataclasses
-import itertools
 import json
 import math
 import random
@@ -30,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from ..charts import load_pyplot
-from ..machine import fastest_dtype
+from ..machine import fastest_dtype, keep_freed_memory
 from ..modeling_hovle import IGNORE_INDEX
 from ..train.config import DataConfig, StageConfig, load_stage
 from ..train.data import PackedBatches, Record, ReplySamples, Sample, StreamPosition, load_records, pack_rows
@@ -39,7 +38,8 @@ from ..train.objectives import NextTokenObjective, ObjectiveOutput, norm_ratio
 from ..train.pixels import PixelNormalization
 from ..train.report import environment
 from ..train.setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
-from ..train.stage import make_accelerator, set_up
+from ..train.stage import make_accelerator
+from ..train.trial import Trial
 
 MIXES = ("easy_vqa", "skewed")
 """easy_vqa: short questions of similar length. skewed: the same pictures with passages of long-tailed length."""
@@ -65,6 +65,7 @@ SETTINGS = (
     "model.image_size=112",
     "model.max_tiles=1",
     "learning_rate=0.0",
+    "compile=on",
     "output=unused",
 )
 """What the demo's recipes become here: a new model of 8 holistic layers at learning rate 0."""
@@ -131,6 +132,7 @@ def run(args: argparse.Namespace) -> int:
     """Time every variant on every mix, take two steps apart, write `train.json` and `train.png`."""
     config = bench_config("alignment")
     accelerator = make_accelerator()
+    keep_freed_memory()  # for every variant, the Trainer too
     dtype = fastest_dtype(accelerator.device)
     result: dict[str, Any] = {"environment": environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
     for mix in args.mix:
@@ -144,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         }
         _say(table(mix, measured))
     for stage in ("distillation", "alignment"):
-        result["steps"][stage] = take_apart(stage, accelerator, dtype)
+        result["steps"][stage] = take_apart(bench_config(stage), accelerator, dtype)
         _say(f"{stage}: {result['steps'][stage]['gemm_peak_share']:.0%} of the peak of its own matrix products")
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "train.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -377,49 +379,45 @@ def pad_batch(batch: dict, normalize: PixelNormalization) -> dict:
     }
 
 
-def take_apart(stage: str, accelerator, dtype: torch.dtype, num_steps: int = 4) -> dict[str, Any]:
-    """Seconds of a step of a demo stage by kind of work, and the share of its matrix products' own peak it reaches.
+def take_apart(config: StageConfig, accelerator, dtype: torch.dtype, num_steps: int = 4) -> dict[str, Any]:
+    """Seconds of a stage's step by kind of work, and the share of its matrix products' own peak it reaches.
 
     The peak is what the step's matrix products do when each runs alone, over and over, at its own shape in its fastest
     memory layout. Time in a teacher is not the student's: it is measured apart and taken off the step.
     """
-    prepared = set_up(bench_config(stage), accelerator, resume=False)
-    objective = prepared.objective.to(accelerator.device).train()
-    compile_layers(prepared.model, "on")
-    optimizer = make_optimizer(objective, prepared.config)
-    autocast = torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32)
-    stream = itertools.islice(prepared.batches(prepared.mixture), num_steps)
-    batches = [to_device(batch, accelerator.device) for batch in stream]
-
-    def step_all() -> float:
-        started_at = time.perf_counter()
-        for batch in batches:
-            train_step(objective, optimizer, [batch], prepared.config.max_gradient_norm, autocast)
-        return (time.perf_counter() - started_at) / num_steps
-
-    step_all()  # compiles
-    objective.teacher_time.read()
-    seconds = step_all()
-    teacher_seconds = objective.teacher_time.read() / num_steps
+    trial = Trial(config, accelerator, dtype, num_steps)
+    trial.step_all()  # compiles
+    teacher_time = trial.objective.teacher_time
+    teacher_time.read()
+    seconds = trial.step_all()
+    teacher_seconds = teacher_time.read() / num_steps
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        step_all()
-    products = [event for event in profiler.key_averages(group_by_input_shape=True) if event.key in MATRIX_PRODUCTS]
-    alone = sum(event.count * time_product(event.input_shapes, dtype) for event in products) / num_steps
-    flops = sum(event.count * count_flops(event.input_shapes) for event in products) / num_steps
+        trial.step_all()
+    events = profiler.key_averages(group_by_input_shape=True)
+    products = [
+        (event.count, factors(event.key, event.input_shapes)) for event in events if event.key in MATRIX_PRODUCTS
+    ]
+    alone = sum(count * time_product(*shapes, dtype) for count, shapes in products) / num_steps
+    flops = sum(count * count_flops(*shapes) for count, shapes in products) / num_steps
     return {
         "seconds": seconds,
         "teacher_seconds": teacher_seconds,
         "matrix_products_alone_seconds": alone,
         "peak_tflops": flops / alone / 1e12,
         "gemm_peak_share": alone / (seconds - teacher_seconds),
-        "tokens_per_second": sum(int(batch["is_sample"].sum()) for batch in batches) / num_steps / seconds,
+        "tokens_per_second": sum(int(batch["is_sample"].sum()) for batch in trial.batches) / num_steps / seconds,
         "seconds_by_kind": seconds_by_kind(profiler.key_averages(), num_steps),
     }
 
 
-def time_product(shapes: Sequence[Sequence[int]], dtype: torch.dtype, num_runs: int = 8) -> float:
-    """Least seconds of one matrix product of the last two operands' shapes, over the memory layouts it may have."""
-    left, right = ([*shape] for shape in [shape for shape in shapes if len(shape) >= 2][-2:])
+def factors(name: str, shapes: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Shapes of the two factors of a recorded matrix product, whose operands may begin with what it adds to."""
+    first = 1 if "add" in name else 0  # `addmm(bias, left, right)`; a product may also name its output, after these
+    return list(shapes[first]), list(shapes[first + 1])
+
+
+def time_product(left: Sequence[int], right: Sequence[int], dtype: torch.dtype, num_runs: int = 8) -> float:
+    """Least seconds of one matrix product of two shapes, over the memory layouts it may have."""
     a, b = torch.randn(left, dtype=dtype), torch.randn(right, dtype=dtype)
     layouts = [(a, b), (a, b.mT.contiguous().mT), (a.mT.contiguous().mT, b)]
     times = []
@@ -431,9 +429,8 @@ def time_product(shapes: Sequence[Sequence[int]], dtype: torch.dtype, num_runs: 
     return min(times)
 
 
-def count_flops(shapes: Sequence[Sequence[int]]) -> int:
+def count_flops(left: Sequence[int], right: Sequence[int]) -> int:
     """Floating-point operations of one product `(..., m, k) x (..., k, n)`."""
-    left, right = [shape for shape in shapes if len(shape) >= 2][-2:]
     return 2 * math.prod(left) * right[-1]
 
 

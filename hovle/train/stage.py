@@ -16,6 +16,7 @@ from transformers.initialization import no_init_weights
 
 from ..configuration_hovle import HoVLEConfig
 from ..durable import remove_leftovers, rename_durably, write_folder
+from ..machine import keep_freed_memory
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from . import checkpoint as checkpoints
@@ -287,6 +288,8 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
 def train_and_save(stage: Stage, resume: bool) -> None:
     """Train from the stage's first step to its last and write the model."""
     config, accelerator, objective = stage.config, stage.accelerator, stage.objective
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     objective.to(accelerator.device).train()
     if isinstance(objective, DistillationObjective):
         prepare_teacher(stage, objective)

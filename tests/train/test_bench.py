@@ -8,6 +8,7 @@ import torch
 from hovle import HoVLEProcessor
 from hovle.bench import train as speed
 from hovle.train.data import ReplySamples
+from hovle.train.stage import make_accelerator
 
 CPU = torch.device("cpu")
 
@@ -45,8 +46,23 @@ def test_batches_hold_every_sample_once(packed, checkpoints, next_token_config):
     )
 
 
-def test_flops_of_a_product_are_counted_from_its_shapes():
-    assert speed.count_flops([[2, 3], [3, 5]]) == 2 * 2 * 3 * 5
-    assert speed.count_flops([[7], [2, 3], [3, 5]]) == 2 * 2 * 3 * 5  # addmm: the bias comes first
-    assert speed.count_flops([[4, 2, 3], [4, 3, 5]]) == 4 * 2 * 2 * 3 * 5
-    assert speed.time_product([[2, 3], [3, 5]], torch.float32) > 0
+def test_flops_of_a_product_are_counted_from_its_factors():
+    assert speed.count_flops([2, 3], [3, 5]) == 2 * 2 * 3 * 5
+    assert speed.count_flops([4, 2, 3], [4, 3, 5]) == 4 * 2 * 2 * 3 * 5
+    assert speed.time_product([2, 3], [3, 5], torch.float32) > 0
+
+
+def test_factors_are_told_from_biases_and_outputs():
+    assert speed.factors("aten::mm", [[2, 3], [3, 5], [2, 5]]) == ([2, 3], [3, 5])
+    assert speed.factors("aten::addmm", [[5], [2, 3], [3, 5], [], []]) == ([2, 3], [3, 5])
+    assert speed.factors("aten::baddbmm", [[4, 2, 5], [4, 2, 3], [4, 3, 5]]) == ([4, 2, 3], [4, 3, 5])
+
+
+@pytest.mark.parametrize("stage", ["distillation", "next_token"])
+def test_a_step_is_taken_apart_into_its_matrix_products_and_the_rest(stage, request):
+    config = request.getfixturevalue(f"{stage}_config")("compile=off", "num_workers=0")
+    facts = speed.take_apart(config, make_accelerator(), torch.float32, num_steps=2)
+    assert 0 < facts["matrix_products_alone_seconds"] < facts["seconds"]
+    assert 0 < facts["gemm_peak_share"] < 1
+    assert facts["seconds_by_kind"]["matrix products"] > 0
+    assert (facts["teacher_seconds"] > 0) == (stage == "distillation")
