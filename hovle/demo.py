@@ -6,9 +6,11 @@ second call does what is missing. An interrupted stage starts again.
 """
 
 import argparse
+import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from .assets import easy_vqa
@@ -17,6 +19,12 @@ from .eval.vqa import Question, draw_questions, exact_match, score_model
 
 STAGES = ("distillation", "alignment", "instruction_tuning")
 """Recipes `demo/<stage>` in their order."""
+
+MINUTES = 30.0
+"""How long it all may take after set-up."""
+
+TRAINING_SHARE = 0.7
+"""Part of that for training steps; compiling, validating and scoring take the rest."""
 
 NUM_QUESTIONS = 1000
 """Test questions, drawn once with a fixed seed."""
@@ -30,6 +38,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the three runs")
     parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to draw questions and answers")
     parser.add_argument("--questions", type=int, default=NUM_QUESTIONS, help="test questions to score")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=MINUTES,
+        help="about how long it may take: where this machine is too slow for the recipes' steps, it does fewer",
+    )
     parser.add_argument("--fresh", action="store_true", help="delete earlier demo runs in the output folder first")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to replace in every stage")
 
@@ -45,7 +59,9 @@ def run(args: argparse.Namespace) -> int:
     pyplot = load_pyplot()
     if args.fresh:
         delete_runs(args.output)
-    check_kept_stages(args.output, configs)
+    configs = check_kept_stages(args.output, configs, args.overrides)
+    if not any(item.startswith("num_steps=") for item in args.overrides):
+        configs = fit_steps(args.output, configs, args.minutes)
     for stage, config in configs.items():
         train_stage(stage, args.output / stage, config)
     started_at = time.perf_counter()
@@ -90,33 +106,90 @@ def _delete_run(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def check_kept_stages(output: Path, configs: dict) -> None:
-    """Refuse to keep a finished stage that another recipe made, or that follows one still to be trained."""
+def check_kept_stages(output: Path, configs: dict, overrides: Sequence[str] = ()) -> dict:
+    """Refuse to keep a finished stage that another recipe made, or that follows one still to be trained.
+
+    Returns:
+        The configs, a kept stage's with the number of steps it did, unless the user asks for one.
+    """
     import yaml
 
     from .train.checkpoint import changed_fields
 
     to_train: list[str] = []
+    found = dict(configs)
     for stage, config in configs.items():
         folder = output / stage
-        if not (folder / "model").is_dir():
+        if not is_finished(folder):
             to_train.append(stage)
             continue
-        changed = changed_fields(yaml.safe_load((folder / "recipe.yaml").read_text()), config.to_dict())
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+        if not any(item.startswith("num_steps=") for item in overrides):
+            config = found[stage] = dataclasses.replace(config, num_steps=recipe["num_steps"])
+        changed = changed_fields(recipe, config.to_dict())
         if changed or to_train:
             reason = f"its {', '.join(changed)} differ" if changed else f"it was trained before {to_train[0]} will be"
             raise ValueError(f"{folder} does not belong to this demo: {reason}. Train all stages again with --fresh.")
+    return found
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a stage's run folder holds its model."""
+    return (folder / "model").is_dir()
+
+
+def fit_steps(output: Path, configs: dict, minutes: float) -> dict:
+    """Cut the steps of the stages still to be trained, all by the same share, where they would take too long here.
+
+    Args:
+        output: Folder of the runs; what finished ones took counts.
+        configs: Stage -> config.
+        minutes: For the whole demo.
+    """
+    from .train.stage import make_accelerator
+    from .train.trial import seconds_per_step
+
+    missing = [stage for stage in configs if not is_finished(output / stage)]
+    spent = sum(stage_facts(output / stage)["training_seconds"] for stage in configs if stage not in missing)
+    seconds = {}
+    for stage in missing:
+        _say(f"{stage}: measuring a step on this machine")
+        # The model it will start from is not there yet; a new one has the same shapes.
+        config = dataclasses.replace(configs[stage], model=configs[STAGES[0]].model)
+        seconds[stage] = configs[stage].num_steps * seconds_per_step(config, make_accelerator())
+    share = step_share(sum(seconds.values()), TRAINING_SHARE * 60 * minutes - spent)
+    fitted = dict(configs)
+    for stage in missing:
+        num_steps = max(1, int(share * configs[stage].num_steps))
+        fitted[stage] = dataclasses.replace(configs[stage], num_steps=num_steps)
+        _say(f"{stage}: {num_steps} steps in about {seconds[stage] * share / 60:.1f} minutes")
+    if share < 1:
+        _say(
+            f"That is {share:.0%} of the recipes' steps, so that the demo takes about {minutes:g} minutes in all; "
+            "more steps answer better (--minutes)."
+        )
+    return fitted
+
+
+def step_share(wanted_seconds: float, seconds: float) -> float:
+    """Share of the steps that fits into some seconds, at most 1; ValueError where less than a tenth does."""
+    share = 1.0 if wanted_seconds <= seconds else seconds / wanted_seconds
+    if share < 0.1:
+        raise ValueError(
+            f"The missing stages would train for {wanted_seconds / 60:.0f} minutes here and may take "
+            f"{max(0.0, seconds) / 60:.0f}: too little would be learnt. Allow more with --minutes."
+        )
+    return share
 
 
 def train_stage(stage: str, folder: Path, config) -> None:
     """Run one stage, or keep it if it is finished."""
     from .train import run_stage
 
-    if (folder / "model").is_dir():
+    if is_finished(folder):
         _say(f"{stage}: already trained, see {folder} (--fresh trains again)")
         return
     _delete_run(folder)
-    _say(f"{stage}: {config.num_steps} steps")
     run_stage(config)
 
 
@@ -127,6 +200,7 @@ def stage_facts(folder: Path) -> dict:
     facts = {
         "seconds": round(entries[-1]["time"] - start["time"], 1),
         "training_seconds": round(sum(entry["elapsed_seconds"] for entry in steps), 1),
+        "steps": steps[-1]["step"],
         "tokens": round(sum(entry["tokens_per_second"] * entry["elapsed_seconds"] for entry in steps)),
         "environment": {key: start[key] for key in ("device", "num_threads", "dtype", "compiled", "torch", "commit")},
     }

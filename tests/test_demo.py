@@ -113,9 +113,31 @@ def test_a_stage_that_differs_in_what_moves_no_number_is_kept(tmp_path):
 
 
 def test_a_stage_of_another_recipe_is_not_kept(tmp_path):
-    configs = finish_stage(tmp_path, "distillation", ["num_steps=4"])
-    with pytest.raises(ValueError, match=r"num_steps.*--fresh"):
+    configs = finish_stage(tmp_path, "distillation", ["rows_per_batch=4"])
+    with pytest.raises(ValueError, match=r"rows_per_batch.*--fresh"):
         demo.check_kept_stages(tmp_path, configs)
+
+
+def test_a_stage_whose_steps_were_cut_is_kept_unless_a_number_is_asked_for(tmp_path):
+    configs = finish_stage(tmp_path, "distillation", ["num_steps=4"])
+    assert demo.check_kept_stages(tmp_path, configs)["distillation"].num_steps == 4
+    with pytest.raises(ValueError, match=r"num_steps.*--fresh"):
+        demo.check_kept_stages(tmp_path, configs, [f"num_steps={configs['distillation'].num_steps}"])
+
+
+@pytest.mark.parametrize(("minutes", "share"), [(30.0, 1.0), (5.0, 0.5)])
+def test_steps_are_cut_alike_where_they_would_take_too_long(tmp_path, monkeypatch, capsys, minutes, share):
+    configs = finish_stage(tmp_path, "distillation")  # took 9 s
+    wanted = sum(configs[stage].num_steps for stage in demo.STAGES[1:])
+    seconds = (demo.TRAINING_SHARE * 60 * 5.0 - 9) / (0.5 * wanted)  # a step, so that half of them fit in 5 minutes
+    monkeypatch.setattr("hovle.train.trial.seconds_per_step", lambda config, accelerator: seconds)
+    fitted = demo.fit_steps(tmp_path, configs, minutes)
+    assert fitted["distillation"] == configs["distillation"]
+    for stage in demo.STAGES[1:]:
+        assert fitted[stage].num_steps == pytest.approx(share * configs[stage].num_steps, abs=1)
+    assert ("50%" in capsys.readouterr().out) == (share < 1)
+    with pytest.raises(ValueError, match="--minutes"):
+        demo.fit_steps(tmp_path, configs, 0.5)
 
 
 def test_a_stage_trained_before_one_that_is_missing_is_not_kept(tmp_path):
