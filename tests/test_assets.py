@@ -557,7 +557,7 @@ def write_tiny_gguf(model, path, rule="smollm"):
     from tokenizers.pre_tokenizers import ByteLevel
 
     config = model.config
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ĊĊ"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ĊĊ", "ĊĊĊĊ"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -572,7 +572,7 @@ def write_tiny_gguf(model, path, rule="smollm"):
     writer.add_tokenizer_pre(rule)
     writer.add_token_list(tokens)
     writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_token_merges(["Ċ Ċ"])
+    writer.add_token_merges(["Ċ Ċ", "ĊĊ ĊĊ"])  # transformers 5.16 does not read a list of one
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -597,7 +597,7 @@ def write_tiny_gguf(model, path, rule="smollm"):
 def tiny_llama():
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=260,
+        vocab_size=261,
         hidden_size=64,
         intermediate_size=96,
         num_hidden_layers=2,
