@@ -124,17 +124,20 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hovle bench train`."""
     parser.add_argument("--mix", choices=MIXES, nargs="+", default=list(MIXES), help="samples to train on")
-    parser.add_argument("--samples", type=int, default=192, help="conversations of each mix")
+    parser.add_argument("--samples", type=int, default=128, help="conversations of each mix")
     parser.add_argument("--output", type=Path, default=Path("eval/results/speed"), help="folder of train.json, .png")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Time every variant on every mix, take two steps apart, write `train.json` and `train.png`."""
+    """Take two steps apart, time every variant on every mix, write `train.json` and `train.png`."""
     config = bench_config("alignment")
     accelerator = make_accelerator()
     keep_freed_memory()  # for every variant, the Trainer too
     dtype = fastest_dtype(accelerator.device)
     result: dict[str, Any] = {"environment": environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
+    for stage in ("distillation", "alignment"):
+        result["steps"][stage] = take_apart(bench_config(stage), accelerator, dtype)
+        _say(f"{stage}: {result['steps'][stage]['gemm_peak_share']:.0%} of the peak of its own matrix products")
     for mix in args.mix:
         measured = compare(mix, args.samples, config, dtype, accelerator.device)
         result["mixes"][mix] = {
@@ -145,9 +148,6 @@ def run(args: argparse.Namespace) -> int:
             / measured[-1].supervised_tokens_per_second,
         }
         _say(table(mix, measured))
-    for stage in ("distillation", "alignment"):
-        result["steps"][stage] = take_apart(bench_config(stage), accelerator, dtype)
-        _say(f"{stage}: {result['steps'][stage]['gemm_peak_share']:.0%} of the peak of its own matrix products")
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "train.json").write_text(json.dumps(result, indent=1) + "\n")
     draw(result["steps"], args.output / "train.png")
@@ -384,6 +384,9 @@ def take_apart(config: StageConfig, accelerator, dtype: torch.dtype, num_steps: 
 
     The peak is what the step's matrix products do when each runs alone, over and over, at its own shape in its fastest
     memory layout. Time in a teacher is not the student's: it is measured apart and taken off the step.
+
+    Raises:
+        ValueError: When the products alone take longer than the step they are part of, so something else was running.
     """
     trial = Trial(config, accelerator, dtype, num_steps)
     trial.step_all()  # compiles
@@ -399,6 +402,11 @@ def take_apart(config: StageConfig, accelerator, dtype: torch.dtype, num_steps: 
     ]
     alone = sum(count * time_product(*shapes, dtype) for count, shapes in products) / num_steps
     flops = sum(count * count_flops(*shapes) for count, shapes in products) / num_steps
+    if alone > seconds - teacher_seconds:
+        raise ValueError(
+            f"The matrix products of a step take {alone:.2f} s alone, the step with them "
+            f"{seconds - teacher_seconds:.2f} s: something else was running. Close other programs and measure again."
+        )
     return {
         "seconds": seconds,
         "teacher_seconds": teacher_seconds,

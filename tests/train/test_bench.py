@@ -66,3 +66,9 @@ def test_a_step_is_taken_apart_into_its_matrix_products_and_the_rest(stage, requ
     assert 0 < facts["gemm_peak_share"] < 1
     assert facts["seconds_by_kind"]["matrix products"] > 0
     assert (facts["teacher_seconds"] > 0) == (stage == "distillation")
+
+
+def test_products_slower_than_the_step_they_belong_to_are_no_result(next_token_config, monkeypatch):
+    monkeypatch.setattr(speed, "time_product", lambda *_: 10.0)
+    with pytest.raises(ValueError, match="something else was running"):
+        speed.take_apart(next_token_config("compile=off", "num_workers=0"), make_accelerator(), torch.float32, 1)
