@@ -1,10 +1,13 @@
 """Fixtures shared by the tests: a small byte-level BPE tokenizer with ChatML tokens, and a tiny configuration."""
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
+import torch
+import torch._dynamo
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from hovle import HoVLEConfig
 
@@ -81,3 +84,17 @@ def tiny_config() -> Callable[..., HoVLEConfig]:
         return HoVLEConfig(text_config=text.to_dict(), **{**defaults, **fields})
 
     return build
+
+
+@pytest.fixture(scope="session")
+def whole_graph() -> contextlib.AbstractContextManager:
+    """Where `torch.compile(fullgraph=True)` belongs: refused by a torch that cannot trace transformers' own Llama."""
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, vocab_size=8)
+    llama = torch.compile(LlamaModel(config), fullgraph=True, backend="eager")
+    try:
+        llama(torch.ones(1, 2, dtype=torch.long), use_cache=False)
+    except torch._dynamo.exc.Unsupported:
+        return pytest.raises(torch._dynamo.exc.Unsupported)
+    finally:
+        torch._dynamo.reset()
+    return contextlib.nullcontext()

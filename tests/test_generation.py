@@ -66,13 +66,13 @@ def test_chunks_of_prompts_with_pictures_are_right_or_refused(model):
     assert not model.model.is_hd
 
 
-def test_the_forward_pass_compiles_as_one_graph(model):
+def test_the_forward_pass_compiles_as_one_graph(model, whole_graph):
     request = request_of(model)
     torch._dynamo.reset()
-    with torch.no_grad():
+    with torch.no_grad(), whole_graph:
         expected = model(**request, use_cache=False).logits
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**request, use_cache=False).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 def test_outputs_per_layer_split_into_the_two_sections(model):
