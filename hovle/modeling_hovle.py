@@ -950,7 +950,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         the tokenizer lacks get new rows; no existing row changes.
 
         Args:
-            name_or_path: Hub id or folder of a Llama-family causal language model, or such a model.
+            name_or_path: Hub id or folder of a Llama-family causal language model, or such a model. InternLM2's own
+                files are read without their code.
             num_embedding_layers: Holistic layers to put below it.
             image_token_id: Id of the placeholder; by default that of `<IMG_CONTEXT>`, which joins the tokenizer's
                 vocabulary as `HoVLEProcessor.from_language_model` adds it. Without a tokenizer beside the model,
