@@ -37,7 +37,7 @@ from ..train.data import PackedBatches, Record, ReplySamples, Sample, StreamPosi
 from ..train.loop import to_device, train_step
 from ..train.objectives import NextTokenObjective, ObjectiveOutput, norm_ratio
 from ..train.pixels import PixelNormalization
-from ..train.report import environment
+from ..train.report import run_environment
 from ..train.setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
 from ..train.stage import make_accelerator, set_up
 
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     config = bench_config("alignment")
     accelerator = make_accelerator()
     dtype = fastest_dtype(accelerator.device)
-    result: dict[str, Any] = {"environment": environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
+    result: dict[str, Any] = {"environment": run_environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
     for mix in args.mix:
         measured = compare(mix, args.samples, config, dtype, accelerator.device)
         result["mixes"][mix] = {
