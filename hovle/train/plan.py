@@ -87,8 +87,9 @@ CPU_SLACK_RATIO = 0.2
 """What glibc's allocator holds beyond live tensors: 18 to 23 % at the peak of rehearsals on Linux."""
 
 CPU_ADAPTER_SLACK_RATIO = 0.45
-"""The same with LoRA: 36 to 55 %. Live tensors are those predicted, within 2 %; what is more is the allocator's. The
-narrow outputs of adapters, which stay, lie in the holes that wide temporaries leave."""
+"""The same with LoRA: 36 to 55 %. Live tensors are those predicted, within 2 %; the rest is glibc's: narrow outputs of
+adapters, which stay, lie in the holes that wide temporaries leave. Where those get pages of their own
+(`MALLOC_MMAP_THRESHOLD_=1048576`), 5 to 10 % remain."""
 
 
 @dataclass(frozen=True, kw_only=True)
