@@ -25,6 +25,9 @@ from .durable import rename_durably
 CONFIG, WEIGHTS, INDEX, LICENCE = "config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", LICENCE)
+"""What is downloaded of a model."""
+
 MAX_FILE_BYTES = 5 * 10**9
 """No weight file we write is larger, unless a single tensor is."""
 
@@ -84,21 +87,32 @@ class Checkpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """Map one tensor; ValueError when it holds NaN or infinity."""
         tensor = self._handles[name].get_tensor(name)
-        if not torch.stack(tensor.aminmax()).isfinite().all():
-            raise ValueError(f"{name} holds non-finite values (NaN or infinity).")
+        check_finite(name, tensor)
         return tensor
 
     def claim(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise unless the tensors are exactly those expected, each of its shape (name -> shape)."""
-        missing, unexpected = expected.keys() - self._handles.keys(), self._handles.keys() - expected.keys()
-        if missing:
-            raise ValueError(f"The checkpoint is missing {_examples(sorted(missing))}.")
-        if unexpected:
-            raise ValueError(f"The checkpoint holds unexpected tensors: {_examples(sorted(unexpected))}.")
-        for name, shape in expected.items():
-            found = tuple(self._handles[name].get_slice(name).get_shape())
-            if found != shape:
-                raise ValueError(f"{name} has shape {found}, but {CONFIG} asks for {shape}.")
+        check_tensors(
+            {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}, expected
+        )
+
+
+def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise unless a checkpoint holds exactly the tensors expected; both are name -> shape."""
+    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing:
+        raise ValueError(f"The checkpoint is missing {_examples(sorted(missing))}.")
+    if unexpected:
+        raise ValueError(f"The checkpoint holds unexpected tensors: {_examples(sorted(unexpected))}.")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{name} has shape {found[name]}, but {CONFIG} asks for {shape}.")
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise when a tensor holds NaN or infinity."""
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        raise ValueError(f"{name} holds non-finite values (NaN or infinity).")
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -156,15 +170,20 @@ def read_json(folder: Path, name: str) -> dict:
     return content
 
 
-def local_folder(src: str | os.PathLike) -> Path:
-    """The folder itself, or the download of a Hub id."""
+def local_folder(src: str | os.PathLike, patterns: Sequence[str] = MODEL_FILES, **options) -> Path:
+    """The folder itself, or the download of a Hub id.
+
+    Args:
+        src: Folder or Hub id.
+        patterns: Files to download.
+        **options: Of `huggingface_hub.snapshot_download` (`revision`, `token`, ...).
+    """
     if Path(src).is_dir():
         return Path(src)
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(src)):
         raise ValueError(f"{src} is neither a folder nor a Hub id such as OpenGVLab/HoVLE.")
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", LICENCE]
     try:
-        return Path(snapshot_download(str(src), allow_patterns=patterns))
+        return Path(snapshot_download(str(src), allow_patterns=list(patterns), **options))
     except (OSError, ValueError) as error:  # the Hub's errors are OSErrors
         raise ValueError(f"{src} is no folder here and could not be had from the Hub: {error}") from error
 

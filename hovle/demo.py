@@ -26,6 +26,9 @@ MINUTES = 30.0
 TRAINING_SHARE = 0.7
 """Part of that for training steps; compiling, validating and scoring take the rest."""
 
+ENVIRONMENT = ("device", "processor", "num_threads", "dtype", "compiled", "torch", "commit")
+"""What the report says of the machine, from a run's log."""
+
 NUM_QUESTIONS = 1000
 """Test questions, drawn once with a fixed seed."""
 
@@ -202,7 +205,7 @@ def stage_facts(folder: Path) -> dict:
         "training_seconds": round(sum(entry["elapsed_seconds"] for entry in steps), 1),
         "steps": steps[-1]["step"],
         "tokens": round(sum(entry["tokens_per_second"] * entry["elapsed_seconds"] for entry in steps)),
-        "environment": {key: start[key] for key in ("device", "num_threads", "dtype", "compiled", "torch", "commit")},
+        "environment": {key: start[key] for key in ENVIRONMENT},
     }
     held_out = [entry for entry in entries if entry.get("event") == "validation" and "image_cosine" in entry]
     if held_out:

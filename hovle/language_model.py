@@ -1,12 +1,15 @@
 """Build a new HoVLE around a pretrained language model: copy it untouched, put identity layers below it."""
 
 import copy
+import importlib
+import os
+from types import ModuleType
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-from transformers.tokenization_utils_base import AddedToken
+from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
 from .backbones import check_backbone, scale_embeddings, zero_residual_writers
 from .configuration_hovle import HoVLEConfig
@@ -42,7 +45,7 @@ def build_around_language_model(
     if isinstance(name_or_path, PreTrainedModel):
         language_model = name_or_path
     else:
-        language_model = AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+        language_model = load_language_model(name_or_path, **kwargs)
     check_backbone(language_model.get_decoder())
     vocab_size = language_model.get_input_embeddings().num_embeddings
     if image_token_id is None:
@@ -113,6 +116,47 @@ def config_around(
         image_token_id=image_token_id,
         **kwargs,
     )
+
+
+def load_language_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
+    """Load a causal language model as `AutoModelForCausalLM` does; InternLM2's own files become a Llama."""
+    if (own := _own_reader(name_or_path, **kwargs)) is not None:
+        return own.load_model(name_or_path, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
+
+
+def load_language_config(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedConfig:
+    """Load a language model's config as `AutoConfig` does; InternLM2's own becomes a Llama's."""
+    if (own := _own_reader(name_or_path, **kwargs)) is not None:
+        return own.load_config(name_or_path, **kwargs)
+    return AutoConfig.from_pretrained(name_or_path, **kwargs)
+
+
+def load_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
+    """Load a language model's tokenizer as `AutoTokenizer` does; InternLM2's own becomes a fast one."""
+    if (own := _own_reader(name_or_path, **kwargs)) is not None:
+        return own.load_tokenizer(name_or_path, **kwargs)
+    return AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+
+
+def _own_reader(name_or_path: str | os.PathLike, **kwargs) -> ModuleType | None:
+    """The module that reads this language model's files, where transformers would need the files' own code."""
+    location = {key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs and key != "trust_remote_code"}
+    if "gguf_file" in location:
+        return None
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name_or_path, **location)
+    except (OSError, ValueError):  # no config, or none that can be read: transformers says so with its own words
+        return None
+    if content.get("model_type") != "internlm2":
+        return None
+    try:
+        # By its full name: a model folder's copy of this file has no copy of what converts checkpoints.
+        return importlib.import_module("hovle.internlm2")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"{name_or_path} is in InternLM2's own layout, which only an installed hovle reads ({error})."
+        ) from error
 
 
 @torch.no_grad()
@@ -212,8 +256,12 @@ def _image_token_for(name_or_path, vocab_size: int, **kwargs) -> tuple[int, int]
     if isinstance(name_or_path, PreTrainedModel):
         return vocab_size + 2, vocab_size + 3
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
-    except (OSError, ValueError):  # a folder with weights only
+        tokenizer = load_tokenizer(name_or_path, **kwargs)
+    except OSError:  # a folder with weights only
+        return vocab_size + 2, vocab_size + 3
+    except ValueError:  # the same, as transformers may put it; a reader of ours says what is wrong with a tokenizer
+        if _own_reader(name_or_path, **kwargs) is not None:
+            raise
         return vocab_size + 2, vocab_size + 3
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # the same, for model types that then get an empty one
         return vocab_size + 2, vocab_size + 3

@@ -1,8 +1,11 @@
 """What this machine is good at: its fastest number format, how fast it multiplies, what torch.compile lacks."""
 
+import contextlib
 import ctypes
 import math
 import platform
+import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from .requirements import installed_version
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
@@ -127,6 +132,29 @@ def processor_name() -> str:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
+
+
+def environment(*packages: str) -> dict[str, str | None]:
+    """What a reader needs to judge figures measured here: processor, versions, and the commit of a checkout."""
+    versions = {name: installed_version(name) or "not installed" for name in ("torch", "transformers", *packages)}
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "rev-parse", "--short", "HEAD"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
+        commit = result.stdout.strip()
+    return {
+        "processor": processor_name(),
+        "python": platform.python_version(),
+        **versions,
+        "commit": commit or None,
+    }
+
+
+def return_freed_memory() -> None:
+    """Give memory that is free again back to the system; glibc keeps it, in pieces between what is still used."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):  # other C libraries have no such call
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:

@@ -12,6 +12,7 @@ Axis legend of this file (logical sizes, never a shard):
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -502,6 +503,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             slots_per_placeholder = self.config.shuffle_factor**2 if self.is_hd else 1
             check_image_tokens(image_mask, len(image_features), image_features.shape[1] // slots_per_placeholder)
             return image_features, image_mask
+        if torch.compiler.is_compiling():  # a static cache tells its length as a tensor
+            return None, None
         # A single token after a cache is one the model itself has generated, even if it is the placeholder.
         if past_key_values is None or past_key_values.get_seq_length() == 0 or input_ids.shape[1] > 1:
             check_image_tokens(image_mask, 0, self.config.image_seq_length)
@@ -571,6 +574,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             )
             embeds = merge_image_tokens(layout.spread(embeds), inputs.image_features, layout.image_mask)
         view = self._holistic_cache(cache)
+        self._make_room_in_static_cache(view, embeds.shape[1], embeds.shape[1] - inputs.embeds.shape[1])
         long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, cache)
         long_positions = self._long_positions(embeds, layout, long_mask, inputs, view)
         pictures = None
@@ -601,13 +605,46 @@ class HoVLEModel(HoVLEPreTrainedModel):
         layers = [] if cache is None else cache.layers[self.config.num_language_layers :]
         return Cache(layers=layers) if layers else None
 
+    def _make_room_in_static_cache(self, view: Cache | None, num_new: int, num_added: int) -> None:
+        """Lengthen HD's holistic layers of a static cache by what the pictures add to the longest row.
+
+        Whoever makes a static cache counts tokens as the language model sees them. The layers take their memory at
+        their first update, which comes later, so they get exactly what these prompts need.
+
+        Args:
+            view: Holistic layers of the cache.
+            num_new: L, slots this forward pass fills.
+            num_added: L - T.
+
+        Raises:
+            ValueError: When the layers have their memory already and it is too short for this pass.
+        """
+        for layer in [] if view is None else view.layers:
+            if not layer.is_compileable:
+                return
+            if layer.is_initialized and num_added and not layer.is_sliding:
+                needed = int(layer.get_seq_length()) + num_new
+                if needed > layer.max_cache_len:
+                    raise ValueError(
+                        f"The static cache has {layer.max_cache_len} slots in HoVLE-HD's holistic layers, but these "
+                        f"pictures need {needed}: make it for {needed - layer.max_cache_len} more tokens, or anew for "
+                        "these prompts."
+                    )
+            elif not layer.is_initialized:
+                longest = self.config.text_config.sliding_window if layer.is_sliding else math.inf
+                layer.max_cache_len = int(min(layer.max_cache_len + num_added, longest))
+
     def _long_attention_mask(self, embeds, layout, attention_mask, cache):
         """Padding mask of HD's long sequence including what is cached, `(B, past + L)`; None when nothing is padded.
 
         A later step sees new tokens only, so the mask of the earlier ones is kept with the cache it describes.
         """
         batch_size, length = embeds.shape[:2]
+        view = self._holistic_cache(cache)
+        past_length = 0 if view is None else view.get_seq_length()
         past_mask = getattr(cache, "holistic_attention_mask", None)
+        if past_mask is not None and not torch.compiler.is_compiling() and not past_length:
+            past_mask = None  # of what a static cache held before it was reset
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
             raise ValueError(
                 "HoVLE-HD builds its own masks and needs a 2-D attention_mask (batch, tokens); generate with a "
@@ -623,9 +660,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             new_mask = new_mask if layout is None else layout.spread(new_mask)
         if layout is not None:
             new_mask = new_mask & layout.is_token
-        view = self._holistic_cache(cache)
-        past_length = 0 if view is None else view.get_seq_length()
-        if past_length and past_mask is None:
+        if past_mask is None and past_length:
             past_mask = embeds.new_ones((batch_size, past_length), dtype=torch.bool)
         if past_mask is not None:
             new_mask = torch.cat([past_mask, new_mask], dim=1)
@@ -647,7 +682,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         positions = (torch.arange(length, device=embeds.device) + past_length)[None]
         # Documents packed into one row start again at 0: subtract each document's first long slot.
         starts = inputs.position_ids == 0
-        if past_length:
+        if length == 1 or past_length:
             return positions
         last_slot = torch.arange(length, device=embeds.device)[None] if layout is None else layout.last_slot
         first_slot = torch.cat([torch.zeros_like(last_slot[:, :1]), last_slot[:, :-1] + 1], dim=1)
@@ -882,20 +917,6 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             )
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def _prepare_static_cache(self, *args, model_kwargs, **kwargs) -> Cache:
-        cache = super()._prepare_static_cache(*args, model_kwargs=model_kwargs, **kwargs)
-        if not self.model.is_hd:
-            return cache
-        # Room for the long sequence, as if one prompt had all the pictures.
-        num_patches = 0
-        if (tiles := model_kwargs.get("pixel_values")) is not None:
-            num_patches = len(tiles) * self.config.tokens_per_tile(tiles.shape[-1]) * self.config.shuffle_factor**2
-        elif (image_outputs := (model_kwargs.get("mm_encoder_outputs") or {}).get("image")) is not None:
-            num_patches = image_outputs.pooler_output.shape[:2].numel()
-        for layer in cache.layers[self.config.num_language_layers :]:
-            layer.max_cache_len += num_patches
-        return cache
-
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         if self.model.is_hd:
             raise ValueError(
@@ -929,7 +950,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         the tokenizer lacks get new rows; no existing row changes.
 
         Args:
-            name_or_path: Hub id or folder of a Llama-family causal language model, or such a model.
+            name_or_path: Hub id or folder of a Llama-family causal language model, or such a model. InternLM2's own
+                files are read without their code.
             num_embedding_layers: Holistic layers to put below it.
             image_token_id: Id of the placeholder; by default that of `<IMG_CONTEXT>`, which joins the tokenizer's
                 vocabulary as `HoVLEProcessor.from_language_model` adds it. Without a tokenizer beside the model,

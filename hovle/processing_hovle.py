@@ -24,7 +24,7 @@ from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKw
 from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, unused_characters
 from .configuration_hovle import HoVLEConfig
 from .image_processing_hovle import HoVLEImageProcessor
-from .language_model import IMAGE_TOKENS, add_image_tokens
+from .language_model import IMAGE_TOKENS, add_image_tokens, load_tokenizer
 from .pictures import Kind, load_picture
 
 TEXT_DEFAULTS = {"padding_side": "left", "add_special_tokens": False, "return_token_type_ids": False}
@@ -135,7 +135,7 @@ class HoVLEProcessor(ProcessorMixin):
                 raise ValueError(f"{', '.join(kwargs)}: no use beside a tokenizer that is loaded already.")
             tokenizer = name_or_path
         else:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **kwargs)
+            tokenizer = load_tokenizer(name_or_path, **kwargs)
         add_image_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token

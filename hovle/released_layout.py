@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from .checkpoint_files import CONFIG
 from .configuration_hovle import HoVLEConfig
@@ -89,24 +90,12 @@ def hovle_config(released: dict, tie_word_embeddings: bool = False) -> HoVLEConf
             (the holistic layers' sizes differ from the language model's), naming fields and values.
     """
     _check_supported(released)
-    text_config = {
-        name: read_field(released, f"llm_config.{llm}", kind) for name, (llm, _, kind) in DECODER_FIELDS.items()
-    }
-    num_embedding_layers = read_field(released, "embedding_config.num_hidden_layers", int)
     embedding_rope, language_rope = (_rope_parameters(released, name) for name in ("embedding_config", "llm_config"))
     same_rope = embedding_rope == language_rope
-    max_position_embeddings = read_field(released, "llm_config.max_position_embeddings", int)
-    language_rope.pop("max_position_embeddings", None)
-    text_config |= {
-        "model_type": "llama",  # InternLM2 with its fused projection taken apart
-        "num_hidden_layers": num_embedding_layers + read_field(released, "llm_config.num_hidden_layers", int),
-        "rope_parameters": language_rope,
-        "max_position_embeddings": max_position_embeddings,
-        "tie_word_embeddings": tie_word_embeddings,
-        "initializer_range": read_field(released, "llm_config.initializer_range", float),
-    }
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        text_config[name] = read_field(released, f"llm_config.{name}", int, list, None)
+    text_config = decoder_fields(released, "llm_config")
+    num_embedding_layers = read_field(released, "embedding_config.num_hidden_layers", int)
+    text_config["num_hidden_layers"] += num_embedding_layers
+    text_config["tie_word_embeddings"] = tie_word_embeddings
     location, ratio = _shuffle(released)
     config = load_config(
         {
@@ -125,6 +114,42 @@ def hovle_config(released: dict, tie_word_embeddings: bool = False) -> HoVLEConf
     )
     config.tokens_per_tile(tile_size(released))
     return config
+
+
+def decoder_fields(released: dict, section: str = "") -> dict[str, Any]:
+    """Describe an InternLM2 decoder as fields of a Llama config, which it is once its projection is taken apart.
+
+    Args:
+        released: Content of a config.json.
+        section: Where in it the decoder is described; by default the file describes nothing else.
+
+    Raises:
+        ValueError: When a field is missing, has the wrong type or says what Llama cannot do.
+    """
+    fields = {name: read_field(released, _at(section, llm), kind) for name, (llm, _, kind) in DECODER_FIELDS.items()}
+    num_heads, num_groups = fields["num_attention_heads"], fields["num_key_value_heads"]
+    if num_groups < 1 or num_heads % num_groups:
+        raise ValueError(
+            f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_groups})."
+        )
+    rope = _rope_parameters(released, section)
+    rope.pop("max_position_embeddings", None)
+    return fields | {
+        "model_type": "llama",
+        "num_hidden_layers": read_field(released, _at(section, "num_hidden_layers"), int),
+        "rope_parameters": rope,
+        "max_position_embeddings": read_field(released, _at(section, "max_position_embeddings"), int),
+        "tie_word_embeddings": read_field(released, _at(section, "tie_word_embeddings"), bool),
+        "initializer_range": read_field(released, _at(section, "initializer_range"), float),
+        **{
+            name: read_field(released, _at(section, name), int, list, None)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        },
+    }
+
+
+def _at(section: str, name: str) -> str:
+    return f"{section}.{name}" if section else name
 
 
 def tile_size(released: dict) -> int:
@@ -243,13 +268,6 @@ def _check_supported(released: dict) -> None:
         raise ValueError(
             f"The holistic layers and the language model must be alike to form one decoder: {'; '.join(differing)}."
         )
-    num_heads, num_groups = (
-        read_field(released, f"llm_config.{name}", int) for name in ("num_attention_heads", "num_key_value_heads")
-    )
-    if num_groups < 1 or num_heads % num_groups:
-        raise ValueError(
-            f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_groups})."
-        )
     placeholder, vocab_size = (
         read_field(released, path, int) for path in ("embedding_config.img_context_token_id", "llm_config.vocab_size")
     )
@@ -273,14 +291,15 @@ def _shuffle(released: dict) -> tuple[str, float]:
 
 def _rope_parameters(released: dict, section: str) -> dict:
     """Rotary parameters of one section in transformers' words; dynamic scaling also needs the table's length."""
-    rope = {"rope_type": "default", "rope_theta": read_field(released, f"{section}.rope_theta", float)}
-    if read_field(released, f"{section}.rope_scaling", dict, None) is not None:
-        rope["rope_type"] = read_field(released, f"{section}.rope_scaling.type", str)
-        rope["factor"] = read_field(released, f"{section}.rope_scaling.factor", float)
+    rope = {"rope_type": "default", "rope_theta": read_field(released, _at(section, "rope_theta"), float)}
+    scaling = _at(section, "rope_scaling")
+    if read_field(released, scaling, dict, None) is not None:
+        rope["rope_type"] = read_field(released, f"{scaling}.type", str)
+        rope["factor"] = read_field(released, f"{scaling}.factor", float)
         if rope["rope_type"] not in ("dynamic", "linear"):
-            raise ValueError(f"{section}.rope_scaling.type must be 'dynamic' or 'linear', got {rope['rope_type']!r}.")
+            raise ValueError(f"{scaling}.type must be 'dynamic' or 'linear', got {rope['rope_type']!r}.")
     if rope["rope_type"] == "dynamic":
-        rope["max_position_embeddings"] = read_field(released, f"{section}.max_position_embeddings", int)
+        rope["max_position_embeddings"] = read_field(released, _at(section, "max_position_embeddings"), int)
     return rope
 
 
@@ -359,7 +378,7 @@ def tensor_rows(config: HoVLEConfig, released_ties: bool) -> list[Row]:
     for name, shape in shapes.items():
         released = _released_name(name, config.num_embedding_layers)
         grouped.setdefault(UNUSED_TABLE if released_ties and released == HEAD else released, {})[name] = shape
-    rows = [_row(released, parts, config) for released, parts in grouped.items()]
+    rows = [_row(released, parts, config.text_config) for released, parts in grouped.items()]
     unused = [(CLASS_EMBEDDING, (1, 1, table[1])), (UNUSED_TABLE, table)][: 1 if released_ties else 2]
     return rows + [Row(name, shape, {name: shape}) for name, shape in unused]
 
@@ -376,7 +395,7 @@ def _released_name(name: str, num_embedding_layers: int) -> str:
     return f"{section}.{index}.{LAYER_RENAMES[layer[2]]}.{kind}"
 
 
-def _row(released: str, parts: dict[str, tuple[int, ...]], config: HoVLEConfig) -> Row:
+def _row(released: str, parts: dict[str, tuple[int, ...]], text: Any) -> Row:
     shape = next(iter(parts.values()))
     if released == POSITIONS:  # slot 0 belongs to the class embedding
         slots, width = shape[1:]
@@ -389,7 +408,7 @@ def _row(released: str, parts: dict[str, tuple[int, ...]], config: HoVLEConfig) 
         )
     if len(parts) == 1:
         return Row(released, shape, parts)
-    text: Any = config.text_config  # wqkv: rows are (key-value head, [its queries, key, value], head size)
+    # wqkv: rows are (key-value head, [its queries, key, value], head size)
     groups = text.num_key_value_heads
     queries = text.num_attention_heads // groups
     return Row(
@@ -399,6 +418,24 @@ def _row(released: str, parts: dict[str, tuple[int, ...]], config: HoVLEConfig) 
         split=lambda tensor: tensor.unflatten(0, (groups, queries + 2, -1)).split([queries, 1, 1], dim=1),
         join=lambda pieces: torch.cat([piece.unflatten(0, (groups, -1, text.head_dim)) for piece in pieces], dim=1),
     )
+
+
+def decoder_rows(config: LlamaConfig) -> list[Row]:
+    """List every tensor of a bare InternLM2 language model and the tensors of `LlamaForCausalLM` it becomes.
+
+    Args:
+        config: The Llama config that `decoder_fields` describes.
+    """
+    with torch.device("meta"):
+        state = LlamaForCausalLM(config).state_dict()
+    grouped: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, tensor in state.items():
+        inner = f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
+        released = UNUSED_TABLE if name == "model.embed_tokens.weight" else _released_name(inner, 0)
+        grouped.setdefault(released.removeprefix("language_model."), {})[name] = tuple(tensor.shape)
+    if config.tie_word_embeddings:
+        del grouped[HEAD.removeprefix("language_model.")]
+    return [_row(released, parts, config) for released, parts in grouped.items()]
 
 
 def is_extra(name: str) -> bool:

@@ -86,7 +86,7 @@ def finish_stage(output, stage, overrides=()):
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     entries = [
         {"event": "start", "time": 100.0, "device": "cpu", "num_threads": 2, "dtype": "bfloat16", "compiled": True}
-        | {"torch": "2.14.1", "commit": None},
+        | {"processor": "one", "torch": "2.14.1", "commit": None},
         {"event": "validation", "time": 101.0, "image_cosine": 0.0},
         {"step": 10, "loss": 1.0, "elapsed_seconds": 5.0, "tokens_per_second": 100.0, "time": 106.0},
         {"step": 20, "loss": 1.0, "elapsed_seconds": 4.0, "tokens_per_second": 50.0, "time": 110.0},

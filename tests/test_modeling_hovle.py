@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     BartConfig,
     Cohere2Config,
+    CompileConfig,
     DynamicCache,
     Gemma2Config,
     Gemma3TextConfig,
@@ -35,6 +36,7 @@ from transformers import (
     Qwen3Config,
     SmolLM3Config,
     Starcoder2Config,
+    StaticCache,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.internvl.modeling_internvl import InternVLModel
@@ -672,6 +674,139 @@ def test_a_static_cache_generates_the_same_tokens(stem, image_attention):
     dynamic = greedy(model, **batch(), max_new_tokens=5)
     static = greedy(model, **batch(), max_new_tokens=5, cache_implementation="static", disable_compile=True)
     assert torch.equal(dynamic, static)
+
+
+SHUFFLE = 4  # patches HoVLE-HD's holistic layers see where the language model sees one image token
+
+
+def cache_lengths(cache) -> tuple[int, int]:
+    """Slots of a static cache in HoVLE-HD's language layers and in its holistic layers, as allocated."""
+    lengths = [layer.keys.shape[2] for layer in cache.layers]
+    assert lengths == [lengths[0]] * 3 + [lengths[-1]] * 2
+    assert lengths == [layer.max_cache_len for layer in cache.layers]
+    return lengths[0], lengths[-1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "added"),
+    [
+        ([0], 1),
+        ([1], 4),
+        ([2], 0),
+        ([0, 1, 2], 4),  # the row of two pictures has 4 tiles; all five of the batch are in no row
+        ([0, 2], 1),
+    ],
+)
+def test_hd_s_static_cache_is_as_long_as_the_longest_row(rows, added):
+    model = shared_model("post")
+    input_ids, attention_mask = pad_left(*[PROMPTS[row] for row in rows])
+    pictures = [PICTURES[row] for row in rows if PICTURES[row] is not None]
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    inputs |= {"pixel_values": torch.cat(pictures)} if pictures else {}
+    expected = greedy(model, **inputs, max_new_tokens=5)
+    model._previous_max_cache_length = -1  # what other tests asked for
+    found = greedy(
+        model,
+        **inputs,
+        max_new_tokens=5,
+        cache_implementation="static",
+        disable_compile=True,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(found.sequences, expected)
+    length = input_ids.shape[1] + 5 - 1  # the last token is not read again
+    assert cache_lengths(found.past_key_values) == (length, length + added * TOKENS * (SHUFFLE - 1))
+
+
+def test_hd_s_static_cache_serves_beam_search():
+    model = shared_model("post")
+    options = {**batch(), "max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 3, "do_sample": False}
+    expected = model.generate(**options)
+    model._previous_max_cache_length = -1
+    found = model.generate(
+        **options, cache_implementation="static", disable_compile=True, return_dict_in_generate=True
+    )
+    assert torch.equal(found.sequences, expected)
+    assert cache_lengths(found.past_key_values) == (24, 24 + 4 * TOKENS * (SHUFFLE - 1))
+    assert found.past_key_values.layers[0].keys.shape[0] == 9
+
+
+def test_a_static_cache_of_one_s_own_counts_the_language_model_s_tokens():
+    model = shared_model("post")
+    expected = greedy(model, **batch(), max_new_tokens=5)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=30)
+    assert torch.equal(
+        greedy(model, **batch(), max_new_tokens=5, past_key_values=cache, disable_compile=True), expected
+    )
+    assert cache_lengths(cache) == (30, 30 + 4 * TOKENS * (SHUFFLE - 1))
+    cache.reset()  # the same prompts fit again, and the padding of the first ones is forgotten
+    assert torch.equal(
+        greedy(model, **batch(), max_new_tokens=5, past_key_values=cache, disable_compile=True), expected
+    )
+
+
+def test_a_static_cache_forgets_padding_when_it_is_reset():
+    model = shared_model("post")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=30)
+    greedy(model, **batch(), max_new_tokens=2, past_key_values=cache, disable_compile=True)
+    cache.reset()
+    other = {"input_ids": torch.arange(5, 35).view(3, 10)}
+    expected = greedy(model, **other, max_new_tokens=5)
+    found = greedy(model, **other, max_new_tokens=5, past_key_values=cache, disable_compile=True)
+    assert torch.equal(found, expected)
+
+
+def test_pictures_beyond_a_used_static_cache_are_refused_with_the_lengths():
+    model = shared_model("post")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=12)
+    with torch.no_grad():
+        model(PROMPTS[2], past_key_values=cache)  # 5 tokens of text give both parts 12 slots
+        with pytest.raises(ValueError, match=r"12 slots in HoVLE-HD's holistic layers.* need 23.* 11 more tokens"):
+            model(prompt(5, [1], 6), PICTURES[0], past_key_values=cache)
+
+
+def test_a_second_picture_uses_what_room_a_static_cache_has():
+    model = shared_model("post")
+    second = prompt(30, [1], 31)
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40)
+    with torch.no_grad():
+        model(PROMPTS[2], past_key_values=cache)
+        found = model(second, PICTURES[0], past_key_values=cache).logits
+        expected = model(torch.cat([PROMPTS[2], second], dim=1), PICTURES[0]).logits
+    assert_close(found, expected[:, -second.shape[1] :])
+
+
+def test_hd_s_static_cache_stays_within_a_sliding_window():
+    bare = bare_language_model(MistralConfig, sliding_window=12)
+    model = shake(
+        HoVLEForConditionalGeneration.from_language_model(
+            bare, 1, image_size=56, image_token_id=IMAGE, pixel_shuffle_loc="post"
+        )
+    ).eval()
+    expected = greedy(model, **batch(), max_new_tokens=5)
+    static = greedy(
+        model,
+        **batch(),
+        max_new_tokens=5,
+        cache_implementation="static",
+        disable_compile=True,
+        return_dict_in_generate=True,
+    )
+    assert torch.equal(static.sequences, expected)
+    assert {layer.keys.shape[2] for layer in static.past_key_values.layers} == {12}
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
+def test_decoding_with_hd_s_static_cache_compiles_as_one_graph(rows):
+    model = tiny_model("post")
+    inputs = batch() if len(rows) > 1 else {"input_ids": PROMPTS[0], "pixel_values": PICTURES[0]}
+    expected = greedy(model, **inputs, max_new_tokens=4)
+    config = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True
+    torch._dynamo.reset()
+    found = greedy(model, **inputs, max_new_tokens=4, cache_implementation="static", compile_config=config)
+    assert torch.equal(found, expected)
+    assert hasattr(model, "_compiled_call")
 
 
 def test_a_static_cache_works_with_one_sliding_window_in_all_layers():

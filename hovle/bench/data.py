@@ -18,7 +18,6 @@ Tiles of the first two are compared: largest and mean difference in grey levels 
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -30,7 +29,7 @@ import torch
 from PIL import Image
 
 from ..image_processing_hovle import HoVLEImageProcessor
-from ..machine import processor_name
+from ..machine import environment
 from ..pictures import decode_plain_jpeg, load_picture
 from ..train.pixels import read_tiles
 
@@ -122,7 +121,7 @@ def bench_data(args: argparse.Namespace) -> dict:
         "max_tiles": args.max_tiles,
         "rounds": args.rounds,
         **figures,
-        "environment": environment(),
+        "environment": {**environment("pillow", "simplejpeg"), "threads": 1, "date": time.strftime("%Y-%m-%d")},
     }
 
 
@@ -137,25 +136,6 @@ def _pictures(args: argparse.Namespace, folder: Path) -> list[Path]:
     if not paths:
         raise ValueError(f"{args.pictures} holds no JPEG files.")
     return paths
-
-
-def environment() -> dict:
-    """What a reader needs to judge the figures."""
-    import importlib.metadata
-
-    packages = {}
-    for name in ("torch", "transformers", "pillow", "simplejpeg"):
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = "not installed"
-    return {
-        "processor": processor_name(),
-        "threads": 1,
-        "python": platform.python_version(),
-        **packages,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ from ..train.data import PackedBatches, Record, ReplySamples, Sample, StreamPosi
 from ..train.loop import to_device, train_step
 from ..train.objectives import NextTokenObjective, ObjectiveOutput, norm_ratio
 from ..train.pixels import PixelNormalization
-from ..train.report import environment
+from ..train.report import run_environment
 from ..train.setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
 from ..train.stage import make_accelerator
 from ..train.trial import Trial
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     accelerator = make_accelerator()
     keep_freed_memory()  # for every variant, the Trainer too
     dtype = fastest_dtype(accelerator.device)
-    result: dict[str, Any] = {"environment": environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
+    result: dict[str, Any] = {"environment": run_environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
     for stage in ("distillation", "alignment"):
         result["steps"][stage] = take_apart(bench_config(stage), accelerator, dtype)
         _say(f"{stage}: {result['steps'][stage]['gemm_peak_share']:.0%} of the peak of its own matrix products")

@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     """Train one stage; return the exit code."""
     folder = run_stage(load_stage(args.recipe, args.overrides), resume=args.resume, dry_run=args.dry_run)
     if not args.dry_run:
-        print(f"Model saved in {folder}")  # noqa: T201 - this is the command's output
+        from accelerate import PartialState  # an extra, which the stage has used
+
+        PartialState().print(f"Model saved in {folder}")  # on the main process
     return 0
 
 

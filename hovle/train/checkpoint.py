@@ -114,8 +114,11 @@ def find_checkpoint(output: Path) -> Path | None:
 
 
 def load_training_state(checkpoint: Path) -> dict:
-    """Read optimizer, random and data state; tensors and plain values only, no object of any other class."""
-    return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True)
+    """Read optimizer, random and data state; tensors and plain values only, no object of any other class.
+
+    Tensors are mapped, not read: processes that all do so share the pages they look at, and none holds a copy.
+    """
+    return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)
 
 
 def changed_fields(old: dict, new: dict) -> list[str]:
@@ -237,9 +240,18 @@ def restore_rng(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def trainable_state(objective: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter that learns, whole, the training-only projection and adapters included (together)."""
-    return {name: whole(item.detach()).cpu() for name, item in objective.named_parameters() if item.requires_grad}
+def trainable_state(objective: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
+    """Every parameter that learns, whole, the training-only projection and adapters included (together).
+
+    All processes of a sharded objective take part; those that do not `keep` the result get none.
+    """
+    state = {}
+    for name, item in objective.named_parameters():
+        if item.requires_grad:
+            tensor = whole(item.detach())
+            if keep:
+                state[name] = tensor.cpu()
+    return state
 
 
 @torch.no_grad()

@@ -6,7 +6,16 @@ out. A product costs once for the forward pass, once more for the gradient of it
 more for the gradient of its input where anything before it learns; a frozen language model above trained layers is
 such a case.
 
-Memory counts tensors; `memory.py` finds what autograd keeps.
+Memory counts tensors; `memory.py` finds what autograd keeps. What settings change:
+
+- `activation_checkpointing`: a layer keeps its input only; the backward pass runs it once more, up to the last
+  product, and so needs one layer's activations beside what it works with anyway.
+- `sharding: full`: each of P processes holds a Pth of all weights, gradients and moments, and beside them what is
+  joined while it is used: one decoder layer, and from the first forward to the last backward product all that is in
+  no decoder layer (stem, tables, head, teacher), whose gradients are cut up at the end. Exchange takes no time here.
+- `quantize_frozen`: weights of the language model's linear maps in 8 or 4 bits with their scales, on a CPU beside the
+  exact ones; products count as before.
+- `teacher.cache`: a step has no teacher; what filling the cache costs is not in it.
 """
 
 import dataclasses
@@ -28,6 +37,12 @@ ATTENTION_BACKWARD = 2.5
 
 FROM_LANGUAGE_MODEL = ("language_model", "text_embeddings")
 """Parameter groups whose frozen weights are as released."""
+
+QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5 + 1 / 64 + 4 / (64 * 256)}
+"""Bytes per weight in bitsandbytes' formats; NF4 has an 8-bit scale per block of 64 and a float32 per 256 scales."""
+
+INT8_ROW_BYTES = 4
+"""LLM.int8's scale of each row."""
 
 ADAM_BYTES = 28
 """Bytes AdamW moves per parameter: it reads weight, gradient and two moments and writes all but the gradient."""
@@ -159,6 +174,7 @@ class StageCost:
         self.groups = {name: _count(items) for name, items in parameter_groups(self.model).items()}
         self.num_adapters = _num_adapters(self.model, config)
         self._teacher = None if config.teacher is None else teacher_shapes(config.teacher)
+        self.has_teacher = config.teacher is not None and config.teacher.cache is None  # in its steps
 
     # Parameters
 
@@ -200,6 +216,8 @@ class StageCost:
             flops |= self._language_model_flops(work)
         else:
             flops |= self._teacher_flops(work)
+        if self.config.activation_checkpointing:
+            flops["layers run again"] = self._recomputed_flops(work)
         return {name: count for name, count in flops.items() if count}
 
     def _stem_flops(self, num_tiles: float) -> float:
@@ -237,31 +255,48 @@ class StageCost:
             * _passes(learning.language, learning.before_loss),
         }
 
+    def _recomputed_flops(self, work: Workload) -> float:
+        """One more forward pass of the layers whose activations the backward pass needs, but for its last product.
+
+        The first layer of a section that learns from its own inputs on is among them.
+        """
+        config, learning, text = self.model_config, self.learning, self.model_config.text_config
+        length = work.holistic_length(config)
+        last_product = 2 * text.hidden_size * text.intermediate_size
+        total = 0.0
+        if learning.before_language:
+            layers, num_layers = self.model.model.embedding_layers, config.num_embedding_layers
+            per_token = _products(layers, config) - num_layers * last_product
+            total += per_token * length * work.num_rows
+            total += self._attention_flops(work.num_rows, length, num_layers, learns=False)
+        if learning.before_loss and self.runs_language_model:
+            layers, num_layers = self.model.model.language_layers, config.num_language_layers
+            per_token = _products(layers, config) + 2 * self.num_adapters
+            per_token -= 0 if learning.lora else num_layers * last_product  # adapters come after what they adapt
+            total += per_token * work.num_tokens
+            total += self._attention_flops(work.num_rows, work.row_length, num_layers, learns=False)
+        return total
+
     def _teacher_flops(self, work: Workload) -> dict[str, float]:
         tokens = work.num_tiles * self.model_config.image_seq_length
         return {
-            "teacher": work.num_tiles * (self._teacher.flops_per_tile if self._teacher else 0),
+            "teacher": work.num_tiles * (self._teacher.flops_per_tile if self.has_teacher and self._teacher else 0),
             "projection": 2 * tokens * self._num_projection * 3,
         }
 
     # Memory
 
-    def memory(self, work: Workload) -> "Memory":
+    def memory(self, work: Workload, num_processes: int = 1, on_cpu: bool = False) -> "Memory":
         """Bytes on one device in a step after the first.
 
         Args:
             work: One micro-batch of one process.
+            num_processes: Among how many `sharding: full` cuts.
+            on_cpu: Whether that device also holds what a GPU would leave in the CPU's memory.
         """
         config = self.model_config
-        kept = self._activations(work.row_length, round(work.holistic_length(config)))
         learns = {name: size * (name in self.config.trainable) for name, size in self.groups.items()}
         head = config.text_config.hidden_size * config.text_config.vocab_size
-        table = 4 * head
-        # What rounds to nothing is stored in the format of the products: what came with the language model.
-        frozen = sum(
-            (self.groups[name] - learns[name]) * (self.dtype.itemsize if name in FROM_LANGUAGE_MODEL else 4)
-            for name in self.groups
-        )
         head_learns = head * self.learning.language
         gradients = (
             learns["stem"] + learns["text_embeddings"],
@@ -269,25 +304,102 @@ class StageCost:
             learns["language_model"] - head_learns + self.num_adapters,
             head_learns + self._num_projection,
         )
-        tied_gradient = table if self.learning.language and config.tie_word_embeddings else 0
-        num_positions = work.num_supervised if self.runs_language_model else work.num_tokens
-        loss_working = 10 * config.text_config.vocab_size if self.runs_language_model else 0
-        holistic, language = kept.holistic_layer.at(work.num_rows), kept.language_layer.at(work.num_rows)
-        return Memory(
-            weights=4 * self.num_trainable + frozen,
-            teacher=0
-            if self.runs_language_model
-            else table + 4 * (self._teacher.num_parameters if self._teacher else 0),
+        tied_gradient = 4 * head if self.learning.language and config.tie_word_embeddings else 0
+        activations, working = self._kept_and_working(work)
+        plain = Memory(
+            weights=self._weight_bytes(on_cpu),
+            teacher=0 if self.runs_language_model else 4 * (head + self._num_teacher),
             optimizer=8 * self.num_trainable,
             gradients=tuple(4 * count for count in gradients),
-            activations=(
-                kept.stem.at(work.num_tiles),
-                holistic * config.num_embedding_layers,
-                language * config.num_language_layers * self.runs_language_model,
-                kept.loss.at(num_positions),
-            ),
-            working=(tied_gradient, holistic, language * self.runs_language_model, loss_working * num_positions),
+            activations=activations,
+            working=(max(tied_gradient, working[0]), *working[1:]),
             keeps_gradients=self.config.gradient_accumulation_steps > 1,
+        )
+        is_cut = self.config.sharding == "full" and num_processes > 1
+        return self._in_pieces(plain, num_processes) if is_cut else plain
+
+    @property
+    def _num_teacher(self) -> int:
+        return self._teacher.num_parameters if self.has_teacher and self._teacher else 0
+
+    def _weight_bytes(self, on_cpu: bool) -> float:
+        """Model and adapters. What the optimizer changes is in float32; frozen weights are as they are stored."""
+        frozen: float = sum(
+            size * self._frozen_bytes(name) for name, size in self.groups.items() if name not in self.config.trainable
+        )
+        bits = self.config.quantize_frozen
+        if bits != "none":
+            linear = [module for module in self.model.model.language_layers.modules() if isinstance(module, nn.Linear)]
+            weights = sum(module.weight.numel() for module in linear)
+            frozen += weights * QUANTIZED_BYTES[bits]
+            frozen += INT8_ROW_BYTES * sum(module.out_features for module in linear) * (bits == "int8")
+            frozen -= 0 if on_cpu else weights * self.dtype.itemsize
+        return 4 * self.num_trainable + frozen
+
+    def _frozen_bytes(self, group: str) -> int:
+        """Bytes of a frozen weight: what rounds to nothing, the released ones, is in the format of the products."""
+        return self.dtype.itemsize if group in FROM_LANGUAGE_MODEL else 4
+
+    def _kept_and_working(self, work: Workload) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """What autograd keeps of stem, holistic layers, language model and head, and what each needs beside it."""
+        config = self.model_config
+        length = round(work.holistic_length(config))
+        kept = self._activations(work.row_length, length)
+        sections = []
+        for line, num_layers, num_tokens in (
+            (kept.holistic_layer, config.num_embedding_layers, length),
+            (kept.language_layer, config.num_language_layers * self.runs_language_model, work.row_length),
+        ):
+            layer = line.at(work.num_rows)
+            if not num_layers or not layer:
+                sections.append((0.0, 0.0))
+            elif self.config.activation_checkpointing:
+                entering = 4 * config.text_config.hidden_size * num_tokens * work.num_rows
+                sections.append((entering * num_layers, 2 * layer))
+            else:
+                sections.append((layer * num_layers, layer))
+        num_positions = work.num_supervised if self.runs_language_model else work.num_tokens
+        loss_working = 10 * config.text_config.vocab_size * num_positions if self.runs_language_model else 0
+        (holistic, holistic_working), (language, language_working) = sections
+        return (
+            (kept.stem.at(work.num_tiles), holistic, language, kept.loss.at(num_positions)),
+            (0.0, holistic_working, language_working, loss_working),
+        )
+
+    def _in_pieces(self, plain: "Memory", num_processes: int) -> "Memory":
+        """The same where every process holds a piece of each tensor and joins those it uses."""
+        holistic, language = self.model.model.embedding_layers, self.model.model.language_layers
+        layers = [
+            _count(layer.parameters()) * (4 if name in self.config.trainable else self._frozen_bytes(name))
+            + 4 * num_adapters
+            for name, section, num_adapters in (
+                ("holistic_layers", holistic, 0),
+                ("language_model", language, self.num_adapters / max(1, len(language))),
+            )
+            for layer in section
+        ]
+        teacher = 4 * self._num_teacher
+        biggest = [
+            4 * max((_count(layer.parameters()) for layer in section), default=0) * learns
+            for section, learns in (
+                (holistic, "holistic_layers" in self.config.trainable),
+                (language, self.learning.language),
+            )
+        ]
+        stem, in_holistic, in_language, head = plain.gradients
+        return dataclasses.replace(
+            plain,
+            weights=plain.weights / num_processes,
+            teacher=plain.teacher - teacher + teacher / num_processes,
+            optimizer=plain.optimizer / num_processes,
+            gradients=(stem, in_holistic / num_processes, in_language / num_processes, head),
+            working=(
+                plain.working[0],
+                plain.working[1] + biggest[0],
+                plain.working[2] + biggest[1],
+                plain.working[3],
+            ),
+            joined=plain.weights - sum(layers) + max(layers, default=0) + teacher,
         )
 
     @functools.cache  # noqa: B019 - few sizes, and the object lives as long as its plan
@@ -343,6 +455,8 @@ class Memory:
     """Most the backward pass of each of the four needs at once beside these."""
     keeps_gradients: bool
     """Whether gradients of earlier micro-batches are there while a step's last one runs."""
+    joined: float = 0.0
+    """Whole tensors that pieces are joined to while they are used."""
 
     @property
     def peak(self) -> float:
@@ -352,4 +466,5 @@ class Memory:
             kept = sum(self.activations[: part + 1]) + self.working[part]
             gradients = self.gradients if self.keeps_gradients else self.gradients[part + 1 :]
             moments.append(kept + sum(gradients))
-        return self.weights + self.teacher + self.optimizer + max(*moments, sum(self.gradients))
+        held = self.weights + self.teacher + self.optimizer + self.joined
+        return held + max(*moments, sum(self.gradients))

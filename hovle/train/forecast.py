@@ -9,14 +9,12 @@ from ..configuration_hovle import HoVLEConfig
 from ..machine import matmul_flops_per_second, peak_resident_bytes
 from .config import StageConfig
 from .cost import StageCost, Workload
-from .plan import CPU_MFU, CPU_SLACK_RATIO, GIB, GPU_MFU
+from .plan import CPU_MFU, GIB, GPU_MFU, cpu_slack_ratio
 
 
 def is_planned(config: StageConfig) -> bool:
-    """Whether the plan's costs are those of this stage: it knows timm teachers that run, whole models and layers."""
-    teacher = config.teacher
-    plain = (config.sharding, config.quantize_frozen, config.activation_checkpointing) == ("none", "none", False)
-    return plain and (teacher is None or (teacher.kind == "timm" and teacher.cache is None))
+    """Whether the plan's costs are those of this stage: of teachers it knows timm's only."""
+    return config.teacher is None or config.teacher.kind == "timm"
 
 
 class Forecast:
@@ -43,7 +41,7 @@ class Forecast:
         work = Workload.of_batch(batch)
         with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay as they are
             cost = StageCost(config, model, dtype)
-            flops, memory = sum(cost.flops(work).values()), cost.memory(work)
+            flops, memory = sum(cost.flops(work).values()), cost.memory(work, accelerator.num_processes)
         is_cpu = self.device.type == "cpu"
         reached = matmul_flops_per_second(self.device, dtype) * (CPU_MFU if is_cpu else GPU_MFU)
         to_come = memory.peak - memory.weights - memory.teacher
@@ -51,7 +49,7 @@ class Forecast:
         return {
             "flops_per_step": flops * micro_batches,
             "tokens_per_second": round(work.num_filled * accelerator.num_processes * reached / flops, 1),
-            "peak_memory_gib": round((self._held() + to_come * (1 + CPU_SLACK_RATIO * is_cpu)) / GIB, 3),
+            "peak_memory_gib": round((self._held() + to_come * (1 + cpu_slack_ratio(config) * is_cpu)) / GIB, 3),
         }
 
     def _held(self) -> int:

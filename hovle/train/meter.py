@@ -21,6 +21,14 @@ CPU_ATTENTION = {
 """Attention on the CPU, which torch's counter does not know -> the operation it knows with the same matrices."""
 
 
+def operation_counter() -> FlopCounterMode:
+    """torch's counter of floating-point operations, with attention on the CPU; a context manager."""
+    counter = FlopCounterMode(display=False)
+    known = counter.flop_registry
+    counter.flop_registry = {**known, **{mine: known[torch_s] for mine, torch_s in CPU_ATTENTION.items()}}
+    return counter
+
+
 class Meter:
     """Counts what training does between two log lines, and how long it takes.
 
@@ -116,9 +124,7 @@ def count_flops(objective: Objective, batch: dict, autocast: contextlib.Abstract
     The pass is run once, uncompiled, because a compiled graph hides its operations from the counter; it leaves no
     gradient and draws no random number. A teacher's operations are left out; causal attention counts in full.
     """
-    counter = FlopCounterMode(display=False)
-    known = counter.flop_registry
-    counter.flop_registry = {**known, **{mine: known[torch_s] for mine, torch_s in CPU_ATTENTION.items()}}
+    counter = operation_counter()
     stopwatch, outside = objective.teacher_time, _FlopsInside(counter)
     objective.teacher_time = outside
     devices = [batch["input_ids"].device] if batch["input_ids"].is_cuda else []

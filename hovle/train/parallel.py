@@ -88,10 +88,17 @@ def optimizer_state(objective: Objective, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_optimizer_state(objective: Objective, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Put a whole state back, cut as this run is (together)."""
+    """Put a whole state back, cut as this run is (together).
+
+    The state's tensors may be mapped files: none of them stays in use.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
     set_optimizer_state_dict(objective, optimizer, state, options=StateDictOptions(full_state_dict=True))
+    for values in optimizer.state.values():
+        for name, item in values.items():
+            if isinstance(item, torch.Tensor) and item.device.type == "cpu":
+                values[name] = item.clone()
 
 
 def gather(items: list) -> list:

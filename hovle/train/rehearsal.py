@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ..configuration_hovle import HoVLEConfig
 from ..machine import peak_resident_bytes
@@ -23,22 +22,19 @@ from .adapters import add_lora
 from .config import ExpectedData, StageConfig, load_stage
 from .cost import FROM_LANGUAGE_MODEL, Workload
 from .loop import train_step
+from .meter import operation_counter
 from .objectives import DistillationObjective, NextTokenObjective, Objective
 from .pixels import PixelNormalization
-from .setup import make_optimizer, parameter_groups, select_trainable, store_parameters
-from .teachers import make_teacher
-
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *args, out_shape=None, **kwargs: sdpa_flop_count(query, key, value)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda gradient, query, key, value, *args, out_shape=None, **kwargs: sdpa_backward_flop_count(
-            gradient, query, key, value
-        )
-    ),
-}
-"""Fused attention of CPUs, which torch's counter leaves out."""
+from .quantization import quantize_language_model
+from .setup import (
+    checkpoint_activations,
+    make_optimizer,
+    parameter_groups,
+    select_trainable,
+    store_parameters,
+)
+from .shapes import teacher_shapes
+from .teachers import Targets, make_teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +111,8 @@ def rehearse(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype,
     process_bytes = peak_resident_bytes()
     torch.manual_seed(0)
     objective = random_objective(config, model_config, dtype, folder).train()
+    if config.activation_checkpointing:
+        checkpoint_activations(objective.model)
     optimizer = make_optimizer(objective, config)
     batch = random_batch(config, model_config)
     # Two stand for more: gradients of the first are there while the second runs.
@@ -129,7 +127,7 @@ def rehearse(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype,
     step()  # after it the optimizer has its state
     step_seconds = step()
     peak_bytes = peak_resident_bytes()
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with operation_counter() as counter:
         step()
     flops = counter.get_total_flops() // len(batches)
     return Measured(flops, process_bytes, peak_bytes, step_seconds, Workload.of_batch(batch))
@@ -160,15 +158,27 @@ def random_objective(config: StageConfig, model_config: HoVLEConfig, dtype: torc
     if config.lora is not None:
         add_lora(model, config.lora)
     store_parameters(model, dtype)
+    if config.quantize_frozen != "none":
+        quantize_language_model(model, config.quantize_frozen, dtype, torch.device("cpu"))
     if config.teacher is None:
         return NextTokenObjective(model, PixelNormalization())
+    student_layers = [match.student for match in config.teacher.layers]
+    if config.teacher.cache is not None:
+        targets = RandomTargets(teacher_shapes(config.teacher).widths)
+        return DistillationObjective(model, targets, text_table, config.objective, student_layers)
     import timm  # an extra: only distillation needs it
 
     weights = folder / "teacher.pt"
     torch.save(timm.create_model(config.teacher.name, pretrained=False).state_dict(), weights)
     teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=str(weights)))
-    student_layers = [match.student for match in config.teacher.layers]
     return DistillationObjective(model, teacher, text_table, config.objective, student_layers)
+
+
+class RandomTargets(Targets):
+    """What a cache of features would give."""
+
+    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
+        return torch.randn(len(batch["pixel_values"]), grid_size**2, sum(self.widths))
 
 
 def main(folder: Path, dtype: str) -> None:

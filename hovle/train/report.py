@@ -1,17 +1,14 @@
 """What a run tells people: its log, what it ran on, and what a dry run shows."""
 
 import contextlib
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import transformers
 from torch import nn
 
+from ..machine import environment
 from ..modeling_hovle import IGNORE_INDEX
 from ..processing_hovle import HoVLEProcessor
 from . import checkpoint as checkpoints
@@ -83,23 +80,15 @@ def flatten(values: dict, prefix: str = "") -> dict[str, str | int | float | boo
     return flat
 
 
-def environment(dtype: torch.dtype, is_compiled: bool, accelerator) -> dict:
+def run_environment(dtype: torch.dtype, is_compiled: bool, accelerator) -> dict:
     """What a reader needs to judge a run's figures."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    commit = ""
-    if shutil.which("git"):
-        result = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent, check=False)
-        commit = result.stdout.strip()
     return {
         "device": str(accelerator.device),
         "num_processes": accelerator.num_processes,
         "num_threads": torch.get_num_threads(),
         "dtype": dtype_name(dtype),
         "compiled": is_compiled,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit or None,
+        **environment(),
     }
 
 

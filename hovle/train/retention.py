@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
+from ..language_model import load_language_model
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from .config import RetentionConfig, StageConfig
@@ -102,7 +102,7 @@ class TextRetention:
         if record is None or record.fingerprint != self.fingerprint:
             if self.config.language_model is not None:
                 name = resolve_asset(self.config.language_model)
-                bare = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(model.device)
+                bare = load_language_model(name, dtype=torch.float32).to(model.device)
                 record = BareRecord(self.config.source, self.fingerprint, self.perplexity(bare, autocast))
             elif earlier is None:
                 record = BareRecord(self.config.source, self.fingerprint, self.measured)

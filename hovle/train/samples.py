@@ -286,7 +286,9 @@ class RandomTextSamples(SampleMaker):
         tokenizer = processor.tokenizer
         special = special_ids(tokenizer)
         self.ordinary_ids = torch.tensor([index for index in range(len(tokenizer)) if index not in special])
-        self.stand_in_ids = processor._encode_text(self.STAND_IN, at_start=False)
+        # A SentencePiece tokenizer puts a space before what starts a text or follows a picture, but not a line break.
+        ways = [processor._encode_text(text, at_start=False) for text in (self.STAND_IN, "\n" + self.STAND_IN)]
+        self.stand_in_ids = _common_end(*ways)
 
     def make(self, record: Record, index: int) -> Sample:
         """Place a picture in a user turn, random ordinary tokens after it and as many again in the reply."""
@@ -312,3 +314,11 @@ class RandomTextSamples(SampleMaker):
             chosen = torch.randint(len(self.ordinary_ids), (self.num_random_tokens,), generator=generator)
             ids[place : place + length] = self.ordinary_ids[chosen].tolist()
         return ids
+
+
+def _common_end(left: list[int], right: list[int]) -> list[int]:
+    """The longest end that two lists share."""
+    length = 0
+    while length < min(len(left), len(right)) and left[-1 - length] == right[-1 - length]:
+        length += 1
+    return left[len(left) - length :]

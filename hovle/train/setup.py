@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -12,7 +13,7 @@ from torch import nn
 from .. import assets
 from ..backbones import final_norm
 from ..image_processing_hovle import HoVLEImageProcessor
-from ..machine import compiler_problem, fastest_dtype
+from ..machine import compiler_problem, fastest_dtype, return_freed_memory
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from .config import ModelConfig, StageConfig
@@ -142,6 +143,7 @@ def store_parameters(model: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.float()
         elif torch.equal(parameter.data.to(dtype).to(parameter.dtype), parameter.data):
             parameter.data = parameter.data.to(dtype)
+    return_freed_memory()
 
 
 def make_objective(
@@ -209,9 +211,12 @@ def checkpoint_activations(model: HoVLEForConditionalGeneration) -> None:
     # transformers 5.23 renamed it; the old name goes away in 6.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # It also lets what enters the first layer require a gradient, which only re-entrant checkpoints need: gradients
+    # would be computed through frozen layers that nothing before needs.
+    model.disable_input_require_grads()
 
 
-def compile_layers(model: HoVLEForConditionalGeneration, mode: str) -> bool:
+def compile_layers(model: HoVLEForConditionalGeneration, mode: str, say: Callable[[str], object] = print) -> bool:
     """Compile the decoder layers, which share one graph; `auto` runs eager, and says so, where that is impossible."""
     if mode == "off":
         return False
@@ -219,7 +224,7 @@ def compile_layers(model: HoVLEForConditionalGeneration, mode: str) -> bool:
     if problem is not None:
         if mode == "on":
             raise ValueError(f"compile is on, but torch.compile does not work here: {problem}")
-        print(f"Decoder layers run uncompiled, which is slower: torch.compile does not work here ({problem}).")  # noqa: T201
+        say(f"Decoder layers run uncompiled, which is slower: torch.compile does not work here ({problem}).")
         return False
     if model.device.type == "cpu":
         # The fused CPU attention has a slow backward pass; spelt out, the compiler fuses all but its matrix products.

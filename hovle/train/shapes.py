@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, LlamaConfig, Qwen3Config
+from transformers import LlamaConfig, Qwen3Config
 from transformers.configuration_utils import PreTrainedConfig
 
 from ..configuration_hovle import HoVLEConfig
-from ..language_model import IMAGE_TOKENS, config_around
+from ..language_model import IMAGE_TOKENS, config_around, load_language_config
 from .config import ModelConfig, StageConfig, TeacherConfig, load_stage
 
 
@@ -36,8 +36,7 @@ KNOWN_LANGUAGE_MODELS: dict[str, PreTrainedConfig] = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": _SMOLLM2_135M,
     "HuggingFaceTB/SmolLM2-360M-Instruct": _llama(960, 2560, 32, 15, 5, 49152, tied=True),
     "HuggingFaceTB/SmolLM2-1.7B-Instruct": _llama(2048, 8192, 24, 32, 32, 49152, tied=True),
-    # InternLM2 is Llama with its attention matrices fused; six of HoVLE's nine special tokens are beyond our three.
-    "internlm/internlm2-chat-1_8b": _llama(2048, 8192, 24, 16, 8, 92550, tied=False),
+    "internlm/internlm2-chat-1_8b": _llama(2048, 8192, 24, 16, 8, 92544, tied=False),  # a Llama once it is converted
     "Qwen/Qwen3-1.7B": Qwen3Config(
         hidden_size=2048,
         intermediate_size=6144,
@@ -135,7 +134,7 @@ def language_model_config(name: str) -> PreTrainedConfig:
     if not (Path(name) / "config.json").is_file() and name in KNOWN_LANGUAGE_MODELS:
         return KNOWN_LANGUAGE_MODELS[name]
     try:
-        return AutoConfig.from_pretrained(name)
+        return load_language_config(name)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No config of the language model {name!r}: it is no folder with config.json, it is not among the known "

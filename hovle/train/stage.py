@@ -48,7 +48,7 @@ from .parallel import (
 )
 from .pixels import PixelNormalization, picture_key, read_tiles
 from .quantization import in_full_precision, quantize_language_model
-from .report import check_trackers, describe, environment, make_log, tracking
+from .report import check_trackers, describe, make_log, run_environment, tracking
 from .retention import BareRecord, TextRetention, read_record, write_record
 from .setup import (
     checkpoint_activations,
@@ -185,7 +185,7 @@ class Stage:
             "dtype": dtype_name(self.dtype),
             "config": self.config.to_dict(),
             "data_fingerprint": self.mixture.fingerprint,
-            "trainable": checkpoints.trainable_state(self.objective),
+            "trainable": checkpoints.trainable_state(self.objective, self.accelerator.is_main_process),
             "optimizer": optimizer_state(self.objective, optimizer),
             "rng": gather([checkpoints.rng_state()]),
             "best": best,
@@ -247,7 +247,7 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     state = None
     if resume:
         with together():
-            state = load_state(config, mixture.fingerprint, accelerator.num_processes)
+            state = load_state(config, mixture.fingerprint, accelerator)
     if state:
         skips.load_state_dict(state["skips"])
     seed_everything(config.seed)
@@ -295,7 +295,7 @@ def train_and_save(stage: Stage, resume: bool) -> None:
         prepare_teacher(stage, objective)
     if config.activation_checkpointing:
         checkpoint_activations(stage.model)
-    is_compiled = compile_layers(stage.model, config.compile)
+    is_compiled = compile_layers(stage.model, config.compile, accelerator.print)
     if stage.retention:
         stage.retention.start(config, stage.model, stage.autocast, stage.first_step)
     wrapped = spread(objective, config.sharding, accelerator)
@@ -332,7 +332,7 @@ def train_and_examine(
     on_device = to_device(first_batch, accelerator.device)
     meter = Meter(stage.objective, on_device, stage.autocast, stage.dtype, accelerator.num_processes)
     forecast = Forecast(config, stage.model.config, stage.dtype, first_batch, accelerator)
-    facts = {**environment(stage.dtype, is_compiled, accelerator), **meter.facts(), "handoff": stage.handoff}
+    facts = {**run_environment(stage.dtype, is_compiled, accelerator), **meter.facts(), "handoff": stage.handoff}
     log({"event": "start", "step": stage.first_step, **facts, "predicted": forecast.predicted})
     examiner = stage.examiner(wrapped, log)
     if retention:
@@ -413,14 +413,15 @@ def find_standing(output: Path) -> str | None:
     return own
 
 
-def load_state(config: StageConfig, fingerprint: str, num_processes: int) -> dict | None:
+def load_state(config: StageConfig, fingerprint: str, accelerator) -> dict | None:
     """Read the newest checkpoint's state, None where there is none; ValueError unless this run continues it."""
     newest = checkpoints.find_checkpoint(Path(config.output))
     if newest is None:
-        print(f"{config.output} holds no checkpoint yet: starting at step 0.")  # noqa: T201 - not silently
+        accelerator.print(f"{config.output} holds no checkpoint yet: starting at step 0.")
         return None
     state = checkpoints.load_training_state(newest)
     checkpoints.check_same_run(config, state, fingerprint)
+    num_processes = accelerator.num_processes
     num_lanes, found = config.gradient_accumulation_steps * num_processes, len(state["position"]["lanes"])
     if num_lanes != found:
         raise ValueError(
@@ -539,7 +540,7 @@ def claim_output(output: Path, config: StageConfig, resume: bool) -> None:
 
 def finish(stage: Stage) -> None:
     """Write the trained model with a hand-off probe, and the adapters alone when nothing else learned (together)."""
-    weights, trained = stage.weights(), checkpoints.trainable_state(stage.objective)
+    weights, trained = stage.weights(), checkpoints.trainable_state(stage.objective, stage.accelerator.is_main_process)
     with together():
         if stage.accelerator.is_main_process:
             if stage.peft_model is not None and all(".lora_" in name for name in trained):

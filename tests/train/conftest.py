@@ -143,6 +143,21 @@ def teacher_weights(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture
+def one_process():
+    """What training asks of an accelerator, for a single process on the CPU."""
+
+    class OneProcess:
+        device = torch.device("cpu")
+        num_processes = 1
+        is_main_process = True
+
+        def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+            return tensor
+
+    return OneProcess()
+
+
 Recipe = Callable[..., StageConfig]
 
 

@@ -5,9 +5,11 @@ import dataclasses
 import pytest
 import torch
 import yaml
+from torch import nn
 
+from hovle.train import quantization
 from hovle.train.config import load_stage
-from hovle.train.cost import StageCost, Workload
+from hovle.train.cost import INT8_ROW_BYTES, QUANTIZED_BYTES, StageCost, Workload
 from hovle.train.plan import TOLERANCE, check_stage
 from hovle.train.rehearsal import random_batch, rehearse
 from hovle.train.shapes import model_config
@@ -26,6 +28,10 @@ NEXT_TOKEN = {
     "adapters": ["trainable=[]", "lora.rank=4"],
     "adapters and alignment": ["lora.rank=4"],
     "two micro-batches": ["gradient_accumulation_steps=2"],
+    "checkpointing": ["activation_checkpointing=true"],
+    "checkpointing, stem alone": ["trainable=[stem]", "activation_checkpointing=true"],
+    "checkpointing, the language model alone": ["trainable=[language_model]", "activation_checkpointing=true"],
+    "checkpointing adapters": ["lora.rank=4", "activation_checkpointing=true"],
 }
 
 
@@ -88,6 +94,98 @@ def test_gradients_of_earlier_micro_batches_stay_through_the_next_one(next_token
     assert peaks[1] > peaks[0]
 
 
+def costs(load, *settings: str) -> tuple[StageCost, StageCost, Workload]:
+    """What a stage costs without and with some settings, in bfloat16, and the micro-batch of both."""
+    plain, changed = load(EXPECTED), load(EXPECTED, *settings)
+    model = model_config(plain)
+    parts = [StageCost(config, model, torch.bfloat16) for config in (plain, changed)]
+    return *parts, Workload.expected(plain, model)
+
+
+def test_checkpointed_layers_keep_what_enters_them_and_run_once_more(next_token_config):
+    plain, checkpointed, work = costs(next_token_config, "activation_checkpointing=true")
+    before, after = plain.memory(work), checkpointed.memory(work)
+    entering = 2 * 192 * 64 * 4  # rows x tokens x width, float32
+    assert after.activations[1:3] == (2 * entering, 2 * entering)  # two layers in either part
+    assert after.working[1:3] == tuple(2 * kept / 2 for kept in before.activations[1:3])
+    assert (after.activations[0], after.activations[3]) == (before.activations[0], before.activations[3])
+    assert after.peak < before.peak
+    # Matrices of width 64, keys and values of 32, an MLP of 128 without its last; then scores: two products of T x T.
+    matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 2 * 64 * 128) * 2 * 192
+    scores = 4 * 2 * 192**2 * 64
+    assert checkpointed.flops(work)["layers run again"] == 4 * (matrices + scores)
+    assert "layers run again" not in plain.flops(work)
+
+
+def test_layers_that_keep_nothing_are_not_run_again(next_token_config):
+    _, checkpointed, work = costs(next_token_config, "trainable=[]", "lora.rank=4", "activation_checkpointing=true")
+    memory = checkpointed.memory(work)
+    assert memory.activations[1] == memory.working[1] == 0  # nothing learns in or before the holistic layers
+    assert memory.activations[2] == 2 * 2 * 192 * 64 * 4
+    adapters = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)) * 2 * 192
+    matrices = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) * 2 * 192
+    scores = 4 * 2 * 192**2 * 64
+    assert checkpointed.flops(work)["layers run again"] == 2 * (adapters + matrices + scores)
+
+
+def test_shards_are_a_share_of_everything_and_what_is_joined(next_token_config):
+    plain, sharded, work = costs(next_token_config, "sharding=full")
+    before, after = plain.memory(work), sharded.memory(work, num_processes=4)
+    assert (after.weights, after.optimizer) == (before.weights / 4, before.optimizer / 4)
+    stem, holistic, language, head = before.gradients
+    assert after.gradients == (stem, holistic / 4, language, head)  # the stem's are cut up at the end
+    assert language == head == 0
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64  # matrices and two norms
+    assert plain.groups["holistic_layers"] == 2 * layer
+    rest = before.weights - 2 * layer * 4 - 2 * layer * 2  # two learn in float32, two are frozen in bfloat16
+    assert after.joined == rest + layer * 4
+    assert after.working[1] == before.working[1] + layer * 4  # its gradient is whole before it is cut
+    assert after.peak < before.peak + after.joined
+    assert sharded.memory(work) == before  # one process has nobody to share with
+    assert plain.memory(work, num_processes=4) == before
+    assert sharded.flops(work) == plain.flops(work)
+
+
+def test_a_sharded_teacher_is_whole_while_it_is_used(distillation_config):
+    plain, sharded, work = costs(distillation_config, "sharding=full")
+    before, after = plain.memory(work), sharded.memory(work, num_processes=2)
+    teacher = before.teacher - 4 * 64 * plain.model_config.text_config.vocab_size
+    assert after.teacher == before.teacher - teacher / 2
+    rest = before.weights - sum(4 * plain.groups[name] for name in ("holistic_layers",)) - 2 * 2 * 36992
+    assert after.joined == rest + teacher + 4 * 36992
+
+
+@pytest.mark.parametrize(("bits", "expected"), [("int8", 36864 + 4 * 512), ("int4", 36864 * (0.5 + 65 / 4096))])
+def test_quantised_maps_take_their_bits_and_scales(next_token_config, bits, expected):
+    plain, quantised, work = costs(next_token_config, f"quantize_frozen={bits}")
+    before = plain.memory(work).weights
+    # A layer's maps have 36,864 weights in 512 rows; there are two layers.
+    assert quantised.memory(work).weights == pytest.approx(before - 2 * 2 * 36864 + 2 * expected, abs=1)
+    assert quantised.memory(work, on_cpu=True).weights == pytest.approx(before + 2 * expected, abs=1)
+    assert quantised.flops(work) == plain.flops(work)
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantised_maps_have_the_bytes_that_bitsandbytes_gives_them(bits):
+    linear = nn.Linear(2048, 1024, bias=False)
+    weight = quantization._quantized(linear, bits, torch.bfloat16).to("cpu").weight
+    if bits == "int8":
+        found, rows = weight.data.nbytes + weight.SCB.nbytes, 1024
+    else:
+        state = weight.quant_state
+        scales = [state.absmax, state.state2.absmax] if state.nested else [state.absmax]
+        found, rows = weight.data.nbytes + sum(item.nbytes for item in scales), 0
+    assert found == pytest.approx(2048 * 1024 * QUANTIZED_BYTES[bits] + INT8_ROW_BYTES * rows, rel=1e-3)
+
+
+def test_a_cache_takes_the_teacher_s_place(distillation_config, tmp_path):
+    plain, cached, work = costs(distillation_config, "teacher.cache=features")
+    assert plain.flops(work).keys() - cached.flops(work).keys() == {"teacher"}
+    assert cached.memory(work).teacher == 4 * 64 * plain.model_config.text_config.vocab_size
+    assert cached.num_trainable == plain.num_trainable  # the projection stays
+    assert_counted(distillation_config(EXPECTED, "teacher.cache=features"), torch.float32, tmp_path, tolerance=0.02)
+
+
 SMOLLM2_135M = {
     "output": "runs/check",
     "model": {"language_model": "asset:smollm2-135m-instruct", "num_embedding_layers": 6, "image_size": 112},
@@ -110,6 +208,10 @@ STAGES = {
     "alignment": {},
     "tuning": {"trainable": ["stem", "holistic_layers", "language_model"]},
     "adapters": {"trainable": [], "lora": {"rank": 16}},
+    "checkpointing": {
+        "trainable": ["stem", "holistic_layers", "language_model"],
+        "activation_checkpointing": True,
+    },
 }
 
 
@@ -121,8 +223,7 @@ def test_a_smollm2_135m_needs_the_operations_and_memory_predicted(tmp_path, kind
     config = load_stage(str(tmp_path / "stage.yaml"))
     result = check_stage(config, model_config(config))
     assert abs(result["errors"]["flops"]) < 0.01
-    # Adapters miss the aim: 17 % low in bfloat16, perhaps because they leave the allocator many holes.
-    assert abs(result["errors"]["peak_bytes"]) < (0.2 if kind == "adapters" else TOLERANCE)
+    assert abs(result["errors"]["peak_bytes"]) < TOLERANCE
 
 
 def test_mixtures_of_experts_count_the_experts_a_token_visits(next_token_config):

@@ -107,19 +107,8 @@ def test_stopping_in_the_middle_leaves_no_model_and_stopping_at_the_end_does(col
 # --- the examination -------------------------------------------------------------------------------------------------
 
 
-class OneProcess:
-    """What validation asks of an accelerator, for a single process."""
-
-    device = torch.device("cpu")
-    num_processes = 1
-    is_main_process = True
-
-    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-        return tensor
-
-
 @pytest.fixture
-def examiner(parts, batches, next_token_config, data):
+def examiner(parts, batches, next_token_config, data, one_process):
     """`examiner("key=value", ...)`: an examiner of two batches, and the list it logs to."""
     from hovle.train.objectives import NextTokenObjective
 
@@ -132,7 +121,7 @@ def examiner(parts, batches, next_token_config, data):
             batches("chat", 2),
             next_token_config(*held_out, *overrides),
             contextlib.nullcontext(),
-            OneProcess(),
+            one_process,
             entries.append,
         ), entries
 

@@ -22,17 +22,6 @@ WITH_VALIDATION = ("validation.source=pictures", "validation.path=.")
 FLOAT32: contextlib.AbstractContextManager = contextlib.nullcontext()
 
 
-class OneProcess:
-    """What the loop asks of an accelerator, for a single process."""
-
-    device = torch.device("cpu")
-    num_processes = 1
-    is_main_process = True
-
-    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-        return tensor
-
-
 @pytest.fixture
 def make_parts(checkpoints, next_token_config, distillation_config):
     """`make_parts("chat" or "pictures")`: an objective and its optimizer, the same ones every time."""
@@ -177,43 +166,50 @@ def test_a_gradient_that_is_not_a_number_stops_the_run_and_names_the_batch(make_
 # --- validation and the loop -----------------------------------------------------------------------------------------
 
 
-def test_validation_changes_nothing_and_does_not_depend_on_how_batches_are_cut(make_parts, batches):
+def test_validation_changes_nothing_and_does_not_depend_on_how_batches_are_cut(make_parts, batches, one_process):
     objective, _, _ = make_parts("chat")
     [batch] = batches("chat", 1, "rows_per_batch=4")
     before = weights_of(objective)
-    whole = validate(objective, [batch], FLOAT32, OneProcess())
+    whole = validate(objective, [batch], FLOAT32, one_process)
     model = objective.model
     parts = split(batch, model.config.image_seq_length, model.config.image_token_id)
-    assert validate(objective, parts, FLOAT32, OneProcess()) == pytest.approx(whole, rel=1e-5)
+    assert validate(objective, parts, FLOAT32, one_process) == pytest.approx(whole, rel=1e-5)
     assert set(whole) == {"reply_nats", "reply_accuracy", "image_norm_ratio"}
     assert objective.training
     for old, new in zip(before, weights_of(objective), strict=True):
         assert torch.equal(old, new)
 
 
-def run_loop(make_parts, batches, *overrides, first_step=0):
-    objective, optimizer, config = make_parts("chat", *overrides)
-    entries, saved = [], []
-    two = batches("chat", 2)
-    train(
-        objective,
-        optimizer,
-        itertools.cycle(two),
-        config,
-        first_step=first_step,
-        autocast=FLOAT32,
-        accelerator=OneProcess(),
-        meter=Meter(objective, two[0], FLOAT32, torch.float32, num_processes=1),
-        log=entries.append,
-        validate=lambda step: saved.append((step, "validated")),
-        save=lambda step, position: saved.append((step, position)),
-        name="tiny",
-    )
-    return entries, saved
+@pytest.fixture
+def run_loop(make_parts, batches, one_process):
+    """`run_loop("key=value", ..., first_step=0)`: what the loop logs, and what it validates and saves."""
+
+    def run(*overrides: str, first_step: int = 0) -> tuple[list[dict], list[tuple]]:
+        objective, optimizer, config = make_parts("chat", *overrides)
+        entries: list[dict] = []
+        saved: list[tuple] = []
+        two = batches("chat", 2)
+        train(
+            objective,
+            optimizer,
+            itertools.cycle(two),
+            config,
+            first_step=first_step,
+            autocast=FLOAT32,
+            accelerator=one_process,
+            meter=Meter(objective, two[0], FLOAT32, torch.float32, num_processes=1),
+            log=entries.append,
+            validate=lambda step: saved.append((step, "validated")),
+            save=lambda step, position: saved.append((step, position)),
+            name="tiny",
+        )
+        return entries, saved
+
+    return run
 
 
-def test_the_loop_logs_with_units_and_shows_a_progress_bar(make_parts, batches, capsys):
-    entries, saved = run_loop(make_parts, batches, "num_steps=5", "log_every=2")
+def test_the_loop_logs_with_units_and_shows_a_progress_bar(run_loop, capsys):
+    entries, saved = run_loop("num_steps=5", "log_every=2")
     assert [entry["step"] for entry in entries] == [2, 4, 5]
     assert set(entries[0]) == {
         "step",
@@ -246,27 +242,27 @@ def test_the_loop_logs_with_units_and_shows_a_progress_bar(make_parts, batches, 
     assert not saved
 
 
-def test_the_learning_rate_follows_the_schedule_from_any_step(make_parts, batches):
+def test_the_learning_rate_follows_the_schedule_from_any_step(run_loop):
     overrides = ("num_steps=5", "warmup_ratio=0.4", "final_learning_rate_ratio=0.5", "learning_rate=0.01")
-    rates = [entry["learning_rate"] for entry in run_loop(make_parts, batches, *overrides)[0]]
+    rates = [entry["learning_rate"] for entry in run_loop(*overrides)[0]]
     assert rates == pytest.approx([0.005, 0.01, 0.01, 0.0075, 0.005])
-    later = [entry["learning_rate"] for entry in run_loop(make_parts, batches, *overrides, first_step=3)[0]]
+    later = [entry["learning_rate"] for entry in run_loop(*overrides, first_step=3)[0]]
     assert later == pytest.approx(rates[3:])
 
 
-def test_checkpoints_carry_the_position_of_the_last_batch(make_parts, batches):
-    _, saved = run_loop(make_parts, batches, "num_steps=4", "checkpoint_every=1", "gradient_accumulation_steps=2")
+def test_checkpoints_carry_the_position_of_the_last_batch(run_loop, batches):
+    _, saved = run_loop("num_steps=4", "checkpoint_every=1", "gradient_accumulation_steps=2")
     position = batches("chat", 2)[1]["position"]
     assert saved == [(1, position), (2, position), (3, position)]  # the end has its own folder
 
 
-def test_what_comes_before_the_first_step_is_no_training_time(make_parts, batches, monkeypatch):
+def test_what_comes_before_the_first_step_is_no_training_time(run_loop, monkeypatch):
     clock = iter([0.0, *range(1000, 2000)])  # the meter is made long before the loop begins
     monkeypatch.setattr(meters, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    [entry], _ = run_loop(make_parts, batches, "num_steps=1")
+    [entry], _ = run_loop("num_steps=1")
     assert entry["elapsed_seconds"] < 10
 
 
-def test_a_step_is_validated_before_it_is_saved_and_the_last_one_is_neither(make_parts, batches):
-    _, done = run_loop(make_parts, batches, "num_steps=6", "validate_every=2", "checkpoint_every=4", *WITH_VALIDATION)
+def test_a_step_is_validated_before_it_is_saved_and_the_last_one_is_neither(run_loop):
+    _, done = run_loop("num_steps=6", "validate_every=2", "checkpoint_every=4", *WITH_VALIDATION)
     assert [(step, what == "validated") for step, what in done] == [(2, True), (4, True), (4, False)]

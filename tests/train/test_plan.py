@@ -13,6 +13,7 @@ from hovle.train.cost import StageCost, Workload
 from hovle.train.forecast import is_planned
 from hovle.train.plan import GPUS, check_stages, choose_device, plan_stage, read_stages
 from hovle.train.shapes import language_model_config, model_config
+from hovle.train.stage import run_stage
 
 EXPECTED = "expected={tiles_per_sample: 1, text_tokens_per_sample: 20, supervised_tokens_per_sample: 9}"
 PAPER = ["hovle-2.6b/distillation", "hovle-2.6b/alignment", "hovle-2.6b/instruction_tuning"]
@@ -116,7 +117,7 @@ def test_the_rows_suggested_fit_and_one_more_does_not(next_token_config):
 def test_what_does_not_fit_is_said_with_advice(capsys):
     assert main(["plan", "hovle-2.6b/instruction_tuning", "--gpu", "RTX-4090-24G"]) == 0
     printed = capsys.readouterr().out
-    assert "DOES NOT FIT into 24 GiB: try shorter rows or lora" in printed
+    assert "DOES NOT FIT into 24 GiB: try activation_checkpointing, sharding, shorter rows or lora" in printed
 
 
 def test_a_checkpoint_to_come_has_the_shapes_of_the_recipe_that_writes_it(recipe, next_token_config, tmp_path):
@@ -205,10 +206,27 @@ def test_a_prediction_far_off_fails_the_check(recipe, capsys, monkeypatch):
     assert "2.000     1.000  2.000" in capsys.readouterr().out
 
 
-def test_a_run_predicts_nothing_where_the_plan_does_not_know_the_stage(next_token_config, distillation_config):
+def test_a_run_predicts_nothing_where_the_plan_does_not_know_the_teacher(next_token_config, distillation_config):
     assert is_planned(next_token_config())
-    assert is_planned(distillation_config())
-    for change in ("activation_checkpointing=true", "sharding=full", "quantize_frozen=int8"):
-        assert not is_planned(next_token_config(change))
-    for change in ("teacher.kind=open_clip", "teacher.cache=features"):
-        assert not is_planned(distillation_config(change))
+    assert is_planned(distillation_config("teacher.cache=features"))
+    assert not is_planned(distillation_config("teacher.kind=open_clip"))
+
+
+def test_a_run_with_checkpointed_layers_predicts_that_they_run_again(next_token_config, tmp_path):
+    flops = []
+    for number, change in enumerate(([], ["activation_checkpointing=true"])):
+        config = next_token_config("num_steps=1", f"output={tmp_path / str(number)}", *change)
+        run_stage(config)
+        first = json.loads((tmp_path / str(number) / "log.jsonl").read_text().splitlines()[0])
+        flops.append(first["predicted"]["flops_per_step"])
+    assert 1.1 < flops[1] / flops[0] < 4 / 3
+
+
+def test_sharding_lets_a_plan_fit_more_rows(next_token_config):
+    whole = ("dtype=auto", "trainable=[stem, holistic_layers, language_model]")
+    config, sharded = next_token_config(EXPECTED, *whole), next_token_config(EXPECTED, *whole, "sharding=full")
+    model, device = model_config(config), GPUS["L4-24G"]
+    alone, shared = (plan_stage("", stage, model, device, count=8) for stage in (config, sharded))
+    assert shared.memory.optimizer == alone.memory.optimizer / 8
+    assert shared.memory.joined > 0 == alone.memory.joined
+    assert shared.tokens_per_second > alone.tokens_per_second  # each changes an eighth of the weights

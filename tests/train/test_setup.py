@@ -179,6 +179,15 @@ def test_activation_checkpointing_runs_each_layer_twice_and_changes_no_bit(
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
+def test_activation_checkpointing_sends_no_gradient_where_nothing_learns(parts, next_token_config):
+    model, _ = parts
+    select_trainable(model, next_token_config("trainable=[language_model]"))
+    model.get_input_embeddings().weight.requires_grad_(False)
+    checkpoint_activations(model)
+    hidden_states = model.get_holistic_embeddings(torch.tensor([[5, 6, 7]])).last_hidden_state
+    assert not hidden_states.requires_grad
+
+
 @pytest.mark.slow
 # The compiler looks at the gradient of every input it guards, hidden states among them.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
