@@ -16,8 +16,8 @@ PANELS = (
 LAYERS_CAPTION = (
     "Each query's attention, one row in one head, sums to 1. Mass: its share on image tokens (dotted: on the prompt's "
     "first token). Entropy: of its attention among the n image tokens it can see, in units of log n; 1 is even, 0 is "
-    "all on one token. Sparsity: share of those n that get less than a tenth of an even share. Text to image: mean over "
-    "heads and over all tokens behind the picture's first that are no image tokens. Image to image: mean over heads "
+    "all on one token. Sparsity: share of those n that get less than a tenth of an even share. Text to image: mean "
+    "over heads and over all tokens behind the picture's first that are no image tokens. Image to image: mean over heads "
     "and image tokens, a token itself included. H1, H2, ...: holistic layers; 1, 2, ...: layers of the language model."
 )
 
@@ -68,7 +68,7 @@ def _ticks(num_holistic: int, num_language: int) -> dict[str, int]:
     """Names of layers -> where they stand: the language model's from 1, the holistic ones before."""
     holistic = {f"H{number}": number - num_holistic for number in {1, num_holistic} if num_holistic}
     step = next(step for step in (1, 2, 5, 10, 20, 50) if num_language / step <= 8 or step == 50)
-    numbers = [number for number in range(step, num_language + 1, step)]
+    numbers = list(range(step, num_language + 1, step))
     if num_holistic == 0 and step > 1:
         numbers = [1, *numbers]
     return {**holistic, **{str(number): number for number in numbers}}
@@ -129,12 +129,14 @@ def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Pat
     bar.set_label("share of the map's largest weight", fontsize=FONT_SIZE - 1)
     bar.ax.tick_params(labelsize=FONT_SIZE - 2)
     longest = max(len(found.answer) for found in readings)
-    shown = "" if longest <= MAX_TOKENS_SHOWN else f" The first {MAX_TOKENS_SHOWN} of {longest} answer tokens are shown."
+    shown = (
+        "" if longest <= MAX_TOKENS_SHOWN else f" The first {MAX_TOKENS_SHOWN} of {longest} answer tokens are shown."
+    )
     add_caption(
         figure,
         f"Question: {question} Attention from where each answer token is predicted to each image token, mean over the "
-        "heads and layers of a section; above each map the share of attention that falls on image tokens, the rest is on "
-        f"text. Red lines: tiles. A thumbnail, the whole picture as one more tile, has tokens of its own.{shown}",
+        "heads and layers of a section; above each map the share of attention that falls on image tokens, the rest is "
+        f"on text. Red lines: tiles. A thumbnail, the whole picture as one more tile, has tokens of its own.{shown}",
         round(14 * total_width),
     )
     save(pyplot, figure, path)

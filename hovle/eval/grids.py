@@ -64,7 +64,9 @@ class TokenGrid:
             is one.
         """
         if values.shape != (self.num_tokens,):
-            raise ValueError(f"Expected {self.num_tokens} values, one for each image token, got {tuple(values.shape)}.")
+            raise ValueError(
+                f"Expected {self.num_tokens} values, one for each image token, got {tuple(values.shape)}."
+            )
         tiles = values.view(-1, self.side, self.side)
         body = tiles[: self.columns * self.rows].view(self.rows, self.columns, self.side, self.side)
         body = body.permute(0, 2, 1, 3).reshape(self.rows * self.side, self.columns * self.side)

@@ -30,8 +30,8 @@ from transformers.models.llama.modeling_llama import repeat_kv
 NAME = "hovle_probe"
 """Our attention function's name among transformers' own."""
 
-BLOCK_ELEMENTS = {"cpu": 2**18, "cuda": 2**24}
-"""Attention weights held at once: what a processor's cache takes, what keeps a GPU busy. A few such blocks exist at a
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
+"""Attention weights held at once: 4 MB in float32, and what keeps a GPU busy. A few such blocks exist at a
 time."""
 
 EVEN_SHARE_FRACTION = 0.1

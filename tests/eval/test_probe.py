@@ -121,9 +121,7 @@ def test_what_cannot_be_read_is_refused(save_hovle, picture):
         attention = subject.language_layers[0].self_attn
         states = torch.zeros(1, 4, ids.shape[1], 16)
         with pytest.raises(ValueError, match="LlamaAttention has attention sinks"):
-            probe_module.probed_attention(
-                attention, states, states[:, :2], states[:, :2], None, s_aux=torch.zeros(4)
-            )
+            probe_module.probed_attention(attention, states, states[:, :2], states[:, :2], None, s_aux=torch.zeros(4))
 
 
 def test_softcapped_scores_are_capped_in_the_reading_too(save_hovle, picture):
@@ -142,7 +140,7 @@ def test_softcapped_scores_are_capped_in_the_reading_too(save_hovle, picture):
 
 
 def test_memory_stays_bounded_at_4000_tokens():
-    """One layer's matrix, 8 heads of 4,000 x 4,000 in float32, is 512 MB; the run may take a fraction of it."""
+    """One layer's matrix, 4 heads of 4,000 x 4,000 in float32, is 256 MB; the run may take half of it."""
     script = """
         import torch
         from transformers import LlamaConfig
@@ -151,7 +149,7 @@ def test_memory_stays_bounded_at_4000_tokens():
         from hovle.machine import peak_resident_bytes
 
         text = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-                           num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=4096)
+                           num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=4096)
         config = HoVLEConfig(text_config=text.to_dict(), num_embedding_layers=0, image_size=448, patch_size=14,
                              image_token_id=31)
         model = HoVLEForConditionalGeneration(config).eval()
@@ -174,4 +172,4 @@ def test_memory_stays_bounded_at_4000_tokens():
         text=True,
         check=True,
     )
-    assert int(done.stdout) < 256 * 2**20, done.stdout
+    assert int(done.stdout) < 128 * 2**20, done.stdout
