@@ -17,8 +17,8 @@ LAYERS_CAPTION = (
     "Each query's attention, one row in one head, sums to 1. Mass: its share on image tokens (dotted: on the prompt's "
     "first token). Entropy: of its attention among the n image tokens it can see, in units of log n; 1 is even, 0 is "
     "all on one token. Sparsity: share of those n that get less than a tenth of an even share. Text to image: mean "
-    "over heads and over all tokens behind the picture's first that are no image tokens. Image to image: mean over heads "
-    "and image tokens, a token itself included. H1, H2, ...: holistic layers; 1, 2, ...: layers of the language model."
+    "over heads and over all tokens behind the picture's first that are no image tokens. Image to image: mean over "
+    "heads and image tokens, a token itself included. H1, H2, ...: holistic layers; 1, 2, ...: layers of the language model."
 )
 
 MAX_TOKENS_SHOWN = 6

@@ -215,7 +215,7 @@ def draw(pyplot: Any, result: dict, path: Path) -> None:
     tasks = rows[0]["tasks"]
     marks = [task if entry["is_above_chance"] else f"{task}\n(bare: chance)" for task, entry in tasks.items()]
     right.set_xticks(range(len(tasks)), marks)
-    right.set_ylim(0, 1)
+    right.set_ylim(0, 1.03)
     right.set_title("accuracy", fontsize=FONT_SIZE + 1)
     for axis in (left, right):
         axis.grid(axis="y", alpha=0.25)
