@@ -18,7 +18,7 @@ LAYERS_CAPTION = (
     "first token). Entropy: of its attention among the n image tokens it can see, in units of log n; 1 is even, 0 is "
     "all on one token. Sparsity: share of those n that get less than a tenth of an even share. Text to image: mean "
     "over heads and over all tokens behind the picture's first that are no image tokens. Image to image: mean over "
-    "heads and image tokens, a token itself included. H1, H2, ...: holistic layers; 1, 2, ...: layers of the language model."
+    "heads and image tokens, a token itself included. H1, ...: holistic layers; 1, ...: layers of the language model."
 )
 
 MAX_TOKENS_SHOWN = 6
