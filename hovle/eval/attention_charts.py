@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .attention import ROWS, AttentionReading
-from .drawing import COLORS, FONT_SIZE, GRAY, add_caption, drawable, save
+from .drawing import COLORS, FONT_SIZE, GRAY, add_caption, drawable, layer_ticks, save
 from .subjects import HOLISTIC
 
 PANELS = (
@@ -41,7 +41,7 @@ def draw_layers(pyplot, readings: list[AttentionReading], path: Path) -> None:
             if num_holistic:
                 axis.axvspan(0.5 - num_holistic, 0.5, color=GRAY, alpha=0.1, lw=0)
             axis.set_xlim(0.5 - num_holistic, num_language + 0.5)
-    ticks = _ticks(num_holistic, num_language)
+    ticks = layer_ticks(num_holistic, num_language)
     for axis in axes[-1]:
         axis.set_xticks(list(ticks.values()), list(ticks))
         axis.set_xlabel("layer", fontsize=FONT_SIZE)
@@ -62,16 +62,6 @@ def draw_layers(pyplot, readings: list[AttentionReading], path: Path) -> None:
 
 def _num_holistic(found: AttentionReading) -> int:
     return len(found.subject.holistic_layers)
-
-
-def _ticks(num_holistic: int, num_language: int) -> dict[str, int]:
-    """Names of layers -> where they stand: the language model's from 1, the holistic ones before."""
-    holistic = {f"H{number}": number - num_holistic for number in {1, num_holistic} if num_holistic}
-    step = next(step for step in (1, 2, 5, 10, 20, 50) if num_language / step <= 8 or step == 50)
-    numbers = list(range(step, num_language + 1, step))
-    if num_holistic == 0 and step > 1:
-        numbers = [1, *numbers]
-    return {**holistic, **{str(number): number for number in numbers}}
 
 
 def _draw_curve(axis, found: AttentionReading, field: str, key: str, color: str) -> None:

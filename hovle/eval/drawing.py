@@ -36,6 +36,16 @@ def _has_glyph(character: str) -> bool:
     return character.isprintable() and font.get_char_index(ord(character)) != 0
 
 
+def layer_ticks(num_holistic: int, num_language: int) -> dict[str, int]:
+    """Names of layers -> where they stand: the language model's from 1, the holistic ones before."""
+    holistic = {f"H{number}": number - num_holistic for number in {1, num_holistic} if num_holistic}
+    step = next(step for step in (1, 2, 5, 10, 20, 50) if num_language / step <= 8 or step == 50)
+    numbers = list(range(step, num_language + 1, step))
+    if num_holistic == 0 and step > 1:
+        numbers = [1, *numbers]
+    return {**holistic, **{str(number): number for number in numbers}}
+
+
 def add_caption(figure, text: str, width: int) -> None:
     """Write a caption below a figure, broken into lines of at most so many characters."""
     lines = textwrap.wrap(text, width)

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from .drawing import COLORS, FONT_SIZE, GRAY, add_caption, drawable, save
+from .drawing import COLORS, FONT_SIZE, GRAY, add_caption, drawable, layer_ticks, save
 from .embeddings import KINDS, EmbeddingReading
 from .subjects import HOLISTIC
 
 MAX_CELLS = 24
 """Cells along a side whose words can still be read; a finer picture is shown by its thumbnail's tokens."""
 
-CELL_WIDTH = 0.66
+CELL_WIDTH = 0.75
 CELL_HEIGHT = 0.42
 """Inches a word needs at least."""
 
@@ -39,7 +39,7 @@ def draw_words(pyplot, found: EmbeddingReading, path: Path) -> None:
     add_caption(
         figure,
         "The word whose embedding is nearest, by cosine, to each image token as it enters the language model; below "
-        f"it the cosine. The picture is pale; a thumbnail's tokens see the whole picture, squeezed into a square.{remark}",
+        f"it the cosine. A thumbnail's tokens see the whole picture, squeezed into a square.{remark}",
         max(50, round(14 * width)),
     )
     save(pyplot, figure, path)
@@ -60,7 +60,7 @@ def _label_cells(axis, found: EmbeddingReading, ids, closeness, size: tuple[floa
         axis.axhline(row, color="white", lw=0.8)
     for column in range(num_columns + 1):
         axis.axvline(column, color="white", lw=0.8)
-    characters = max(4, int(size[0] / num_columns / 0.085))
+    characters = max(4, int(size[0] / num_columns / 0.07))
     for row in range(num_rows):
         for column in range(num_columns):
             word = drawable(found.subject.token_text(int(ids[row, column])), characters)
@@ -102,7 +102,7 @@ def draw_numbers(pyplot, found: EmbeddingReading, path: Path) -> None:
     norm_axis.set_xlabel("length over the mean word's", fontsize=FONT_SIZE)
     for axis in (cosine_axis, norm_axis):
         axis.set_ylabel("share of tokens", fontsize=FONT_SIZE)
-        axis.legend(fontsize=FONT_SIZE - 1)
+        axis.legend(fontsize=FONT_SIZE - 1, loc="upper center")
     num_holistic = len(found.subject.holistic_layers)
     for axis, field, title in zip(
         drift_axes,
@@ -119,14 +119,15 @@ def draw_numbers(pyplot, found: EmbeddingReading, path: Path) -> None:
                 axis.plot(places, values, color=colors[kind], marker="o", markersize=3, lw=1.4, label=label)
         if num_holistic:
             axis.axvspan(0.5 - num_holistic, 0.5, color=GRAY, alpha=0.1, lw=0, label="holistic layers")
-        axis.set_xlabel("layer (0 and below: holistic)" if num_holistic else "layer", fontsize=FONT_SIZE)
+        ticks = layer_ticks(num_holistic, len(found.subject.language_layers))
+        axis.set_xticks(list(ticks.values()), list(ticks))
+        axis.set_xlabel("layer", fontsize=FONT_SIZE)
         axis.set_ylabel("mean cosine", fontsize=FONT_SIZE)
         axis.set_title(f"drift: {title}", fontsize=FONT_SIZE + 1)
         axis.legend(fontsize=FONT_SIZE - 1)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=FONT_SIZE - 1)
-        axis.xaxis.get_major_locator().set_params(integer=axis in drift_axes)
     figure.suptitle(found.subject.label, fontsize=FONT_SIZE + 2)
     figure.tight_layout()
     save(pyplot, figure, path)
