@@ -24,6 +24,11 @@ def drawable(text: str, length: int) -> str:
     text = text.replace("\n", "\\n").replace("\t", "\\t").replace(" ", "\u2423")
     if len(text) > length:
         text = text[: length - 1] + "\u2026"
+    return _plain(text)
+
+
+def _plain(text: str) -> str:
+    """Text without mathematics and without characters the font lacks."""
     characters = [character if _has_glyph(character) else f"U+{ord(character):04X}" for character in text]
     return "".join(characters).replace("$", r"\$")
 
@@ -52,7 +57,7 @@ def add_caption(figure, text: str, width: int) -> None:
     figure.text(
         0.01,
         -0.01,
-        "\n".join(line.replace("$", r"\$") for line in lines),
+        "\n".join(map(_plain, lines)),
         ha="left",
         va="top",
         fontsize=FONT_SIZE - 1,
@@ -64,6 +69,6 @@ def add_caption(figure, text: str, width: int) -> None:
 def save(pyplot, figure, path) -> None:
     """Write a figure with all that stands around it, and forget it."""
     try:
-        figure.savefig(path, dpi=130, bbox_inches="tight", pad_inches=0.15)
+        figure.savefig(path, dpi=110, bbox_inches="tight", pad_inches=0.15)
     finally:
         pyplot.close(figure)
