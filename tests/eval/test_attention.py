@@ -15,8 +15,8 @@ from hovle.eval.subjects import Subject, short_name
 
 def is_chart(path) -> bool:
     """Whether a PNG file shows more than one colour."""
-    drawing = Image.open(path).convert("L")
-    return min(drawing.size) > 200 and len(drawing.getcolors()) > 10
+    with Image.open(path) as drawing:
+        return min(drawing.size) > 200 and len(drawing.convert("L").getcolors()) > 10
 
 
 @pytest.mark.parametrize("other", ["internvl", "no holistic layers", None])
@@ -82,7 +82,7 @@ def test_the_answer_can_be_given(save_hovle, picture_file, tmp_path):
     ("change", "message"),
     [
         ({"picture": "missing.png"}, "missing.png"),
-        ({"model": "missing/model"}, "No model in missing/model"),
+        ({"model": "./missing/model"}, "No model in ./missing/model"),
         ({"--answer": ""}, "The answer to look at is empty"),
         ({"--max-new-tokens": "0"}, "--max-new-tokens must be at least 1, got 0"),
     ],

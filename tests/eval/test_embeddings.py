@@ -96,7 +96,8 @@ def test_the_command_writes_numbers_and_labelled_pictures(around_llama, picture_
     assert result["text"]["cosine"]["min"] == pytest.approx(1, abs=1e-5)
     assert [drift["section"] for drift in result["drift"]] == ["holistic layers", "language model"]
     for name in ("words.png", "embeddings.png"):
-        assert len(Image.open(tmp_path / "o" / name).convert("L").getcolors()) > 10
+        with Image.open(tmp_path / "o" / name) as drawing:
+            assert len(drawing.convert("L").getcolors()) > 10
     assert "text   cosine 1.000" in capsys.readouterr().out
 
 
@@ -107,8 +108,8 @@ def test_a_picture_of_too_many_cells_is_shown_by_its_thumbnail(save_hovle, tmp_p
     assert main(arguments) == 0
     result = json.loads((tmp_path / "o" / "embeddings.json").read_text())
     assert len(result["image"]["nearest_words"][0]) > 24  # all of them
-    width, height = Image.open(tmp_path / "o" / "words.png").size
-    assert width < 2 * height
+    with Image.open(tmp_path / "o" / "words.png") as drawing:
+        assert drawing.width < 2 * drawing.height
 
 
 def test_wrong_input_is_refused_by_message(save_internvl, save_hovle, picture_file, tmp_path, capsys):

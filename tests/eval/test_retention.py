@@ -49,7 +49,8 @@ def test_the_bare_model_stands_beside_each_stage(stages, tmp_path, monkeypatch, 
     assert f"| moved | {moved['perplexity']:.2f} |" in table
     assert "cloze (chance 25%; bare model not above it)" in table  # random weights know nothing
     assert table in capsys.readouterr().out + "\n"
-    assert len(Image.open(tmp_path / "o" / "retention.png").convert("L").getcolors()) > 10
+    with Image.open(tmp_path / "o" / "retention.png") as drawing:
+        assert len(drawing.convert("L").getcolors()) > 10
 
 
 def test_scores_are_those_of_a_direct_computation(stages):
