@@ -23,7 +23,7 @@ def draw_words(pyplot, found: EmbeddingReading, path: Path) -> None:
     if max(words.shape) > MAX_CELLS:
         remark = f" The picture's {words.shape[1]} x {words.shape[0]} cells are too many to read; see embeddings.json."
     panels = [] if remark else [(words, cosines, False)]
-    if thumbnail_words is not None:
+    if thumbnail_words is not None and thumbnail_cosines is not None:
         panels.append((thumbnail_words, thumbnail_cosines, True))
     if not panels:
         panels, remark = [(words, cosines, False)], ""  # one tile only: large, but all there is
@@ -114,9 +114,9 @@ def draw_numbers(pyplot, found: EmbeddingReading, path: Path) -> None:
             for kind in KINDS:
                 values = getattr(drift, field)[kind]
                 first = 1 - len(values) if drift.section.name == HOLISTIC else 1
-                label = f"{kind} tokens" if drift is found.drifts[-1] else None
+                name = f"{kind} tokens" if drift is found.drifts[-1] else None
                 places = range(first, first + len(values))
-                axis.plot(places, values, color=colors[kind], marker="o", markersize=3, lw=1.4, label=label)
+                axis.plot(places, values, color=colors[kind], marker="o", markersize=3, lw=1.4, label=name)
         if num_holistic:
             axis.axvspan(0.5 - num_holistic, 0.5, color=GRAY, alpha=0.1, lw=0, label="holistic layers")
         ticks = layer_ticks(num_holistic, len(found.subject.language_layers))

@@ -19,6 +19,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class Section:
     """Layers that run on one and the same sequence."""
 
     name: str
-    layers: Sequence[nn.Module]
+    layers: Sequence[Any]
     """Decoder layers with an attention module `self_attn`."""
     image_mask: torch.Tensor
     """True at image tokens, shape `(T,)`, bool."""
