@@ -98,7 +98,7 @@ def run_benchmark(
         The result without identity, and one entry per question.
     """
     task = load_task(benchmark, manager, data)
-    outcome = _evaluate(task, lm, folder, limit)
+    outcome = _evaluate(task, lm, manager, folder, limit)
     name = task.config.task
     samples, figures = outcome["samples"].get(name, []), outcome["results"][name]
     if not samples:
@@ -127,7 +127,7 @@ def run_benchmark(
     return result, [_answer_entry(sample) for sample in samples]
 
 
-def _evaluate(task: Any, lm: HoVLEChat, folder: Path, limit: int | None) -> dict:
+def _evaluate(task: Any, lm: HoVLEChat, manager: Any, folder: Path, limit: int | None) -> dict:
     from lmms_eval.evaluator import simple_evaluate
 
     options = argparse.Namespace(
@@ -137,6 +137,7 @@ def _evaluate(task: Any, lm: HoVLEChat, folder: Path, limit: int | None) -> dict
         return simple_evaluate(
             model=lm,
             tasks=[task],
+            task_manager=manager,  # else it reads all tasks anew
             limit=limit,
             bootstrap_iters=0,  # the intervals are ours
             cli_args=options,

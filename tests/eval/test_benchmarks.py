@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
@@ -266,6 +267,15 @@ def test_a_folder_with_a_broken_model_is_refused(file, content, message, run, mo
     (broken / file).write_bytes(content)
     assert run("--suite", "offline", "--limit", 2, model=broken)[0] == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_model_with_missing_weights_is_refused(run, model_folder, tmp_path, capsys):
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    gone = next(name for name in weights if name.endswith("down_proj.weight"))
+    save_file({name: value for name, value in weights.items() if name != gone}, broken / "model.safetensors")
+    assert run("--suite", "offline", "--limit", 2, model=broken)[0] == 1
+    assert f"lacks 1 weights, among them {gone}" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_result_is_refused(run, tmp_path, capsys):
