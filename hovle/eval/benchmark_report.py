@@ -58,9 +58,7 @@ def _cell(value: float | None) -> str:
 
 def notes(results: Mapping[str, dict]) -> str:
     """One line per benchmark that has something to say, and what the star means."""
-    lines = [
-        f"- {result['title']}: {'; '.join(_remarks(result))}." for result in results.values() if _remarks(result)
-    ]
+    lines = [f"- {result['title']}: {'; '.join(_remarks(result))}." for result in results.values() if _remarks(result)]
     if any(not result["comparable"] for result in results.values()):
         lines.insert(0, "\\* not comparable with published scores, for the reason given here.\n")
     return "\n".join(lines)
@@ -101,7 +99,10 @@ def _facts(results: list[dict]) -> list[tuple[str, str]]:
         ("number format", seen("settings", "dtype")),
         ("most tiles of a picture", seen("settings", "max_tiles")),
         ("harness", f"lmms-eval {seen('harness', 'lmms-eval')}"),
-        ("hovle, torch, transformers", ", ".join(seen("environment", name) for name in ("hovle", "torch", "transformers"))),
+        (
+            "hovle, torch, transformers",
+            ", ".join(seen("environment", name) for name in ("hovle", "torch", "transformers")),
+        ),
         ("device", seen("environment", "device")),
         ("date", seen("date")),
     ]
@@ -159,7 +160,13 @@ def model_card(results: Mapping[str, dict], suites: Suites) -> str:
         tags=["hovle", "vision", "monolithic", "encoder-free", "custom_code"],
     )
     name = next(iter(results.values()))["model"]["name"]
-    parts = [f"---\n{header.to_yaml()}\n---", f"# {name}", "## Results", results_table(results, suites), notes(results)]
+    parts = [
+        f"---\n{header.to_yaml()}\n---",
+        f"# {name}",
+        "## Results",
+        results_table(results, suites),
+        notes(results),
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

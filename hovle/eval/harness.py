@@ -26,13 +26,16 @@ class BenchmarkError(RuntimeError):
 
 def task_manager():
     """The harness's own tasks and ours; from here on the harness logs warnings only, and to stderr."""
-    import lmms_eval.models  # sets up its log when it is imported
     from lmms_eval.tasks import TaskManager
     from loguru import logger
 
     logger.remove()
-    logger.add(lambda text: sys.stderr.write(text), level="WARNING")
+    logger.add(_to_stderr, level="WARNING")
     return TaskManager("ERROR", include_path=str(TASKS_FOLDER), model_name="hovle")
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)  # looked up anew each time: it may be replaced
 
 
 def load_task(benchmark: Benchmark, manager: Any, data: Path | None = None):
@@ -50,7 +53,9 @@ def load_task(benchmark: Benchmark, manager: Any, data: Path | None = None):
     if manager.task_index.get(benchmark.task, {}).get("type") not in ("task", "python_task"):
         raise BenchmarkError(f"lmms-eval {harness_version()} has no task {benchmark.task!r} (groups are not taken).")
     if benchmark.key and not os.environ.get(benchmark.key):
-        raise BenchmarkError(f"the judge needs {benchmark.key} in the environment; without --judge, rules take its place.")
+        raise BenchmarkError(
+            f"the judge needs {benchmark.key} in the environment; without --judge, rules take its place."
+        )
     try:
         changes = {"process_docs": ADAPTATIONS[benchmark.adapt]} if benchmark.adapt else {}
         changes |= {} if data is None else _local_data(benchmark.name, data)
@@ -212,6 +217,16 @@ def _answer_entry(sample: dict) -> dict:
     """What to keep of one question."""
     question = next((part for part in sample["arguments"] if isinstance(part, str)), "")
     entry = {"doc_id": sample["doc_id"], "question": question, "expected": sample["target"]}
-    known = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "token_counts", "doc_hash", "input_media"}
+    known = {
+        "doc_id",
+        "doc",
+        "target",
+        "arguments",
+        "resps",
+        "filtered_resps",
+        "token_counts",
+        "doc_hash",
+        "input_media",
+    }
     scores = {name: value for name, value in sample.items() if name not in known}
     return {**entry, "answer": sample["resps"][0][0] if sample["resps"] else "", "scores": scores}

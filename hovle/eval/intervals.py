@@ -102,8 +102,8 @@ def _units(
     )
 
 
-def _grouped(values: Sequence[dict], key: Callable[[dict], Hashable]) -> dict[Hashable, list[dict]]:
-    groups: dict[Hashable, list[dict]] = {}
+def _grouped(values: Sequence[dict], key: Callable[[dict], Any]) -> dict[Any, list[dict]]:
+    groups: dict[Any, list[dict]] = {}
     for value in values:
         groups.setdefault(key(value), []).append(value)
     return groups
@@ -163,14 +163,17 @@ def mme(values: Sequence[dict], _: Aggregate) -> Units:
     pictures = _grouped(values, lambda value: (value["category"], value["question_id"]))
     if odd := [key for key, pair in pictures.items() if len(pair) != 2]:
         raise ValueError(f"MME asks two questions about each picture, but {odd[0][1]} has another number.")
-    points = [100 * (sum(each["score"] for each in pair) / 2 + all(each["score"] for each in pair)) for pair in
-              pictures.values()]
+    points = [
+        100 * (sum(each["score"] for each in pair) / 2 + all(each["score"] for each in pair))
+        for pair in pictures.values()
+    ]
     return _units((([point], [1]) for point in points), [category for category, _ in pictures], combine="sum")
 
 
 def mmbench(values: Sequence[dict], aggregate: Aggregate) -> Units:
     """A share of questions answered right however their options are turned around; the harness reads the options."""
-    evaluator = aggregate.__globals__["mmbench_evaluator"]  # type: ignore[attr-defined] - the aggregation writes files
+    # The aggregation itself would write a file for every question.
+    evaluator = aggregate.__globals__["mmbench_evaluator"]  # type: ignore[attr-defined]
     questions = _grouped(values, lambda value: int(value["index"]) % 1_000_000)
     whole = [rows for rows in questions.values() if any(int(row["index"]) < 1_000_000 for row in rows)]
     with contextlib.redirect_stdout(io.StringIO()):
@@ -179,7 +182,7 @@ def mmbench(values: Sequence[dict], aggregate: Aggregate) -> Units:
 
 
 def hallusion(values: Sequence[dict], _: Aggregate) -> Units:
-    """The mean of three shares, of right answers, of questions right on all pictures and of pictures with all right."""
+    """The mean of three shares: right answers, questions right on all pictures, pictures with all right."""
     sets = _grouped(values, lambda value: (value["category"], value["subcategory"], value["set_id"]))
 
     def parts(rows: list[dict]) -> tuple[list[float], list[float]]:

@@ -61,6 +61,20 @@ class Answer:
     num_prompt_tokens: int
 
 
+class Likelihood(GenerationResult):
+    """Loss and greediness of a reply: unpacks as that pair, and comes through lmms-eval as one.
+
+    Its evaluator (0.7.3) turns a plain pair into a string, which its own multiple-choice tasks cannot read then; what
+    a `GenerationResult` holds it hands on untouched.
+    """
+
+    def __init__(self, loss: float, is_greedy: bool):
+        super().__init__(text=(loss, is_greedy))
+
+    def __iter__(self) -> Iterator:
+        return iter(self.text)
+
+
 class HoVLEChat(lmms):
     """A HoVLE answering lmms-eval's chat requests.
 
@@ -152,14 +166,14 @@ class HoVLEChat(lmms):
                     chats[place] = chat
         return replies
 
-    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: list[Instance]) -> list[Likelihood]:
         """Measure how likely each continuation is as the model's reply.
 
         Returns:
             For each request the mean negative log-likelihood of the continuation's tokens in nats, which is what
             lmms-eval's multiple-choice tasks compare (the smallest wins), and whether greedy decoding would give it.
         """
-        results: list[tuple[float, bool]] = []
+        results: list[Likelihood] = []
         starts = range(0, len(requests), self.batch_size)
         for start in tqdm(starts, desc="Weighing", disable=self.rank != 0):
             batch = requests[start : start + self.batch_size]
@@ -234,7 +248,8 @@ class HoVLEChat(lmms):
         size = WINDOW * self.batch_size
         for start in range(0, len(places), size):
             window = {place: chat_of(place) for place in places[start : start + size]}
-            order = sorted(window, key=lambda place, chats=window: -self._length(chats[place]))
+            lengths = {place: self._length(chat) for place, chat in window.items()}
+            order = sorted(window, key=lengths.__getitem__, reverse=True)
             for begin in range(0, len(order), self.batch_size):
                 yield {place: window[place] for place in order[begin : begin + self.batch_size]}
 
@@ -299,7 +314,7 @@ class HoVLEChat(lmms):
         )
 
     @torch.inference_mode()
-    def _weigh(self, pairs: list[tuple[list[dict], str]]) -> list[tuple[float, bool]]:
+    def _weigh(self, pairs: list[tuple[list[dict], str]]) -> list[Likelihood]:
         """Mean negative log-likelihood of replies; padded on the right, where a causal model never looks."""
         inputs = self._encode([chat for chat, _ in pairs])
         prompts = [ids[mask.bool()] for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
@@ -315,7 +330,7 @@ class HoVLEChat(lmms):
         for row, prompt, reply in zip(logits, prompts, replies, strict=True):
             scored = row[len(prompt) - 1 : len(prompt) - 1 + len(reply)].float()  # what predicts the reply's tokens
             loss = torch.nn.functional.cross_entropy(scored, reply)
-            results.append((loss.item(), bool((scored.argmax(dim=-1) == reply).all())))
+            results.append(Likelihood(loss.item(), bool((scored.argmax(dim=-1) == reply).all())))
         return results
 
     def _reply_ids(self, continuation: str) -> torch.Tensor:
@@ -363,7 +378,9 @@ def as_chat(messages: Sequence[dict]) -> list[dict]:
             return {"type": "image", "image": item["url"]}
         raise ValueError(f"The task shows a {item['type']}; HoVLE reads pictures and text.")
 
-    return [{"role": message["role"], "content": [item_of(item) for item in message["content"]]} for message in messages]
+    return [
+        {"role": message["role"], "content": [item_of(item) for item in message["content"]]} for message in messages
+    ]
 
 
 def _chat_of(text: str, pictures: Any) -> list[dict]:
@@ -432,7 +449,9 @@ def _load_whole(pretrained: str, **arguments: Any) -> HoVLEForConditionalGenerat
     except Exception as error:  # safetensors, transformers and torch have their own
         raise ValueError(f"the model cannot be loaded from {pretrained}: {error}") from error
     if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"{pretrained} lacks {len(missing)} weights, among them {missing[0]}; scores would mean nothing.")
+        raise ValueError(
+            f"{pretrained} lacks {len(missing)} weights, among them {missing[0]}; scores would mean nothing."
+        )
     return model
 
 

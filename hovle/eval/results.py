@@ -1,7 +1,7 @@
 """Result files: one JSON per benchmark with everything needed to judge and to repeat it.
 
-`NAME.json` holds the score, `NAME.answers.jsonl` what was asked and answered. A result whose identity (model, settings,
-task, harness) is that of the run asked for need not be made again.
+`NAME.json` holds the score, `NAME.answers.jsonl` what was asked and answered. A result whose identity (model,
+settings, task, harness) is that of the run asked for need not be made again.
 """
 
 import hashlib
@@ -84,7 +84,7 @@ def read_result(path: Path) -> dict | None:
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        result["benchmark"], result["score"], result["identity"]  # noqa: B018 - all results have these
+        result["benchmark"], result["score"], result["identity"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is no result of `hovle eval benchmarks` ({error}); delete or move it.") from error
     return result

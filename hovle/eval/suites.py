@@ -39,8 +39,11 @@ class Benchmark:
         """The variant with the harness's judge, or itself where there is none."""
         if not self.judge:
             return self
-        changes = {name: tuple(value) if name == "metrics" else value for name, value in self.judge.items()}
-        return replace(self, **{"note": "with the harness's judge", "comparable": True, "judge": {}, **changes})
+        changes: dict[str, Any] = {
+            name: tuple(value) if name == "metrics" else value for name, value in self.judge.items()
+        }
+        defaults: dict[str, Any] = {"note": "with the harness's judge", "comparable": True, "judge": {}}
+        return replace(self, **{**defaults, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,9 @@ def _benchmark(name: str, entry: dict, models: Sequence[str]) -> Benchmark:
     if benchmark.adapt not in (None, *ADAPTATIONS):
         raise ValueError(f"benchmark {name}: adapt ({benchmark.adapt}) must be of {', '.join(ADAPTATIONS)}.")
     if unknown := set(benchmark.published) - set(models):
-        raise ValueError(f"benchmark {name}: published scores of {', '.join(sorted(unknown))}, unknown under `models`.")
+        raise ValueError(
+            f"benchmark {name}: published scores of {', '.join(sorted(unknown))}, unknown under `models`."
+        )
     return benchmark
 
 

@@ -148,8 +148,16 @@ def _hallusion() -> Miniature:
 
 
 def _mathvista() -> Miniature:
-    metadata = {"split": "testmini", "language": "english", "source": "made", "category": "general-vqa", "task": "any",
-                "context": "drawing", "grade": "elementary school", "skills": ["arithmetic reasoning"]}
+    metadata = {
+        "split": "testmini",
+        "language": "english",
+        "source": "made",
+        "category": "general-vqa",
+        "task": "any",
+        "context": "drawing",
+        "grade": "elementary school",
+        "skills": ["arithmetic reasoning"],
+    }
     rows = _rows(
         3,
         pid=["1", "2", "3"],
@@ -171,8 +179,15 @@ def _mathvista() -> Miniature:
 def _doc_vqa(**more) -> Miniature:
     return Miniature(
         "validation",
-        _rows(3, questionId=["1", "2", "3"], question=QUESTIONS, answers=[["two"], ["blue", "navy"], ["no one"]],
-              image=IMAGES, data_split="val", **more),
+        _rows(
+            3,
+            questionId=["1", "2", "3"],
+            question=QUESTIONS,
+            answers=[["two"], ["blue", "navy"], ["no one"]],
+            image=IMAGES,
+            data_split="val",
+            **more,
+        ),
         ["two", "navy", "no one"],
     )
 
@@ -180,68 +195,138 @@ def _doc_vqa(**more) -> Miniature:
 MINIATURES = {
     "mmbench": Miniature(
         "dev",
-        _rows(3, index=[1, 2, 1_000_001], question=[QUESTIONS[0], QUESTIONS[1], "How many birds are flying?"],
-              hint=["They are grey.", "nan", "nan"], answer=["B", "C", "A"],
-              A=["one", "red", "two"], B=["two", "green", "six"], C=["six", "blue", "one"], D=["nine", "black", "nine"],
-              category="counting", image=IMAGES, source="made", **{"L2-category": "fine", "comment": "nan",
-                                                                    "split": "dev"}),
+        _rows(
+            3,
+            index=[1, 2, 1_000_001],
+            question=[QUESTIONS[0], QUESTIONS[1], "How many birds are flying?"],
+            hint=["They are grey.", "nan", "nan"],
+            answer=["B", "C", "A"],
+            A=["one", "red", "two"],
+            B=["two", "green", "six"],
+            C=["six", "blue", "one"],
+            D=["nine", "black", "nine"],
+            category="counting",
+            image=IMAGES,
+            source="made",
+            **{"L2-category": "fine", "comment": "nan", "split": "dev"},
+        ),
         ["B", "C.", "A"],
     ),
     "mme": _mme(),
     "mmmu": _mmmu(),
     "mmvet": Miniature(
         "test",
-        _rows(3, question_id=["v1_0", "v1_1", "v1_2"], image=IMAGES, question=QUESTIONS,
-              answer=["4<OR>four", "red<AND>blue", "a boy"], image_source="made", capability="ocr,math"),
+        _rows(
+            3,
+            question_id=["v1_0", "v1_1", "v1_2"],
+            image=IMAGES,
+            question=QUESTIONS,
+            answer=["4<OR>four", "red<AND>blue", "a boy"],
+            image_source="made",
+            capability="ocr,math",
+        ),
         ["I see four of them.", "Blue and red.", "A boy does."],
     ),
     "seed": Miniature(
         "test",
-        _rows(3, answer=LETTERS, **_lettered("choice_a", "choice_b", "choice_c"), choice_d="none", data_id="1",
-              data_type=["image", "image", "video"], image=[[one] for one in IMAGES], question=QUESTIONS,
-              question_id=["1", "2", "3"], question_type_id=1, segment=None),
+        _rows(
+            3,
+            answer=LETTERS,
+            **_lettered("choice_a", "choice_b", "choice_c"),
+            choice_d="none",
+            data_id="1",
+            data_type=["image", "image", "video"],
+            image=[[one] for one in IMAGES],
+            question=QUESTIONS,
+            question_id=["1", "2", "3"],
+            question_type_id=1,
+            segment=None,
+        ),
         LETTERS,
     ),
     "pope": Miniature(
         "test",
-        _rows(3, id=["1", "2", "3"], question_id=["1", "2", "3"], question=QUESTIONS, answer=["yes", "no", "yes"],
-              image_source="made", image=IMAGES, category="random"),
+        _rows(
+            3,
+            id=["1", "2", "3"],
+            question_id=["1", "2", "3"],
+            question=QUESTIONS,
+            answer=["yes", "no", "yes"],
+            image_source="made",
+            image=IMAGES,
+            category="random",
+        ),
         ["Yes", "No", "yes"],
     ),
     "hallusion": _hallusion(),
     "textvqa": Miniature(
         "validation",
-        _rows(3, image_id="1", question_id=[1, 2, 3], question=[text.lower() for text in QUESTIONS], image=IMAGES,
-              answers=[["stop"] * 10, ["open"] * 9 + ["closed"], ["exit"] * 10], ocr_tokens=[["stop"]] * 3),
+        _rows(
+            3,
+            image_id="1",
+            question_id=[1, 2, 3],
+            question=[text.lower() for text in QUESTIONS],
+            image=IMAGES,
+            answers=[["stop"] * 10, ["open"] * 9 + ["closed"], ["exit"] * 10],
+            ocr_tokens=[["stop"]] * 3,
+        ),
         ["Stop", "open", "exit."],
     ),
     "chartqa": Miniature(
         "test",
-        _rows(3, type=["human_test", "augmented_test", "human_test"], question=QUESTIONS, answer=["10", "red", "25%"],
-              image=IMAGES),
+        _rows(
+            3,
+            type=["human_test", "augmented_test", "human_test"],
+            question=QUESTIONS,
+            answer=["10", "red", "25%"],
+            image=IMAGES,
+        ),
         ["10.3", "Red", "25%"],
     ),
     "infovqa": _doc_vqa(answer_type="single span"),
     "docvqa": _doc_vqa(question_types=[["form"]] * 3, docId=7),
     "ocrbench": Miniature(
         "test",
-        _rows(3, dataset=["IIIT5K", "docVQA", "HME100k"], question=QUESTIONS,
-              question_type=["Regular Text Recognition", "Doc-oriented VQA",
-                             "Handwritten Mathematical Expression Recognition"],
-              answer=[["STOP"], ["May 5"], ["x + 1"]], image=IMAGES),
+        _rows(
+            3,
+            dataset=["IIIT5K", "docVQA", "HME100k"],
+            question=QUESTIONS,
+            question_type=[
+                "Regular Text Recognition",
+                "Doc-oriented VQA",
+                "Handwritten Mathematical Expression Recognition",
+            ],
+            answer=[["STOP"], ["May 5"], ["x + 1"]],
+            image=IMAGES,
+        ),
         ["It says stop", "May 5", "x+1"],
         full=1000.0,
     ),
     "gqa": Miniature(
         "testdev",
-        _rows(3, id=["1", "2", "3"], imageId=["n2", "n1", "n2"], question=QUESTIONS, answer=["two", "blue", "boy"],
-              fullAnswer="any", isBalanced=True),
+        _rows(
+            3,
+            id=["1", "2", "3"],
+            imageId=["n2", "n1", "n2"],
+            question=QUESTIONS,
+            answer=["two", "blue", "boy"],
+            fullAnswer="any",
+            isBalanced=True,
+        ),
         ["Two", "blue.", "boy"],
     ),
     "scienceqa": Miniature(
         "test",
-        _rows(3, image=IMAGES, question=QUESTIONS, choices=OPTIONS, answer=[0, 2, 1], hint=["Look up.", "", ""],
-              subject="natural science", topic="biology"),
+        _rows(
+            3,
+            image=IMAGES,
+            question=QUESTIONS,
+            choices=OPTIONS,
+            answer=[0, 2, 1],
+            hint=["Look up.", "", ""],
+            subject="natural science",
+            topic="biology",
+        ),
         ["A", "C. blue", "b"],
     ),
     "ai2d": Miniature(
@@ -252,9 +337,16 @@ MINIATURES = {
     "mathvista": _mathvista(),
     "mmstar": Miniature(
         "val",
-        _rows(3, index=[0, 1, 2], question=[f"{text}\nOptions: A: x, B: y, C: z, D: v" for text in QUESTIONS],
-              image=IMAGES, answer=LETTERS, category=["math", "math", "coarse perception"],
-              l2_category=["geometry", "statistical reasoning", "image emotion"], meta_info="{}"),
+        _rows(
+            3,
+            index=[0, 1, 2],
+            question=[f"{text}\nOptions: A: x, B: y, C: z, D: v" for text in QUESTIONS],
+            image=IMAGES,
+            answer=LETTERS,
+            category=["math", "math", "coarse perception"],
+            l2_category=["geometry", "statistical reasoning", "image emotion"],
+            meta_info="{}",
+        ),
         LETTERS,
     ),
 }
@@ -293,7 +385,9 @@ def prompt_words(chat: list[dict]) -> str:
 def answer_for(miniature: Miniature, chat: list[dict]) -> str:
     """What a perfect model says to a prompt of a miniature."""
     words = prompt_words(chat).lower()
-    keys = [row["question"].removesuffix(" Please answer yes or no.").partition("\nOptions")[0] for row in miniature.rows]
+    keys = [
+        row["question"].removesuffix(" Please answer yes or no.").partition("\nOptions")[0] for row in miniature.rows
+    ]
     if miniature.question == "marker":
         keys = [text.split(">")[-1].strip() for text in keys]
     (found,) = [answer for key, answer in zip(keys, miniature.answers, strict=True) if key.lower() in words]

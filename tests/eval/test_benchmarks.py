@@ -132,8 +132,14 @@ def test_the_offline_questions_are_those_of_the_demo(name):
     assert chosen == draw_questions(easy_vqa() / "test", 1000, balanced=name == "easy_vqa_balanced")
 
 
+def _ask_pipeline(ask, question) -> str:
+    content = [{"type": "image", "image": load_picture(question.picture)}, {"type": "text", "text": question.text}]
+    said = ask(text=[{"role": "user", "content": content}], max_new_tokens=8, return_full_text=False)
+    return said[0]["generated_text"].strip()
+
+
 def _routes(run, model_folder: Path, num_questions: int) -> tuple[list[list[str]], dict, list]:
-    """Answers to the same questions through the harness at three batch sizes, our own API and transformers' pipeline."""
+    """Answers to the same questions: the harness at three batch sizes, our own API, transformers' pipeline."""
     options = ("--tasks", "easy_vqa", "--suite", "offline", "--limit", num_questions, "--dtype", "float32")
     routes = []
     for batch_size in (1, 4, 16):
@@ -145,10 +151,7 @@ def _routes(run, model_folder: Path, num_questions: int) -> tuple[list[list[str]
     questions = draw_questions(easy_vqa() / "test", 1000, balanced=False)[:num_questions]
     routes.append(answer_questions(model, processor, questions, batch_size=8))
     ask = pipeline("image-text-to-text", model=model, processor=processor)
-    for question in questions:
-        content = [{"type": "image", "image": load_picture(question.picture)}, {"type": "text", "text": question.text}]
-        said = ask(text=[{"role": "user", "content": content}], max_new_tokens=8, return_full_text=False)
-        routes[4:] = [[*(routes[4] if len(routes) > 4 else []), said[0]["generated_text"].strip()]]
+    routes.append([_ask_pipeline(ask, question) for question in questions])
     return routes, result_of(output, "easy_vqa"), questions
 
 
@@ -170,12 +173,18 @@ def test_blank_pictures_are_asked_the_same_questions(run):
 
 
 def test_lmms_evals_own_command_finds_model_and_tasks_in_the_installed_package(model_folder, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "lmms_eval", "--model", "hovle", "--model_args", f"pretrained={model_folder},max_tiles=2",
-         "--tasks", "easy_vqa", "--include_path", TASKS_FOLDER, "--limit", "3", "--batch_size", "2",
-         "--output_path", tmp_path, "--log_samples"],
-        capture_output=True, text=True, check=False, cwd=tmp_path,
-    )  # fmt: skip
+    options = {
+        "model": "hovle",
+        "model_args": f"pretrained={model_folder},max_tiles=2",
+        "tasks": "easy_vqa",
+        "include_path": TASKS_FOLDER,
+        "limit": 3,
+        "batch_size": 2,
+        "output_path": tmp_path,
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "lmms_eval", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     (found,) = [path for path in tmp_path.rglob("*.json") if path.name.endswith("results.json")] or [None]
     assert found is not None, result.stdout + result.stderr  # the command ends with 0 whatever happens
     content = json.loads(found.read_text())
