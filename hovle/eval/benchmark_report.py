@@ -39,7 +39,7 @@ def results_table(results: Mapping[str, dict], suites: Suites, failures: Mapping
     for name in names:
         benchmark = suites.benchmark(name)
         ours = ["", f"not run: {failures[name]}"] if name in failures else _own_cells(results[name])
-        theirs = [_cell(benchmark.published.get(model)) for model in published_by]
+        theirs = [published_text(benchmark.published.get(model)) for model in published_by]
         lines.append("| " + " | ".join([benchmark.title, *ours, *theirs]) + " |")
     return "\n".join(lines)
 
@@ -52,8 +52,11 @@ def _own_cells(result: dict) -> list[str]:
     return [f"{result['num_questions']:,}", score_text(result)]
 
 
-def _cell(value: float | None) -> str:
-    return NOT_PUBLISHED if value is None else f"{value:g}"
+def published_text(value: float | None) -> str:
+    """A published score as papers print it: points of 1000 whole, percentages with one decimal."""
+    if value is None:
+        return NOT_PUBLISHED
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def notes(results: Mapping[str, dict]) -> str:
