@@ -5,6 +5,7 @@ examples:
   hovle eval benchmarks DIR --suite paper --batch-size 8    the paper's benchmarks; data come from the Hub
   hovle eval benchmarks DIR --tasks pope mmstar --limit 100
   hovle eval benchmarks DIR --resume                        go on; what is done with the same model is kept
+  hovle eval benchmarks DIR --batch-size 1 --output one --compare eval_results/DIR     count answers that differ
   hovle eval benchmarks --list                              suites, benchmarks and what is special about them
 
 The output folder gets one JSON file per benchmark with score, 95 % interval and everything needed to repeat it, the
@@ -16,6 +17,7 @@ Scores do not depend on the batch size.
 """
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -23,7 +25,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .suites import Benchmark, Suites, load_suites
+from .. import __version__
+from .suites import TASKS_FOLDER, Benchmark, Suites, load_suites
 
 UNSAID = -1
 """Default of --max-tiles: the suite decides."""
@@ -44,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="such as cuda:1 (default: the first GPU, or the CPU)")
     parser.add_argument(
         "--max-tiles", type=int, default=UNSAID, metavar="N", help="most tiles of a picture (default: the suite's)"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="DIR", help="also count answers that differ from results there"
     )
     parser.add_argument("--list", action="store_true", help="show suites and benchmarks and exit")
 
@@ -79,6 +85,10 @@ class Plan:
             raise ValueError(f"--limit ({args.limit}) must be at least 1.")
         if args.data is not None and not args.data.is_dir():
             raise ValueError(f"--data {args.data} is no folder.")
+        if args.compare is not None and not args.compare.is_dir():
+            raise ValueError(f"--compare {args.compare} is no folder.")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this command runs in one process; in several, use `lmms-eval --model hovle`.")
         suite = suites.suite(args.suite)
         self.suites, self.args = suites, args
         chosen = suites.chosen(args.suite, args.tasks)
@@ -110,7 +120,18 @@ class Plan:
         shown = {name: result for name, result in results.items() if name in asked}
         _say(results_table(shown, self.suites, self.failures))
         _say(f"{len(shown)} of {len(asked)} benchmarks have a result; details in {self.output / 'README.md'}.")
+        if self.args.compare is not None:
+            self._compare(list(shown))
         return self.failures
+
+    def _compare(self, names: list[str]) -> None:
+        """Say how many answers differ from those of another run, for instance in another number format."""
+        from .results import disagreements
+
+        for name in names:
+            counts = disagreements(self.output, self.args.compare, name)
+            found = "no answers there" if counts is None else f"{counts[0]} of {counts[1]} answers differ"
+            _say(f"{name}: {found} ({self.args.compare})")
 
     def _run_one(self, benchmark: Benchmark, manager: Any) -> None:
         from .harness import BenchmarkError, run_benchmark
@@ -142,8 +163,13 @@ class Plan:
 
     def _settings(self) -> dict[str, Any]:
         """What scores may depend on; the batch size is not among it."""
-        from .results import harness_version
+        from .results import digest, harness_version
 
+        tasks = [
+            path.read_text(encoding="utf-8")
+            for path in sorted(TASKS_FOLDER.rglob("*"))
+            if path.suffix != ".pyc" and path.is_file()
+        ]
         data = None if self.args.data is None else str(self.args.data.absolute())
         return {
             "limit": self.limit,
@@ -151,6 +177,8 @@ class Plan:
             "dtype": self.args.dtype,
             "data": data,
             "harness": harness_version(),
+            "hovle": __version__,
+            "tasks": digest(tasks),
         }
 
     @property

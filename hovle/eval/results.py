@@ -96,6 +96,23 @@ def read_results(folder: Path) -> dict[str, dict]:
     return {result["benchmark"]: result for result in found if result is not None}
 
 
+def disagreements(folder: Path, other: Path, name: str) -> tuple[int, int] | None:
+    """Compare the answers to a benchmark in two result folders, question by question.
+
+    Returns:
+        How many differ, and how many questions both answered; None when one of them has none.
+    """
+    paths = [each / f"{name}.answers.jsonl" for each in (folder, other)]
+    if not all(path.is_file() for path in paths):
+        return None
+    ours, theirs = (
+        {entry["doc_id"]: entry["answer"] for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
+        for path in paths
+    )
+    shared = ours.keys() & theirs.keys()
+    return sum(ours[place] != theirs[place] for place in shared), len(shared)
+
+
 def today() -> str:
     """Date for results, in UTC."""
     return time.strftime("%Y-%m-%d", time.gmtime())

@@ -192,6 +192,23 @@ def test_lmms_evals_own_command_finds_model_and_tasks_in_the_installed_package(m
     assert content["throughput"]["total_gen_tokens"] > 0
 
 
+def test_answers_that_differ_from_another_run_are_counted(run, tmp_path, capsys):
+    options = ("--suite", "offline", "--tasks", "easy_vqa", "--limit", 4)
+    run(*options, output=tmp_path / "first")
+    path = tmp_path / "first" / "easy_vqa.answers.jsonl"
+    changed = [json.loads(line) for line in path.read_text().splitlines()]
+    changed[2]["answer"] += "!"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in changed[:3]))
+    run(*options, "--compare", tmp_path / "first")
+    assert f"easy_vqa: 1 of 3 answers differ ({tmp_path / 'first'})" in capsys.readouterr().out
+
+
+def test_several_processes_are_sent_to_the_harness(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("--suite", "offline")[0] == 1
+    assert "this command runs in one process" in capsys.readouterr().err
+
+
 # --- going on where a run stopped
 
 
@@ -267,6 +284,7 @@ def test_a_failed_benchmark_is_no_more_shown_with_its_older_result(run, miniatur
         (("--suite", "fast"), "no suite named 'fast'; there are paper, ocr, quick, offline"),
         (("--limit", "0"), "--limit (0) must be at least 1"),
         (("--data", "nowhere"), "--data nowhere is no folder"),
+        (("--compare", "nowhere"), "--compare nowhere is no folder"),
         (("--suite", "offline", "--batch-size", "0"), "batch_size (0) must be a whole number from 1"),
     ],
 )
