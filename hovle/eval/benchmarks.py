@@ -170,7 +170,7 @@ class Plan:
             for path in sorted(TASKS_FOLDER.rglob("*"))
             if path.suffix != ".pyc" and path.is_file()
         ]
-        data = None if self.args.data is None else str(self.args.data.absolute())
+        data = None if self.args.data is None else f"local copy {digest(str(self.args.data.absolute()))}"
         return {
             "limit": self.limit,
             "max_tiles": "the model's own" if self.max_tiles is None else self.max_tiles,

@@ -315,6 +315,24 @@ def test_an_evaluation_drops_the_model_unless_told_to_keep_it(plugin, model_fold
     assert not hasattr(lm, "model")
 
 
+@pytest.mark.parametrize(
+    ("text", "fields"), [({"tie_word_embeddings": True}, {}), ({}, {"pixel_shuffle_loc": "post"})], ids=["tied", "HD"]
+)
+def test_tied_and_high_definition_models_answer_too(
+    text, fields, plugin, documents, make_tokenizer, tiny_config, tmp_path
+):
+    torch.manual_seed(1)
+    config = tiny_config(text, **fields)
+    HoVLEForConditionalGeneration(config).save_pretrained(tmp_path)
+    HoVLEProcessor.from_language_model(make_tokenizer(), config, max_tiles=2).save_pretrained(tmp_path)
+    answers = []
+    for batch_size in (1, 5):
+        lm = plugin.HoVLEChat(str(tmp_path), batch_size=batch_size)
+        answers.append(lm.generate_until(requests_for(lm, documents, {"max_new_tokens": 4})))
+    assert answers[0] == answers[1]  # texts and token counts
+    assert all(1 <= answer.token_counts.output_tokens <= 4 for answer in answers[0])
+
+
 @pytest.mark.parametrize("batch_size", ["auto", 0, "-2"])
 def test_batch_sizes_that_are_no_numbers_are_refused(plugin, model_folder, batch_size):
     with pytest.raises(ValueError, match="must be a whole number from 1"):
