@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check setup
+.PHONY: demo tables test check setup
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("hovle is tested on Python 3.11: make PYTHON=python3.11 ...")'
@@ -19,6 +19,10 @@ setup: $(READY)
 demo: $(READY)
 	$(BIN)/hovle fetch
 	$(BIN)/hovle demo
+
+# Write the measured figures from eval/results into README, model cards and eval/README.md.
+tables: $(READY)
+	$(BIN)/python eval/tables.py
 
 test: $(READY)
 	$(BIN)/hovle fetch

@@ -5,4 +5,5 @@ cd "$(dirname "$0")/.."
 hovle demo --fresh
 mkdir -p eval/results/demo
 cp runs/demo/report.json eval/results/demo/report.json
+hovle eval benchmarks runs/demo/instruction_tuning/model --suite offline --resume --output eval/results/benchmarks/demo
 python eval/tables.py

@@ -9,6 +9,10 @@ import re
 import sys
 from pathlib import Path
 
+from hovle.eval.benchmark_report import notes, published_text, results_table
+from hovle.eval.results import read_results
+from hovle.eval.suites import load_suites
+
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "eval/README.md", "model_cards/demo.md")
 
@@ -58,7 +62,37 @@ def data_speed_table(root: Path) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"demo": demo_table, "data_speed": data_speed_table}
+def benchmarks_table(root: Path) -> str:
+    """Results of every model below eval/results/benchmarks, beside the published scores."""
+    suites = load_suites()
+    parts = []
+    for folder in sorted((root / "eval/results/benchmarks").glob("*/")):
+        results = read_results(folder)
+        parts += [f"**{folder.name}**", results_table(results, suites), notes(results)]
+    return "\n\n".join(parts) or "No result of a benchmark is kept here yet."
+
+
+def paper_suite_table(_: Path) -> str:
+    """What `hovle eval benchmarks --suite paper` runs, and what is published."""
+    suites = load_suites()
+    lines = [
+        f"| benchmark | task of lmms-eval | {' | '.join(suites.models)} | |",
+        "|---|---|" + "---|" * (len(suites.models) + 1),
+    ]
+    for name in suites.suite("paper").benchmarks:
+        benchmark = suites.benchmark(name)
+        published = [published_text(benchmark.published.get(model)) for model in suites.models]
+        remark = benchmark.note if benchmark.comparable else f"not comparable: {benchmark.note}"
+        lines.append(f"| {benchmark.title} | `{benchmark.task}` | {' | '.join(published)} | {remark} |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "demo": demo_table,
+    "data_speed": data_speed_table,
+    "benchmarks": benchmarks_table,
+    "paper_suite": paper_suite_table,
+}
 
 
 def fill(text: str, root: Path) -> str:

@@ -21,6 +21,7 @@ OPTIONAL = {
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "bitsandbytes": ("hovle[quant]", "alignment against an 8- or 4-bit language model"),
     "fastapi": ("hovle[serve]", "hovle serve"),
+    "lmms_eval": ("hovle[eval]", "hovle eval benchmarks"),
     "open_clip_torch": ("hovle[teacher]", "OpenCLIP teachers"),
     "simplejpeg": ("hovle[vision]", "faster decoding of JPEG files in training"),
     "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),

@@ -1,5 +1,6 @@
 """Evaluation: what a model scores, and what goes on inside it.
 
+  hovle eval benchmarks    scores on the paper's benchmarks, or on questions that need no network
   hovle eval attention     where each layer and each answer token looks, one model or two side by side
   hovle eval embeddings    how close image and text embeddings are to the language model's words
   hovle eval retention     perplexity and five text tasks, the bare language model against each stage
@@ -10,6 +11,7 @@
 import argparse
 
 ACTIONS = {
+    "benchmarks": "hovle.eval.benchmarks",
     "attention": "hovle.eval.attention",
     "embeddings": "hovle.eval.embeddings",
     "retention": "hovle.eval.retention",

@@ -1,0 +1,217 @@
+"""Score a model on benchmarks with lmms-eval, beside the paper's published scores.
+
+examples:
+  hovle eval benchmarks DIR --suite offline                 easy-VQA, no network; what CI runs
+  hovle eval benchmarks DIR --suite paper --batch-size 8    the paper's benchmarks; data come from the Hub
+  hovle eval benchmarks DIR --tasks pope mmstar --limit 100
+  hovle eval benchmarks DIR --resume                        go on; what is done with the same model is kept
+  hovle eval benchmarks DIR --batch-size 1 --output one --compare eval_results/DIR     count answers that differ
+  hovle eval benchmarks --list                              suites, benchmarks and what is special about them
+
+The output folder gets one JSON file per benchmark with score, 95 % interval and everything needed to repeat it, the
+answers beside it, a results page (README.md), a model card's table and `.eval_results` for the Hub. A benchmark that
+cannot be run (no data, no key, no such task) is reported with the reason, the others go on, and the exit code is 1.
+
+Benchmarks that need a judge are read by rules and marked as not comparable; --judge uses the harness's judge instead.
+Scores do not depend on the batch size.
+"""
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .. import __version__
+from .suites import TASKS_FOLDER, Benchmark, Suites, load_suites
+
+UNSAID = -1
+"""Default of --max-tiles: the suite decides."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hovle eval benchmarks`."""
+    parser.add_argument("model", nargs="?", help="model folder or Hub id")
+    parser.add_argument("--suite", default="paper", help="paper (default), ocr, quick or offline")
+    parser.add_argument("--tasks", nargs="+", metavar="NAME", help="only these benchmarks, or tasks of lmms-eval")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N questions of each")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at once (default: 8)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="default: eval_results/NAME-OF-MODEL")
+    parser.add_argument("--resume", action="store_true", help="keep results of the same model and settings")
+    parser.add_argument("--judge", action="store_true", help="use the harness's judge (needs OPENAI_API_KEY)")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="local copies: NAME/*.parquet for each benchmark")
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto, as the checkpoint (default)")
+    parser.add_argument("--device", help="such as cuda:1 (default: the first GPU, or the CPU)")
+    parser.add_argument(
+        "--max-tiles", type=int, default=UNSAID, metavar="N", help="most tiles of a picture (default: the suite's)"
+    )
+    parser.add_argument(
+        "--compare", type=Path, metavar="DIR", help="also count answers that differ from results there"
+    )
+    parser.add_argument("--list", action="store_true", help="show suites and benchmarks and exit")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the benchmarks asked for; exit code 1 when one of them has no result."""
+    suites = load_suites()
+    if args.list:
+        from .benchmark_report import benchmark_list
+
+        _say(benchmark_list(suites))
+        return 0
+    plan = Plan(args, suites)
+    failures = plan.run()
+    return 1 if failures else 0
+
+
+class Plan:
+    """One call of the command.
+
+    Args:
+        args: Its options.
+        suites: From `load_suites`.
+
+    Raises:
+        ValueError: For options that make no sense, before anything is loaded.
+    """
+
+    def __init__(self, args: argparse.Namespace, suites: Suites):
+        if args.model is None:
+            raise ValueError("name a model folder or Hub id (or --list).")
+        if args.limit is not None and args.limit < 1:
+            raise ValueError(f"--limit ({args.limit}) must be at least 1.")
+        if args.data is not None and not args.data.is_dir():
+            raise ValueError(f"--data {args.data} is no folder.")
+        if args.compare is not None and not args.compare.is_dir():
+            raise ValueError(f"--compare {args.compare} is no folder.")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this command runs in one process; in several, use `lmms-eval --model hovle`.")
+        suite = suites.suite(args.suite)
+        self.suites, self.args = suites, args
+        chosen = suites.chosen(args.suite, args.tasks)
+        self.benchmarks = [benchmark.judged() if args.judge else benchmark for benchmark in chosen]
+        self.limit = args.limit if args.limit is not None or args.tasks else suite.limit
+        self.max_tiles = suite.max_tiles if args.max_tiles == UNSAID else args.max_tiles
+        self.output = args.output or Path("eval_results") / model_name(args.model)
+        self.failures: dict[str, str] = {}
+        self._model: Any = None
+
+    def run(self) -> dict[str, str]:
+        """Run what has no result yet, write pages, and return the failures: benchmark -> reason."""
+        from ..chat import refuse_missing_folder
+        from .benchmark_report import results_table, write_pages
+        from .harness import task_manager
+        from .results import hash_model, read_results
+
+        refuse_missing_folder(self.args.model)
+        self.model_hash = hash_model(self.args.model)
+        manager = task_manager()
+        for benchmark in self.benchmarks:
+            self._run_one(benchmark, manager)
+        results = read_results(self.output)
+        results = {name: result for name, result in results.items() if result["model"]["hash"] == self.model_hash}
+        for name in self.failures:
+            results.pop(name, None)
+        write_pages(self.output, results, self.suites, self.failures)
+        asked = {benchmark.name for benchmark in self.benchmarks}
+        shown = {name: result for name, result in results.items() if name in asked}
+        _say(results_table(shown, self.suites, self.failures))
+        _say(f"{len(shown)} of {len(asked)} benchmarks have a result; details in {self.output / 'README.md'}.")
+        if self.args.compare is not None:
+            self._compare(list(shown))
+        return self.failures
+
+    def _compare(self, names: list[str]) -> None:
+        """Say how many answers differ from those of another run, for instance in another number format."""
+        from .results import disagreements
+
+        for name in names:
+            counts = disagreements(self.output, self.args.compare, name)
+            found = "no answers there" if counts is None else f"{counts[0]} of {counts[1]} answers differ"
+            _say(f"{name}: {found} ({self.args.compare})")
+
+    def _run_one(self, benchmark: Benchmark, manager: Any) -> None:
+        from .harness import BenchmarkError, run_benchmark
+        from .results import digest, read_result, write_result
+
+        settings = self._settings()
+        identity = digest({"model": self.model_hash, "settings": settings, "task": _task_facts(benchmark)})
+        found = read_result(self.output / f"{benchmark.name}.json") if self.args.resume else None
+        if found is not None and found["identity"] == identity:
+            _say(f"{benchmark.name}: kept, {found['score']:.4g} from {found['date']}.")
+            return
+        self.output.mkdir(parents=True, exist_ok=True)
+        trace = self.output / f"{benchmark.name}.error.txt"
+        trace.unlink(missing_ok=True)
+        try:
+            result, answers = run_benchmark(
+                benchmark, self.model, manager, self.output / "submissions", self.limit, self.args.data
+            )
+        except BenchmarkError as error:
+            self.failures[benchmark.name] = str(error)
+            trace.write_text(traceback.format_exc(), encoding="utf-8")
+            _say(f"{benchmark.name}: {error} (details in {trace})")
+            return
+        facts = {"name": model_name(self.args.model), "hash": self.model_hash}
+        settings = {**settings, "dtype": str(self.model.model.dtype).removeprefix("torch.")}
+        settings["batch_size"] = self.args.batch_size
+        write_result(self.output, {**result, "identity": identity, "model": facts, "settings": settings}, answers)
+        _say(f"{benchmark.name}: {result['score']:.4g}")
+
+    def _settings(self) -> dict[str, Any]:
+        """What scores may depend on; the batch size is not among it."""
+        from .results import digest, harness_version
+
+        tasks = [
+            path.read_text(encoding="utf-8")
+            for path in sorted(TASKS_FOLDER.rglob("*"))
+            if path.suffix != ".pyc" and path.is_file()
+        ]
+        data = None if self.args.data is None else f"local copy {digest(str(self.args.data.absolute()))}"
+        return {
+            "limit": self.limit,
+            "max_tiles": "the model's own" if self.max_tiles is None else self.max_tiles,
+            "dtype": self.args.dtype,
+            "data": data,
+            "harness": harness_version(),
+            "hovle": __version__,
+            "tasks": digest(tasks),
+        }
+
+    @property
+    def model(self):
+        """The model, loaded when the first benchmark needs it."""
+        from .lmms_eval_plugin import HoVLEChat
+
+        if self._model is None:
+            self._model = HoVLEChat(
+                self.args.model,
+                device=self.args.device,
+                dtype=self.args.dtype,
+                batch_size=self.args.batch_size,
+                max_tiles=self.max_tiles,
+                keep_loaded=True,
+            )
+        return self._model
+
+
+def _task_facts(benchmark: Benchmark) -> dict[str, Any]:
+    """What decides a benchmark's score, without what is only shown."""
+    shown = ("title", "note", "published", "comparable", "data", "judge", "key")
+    return {name: value for name, value in asdict(benchmark).items() if name not in shown}
+
+
+def model_name(model: str) -> str:
+    """A short name for a folder or Hub id; folders called `model` are named by what holds them."""
+    parts: Sequence[str] = [part for part in Path(model).absolute().parts if part not in ("model", "/")]
+    if Path(model).exists():
+        return "-".join(parts[-2:]) if Path(model).absolute().name == "model" else parts[-1]
+    return model.replace("/", "--")
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()

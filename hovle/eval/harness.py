@@ -1,0 +1,232 @@
+"""Run one benchmark through lmms-eval and read its score; what is missing is said, never passed over.
+
+The harness's command line ends with 0 when a task is missing or raises. Here every such case is a `BenchmarkError`.
+"""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from .adaptations import ADAPTATIONS, WithPictures, parquet_files
+from .intervals import READINGS, Units
+from .lmms_eval_plugin import HoVLEChat
+from .results import digest, environment, harness_version, today
+from .suites import TASKS_FOLDER, Benchmark
+
+TOLERANCE = 1e-4
+"""The harness rounds some scores to four decimals."""
+
+
+class BenchmarkError(RuntimeError):
+    """One benchmark could not be run; the message says why and what to do."""
+
+
+def task_manager():
+    """The harness's own tasks and ours; from here on the harness logs warnings only, and to stderr."""
+    from lmms_eval.tasks import TaskManager
+    from loguru import logger
+
+    logger.remove()
+    logger.add(_to_stderr, level="WARNING")
+    return TaskManager("ERROR", include_path=str(TASKS_FOLDER), model_name="hovle")
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)  # looked up anew each time: it may be replaced
+
+
+def load_task(benchmark: Benchmark, manager: Any, data: Path | None = None):
+    """Load a benchmark's documents and settings.
+
+    Args:
+        benchmark: What to load.
+        manager: From `task_manager`.
+        data: Folder with local copies, one folder per benchmark (`NAME/SPLIT-*.parquet`); for GQA also `gqa_images`.
+            By default data come from where the task says, mostly the Hub.
+
+    Raises:
+        BenchmarkError: For a task the harness does not know, a missing key, and data that cannot be had.
+    """
+    if manager.task_index.get(benchmark.task, {}).get("type") not in ("task", "python_task"):
+        raise BenchmarkError(f"lmms-eval {harness_version()} has no task {benchmark.task!r} (groups are not taken).")
+    if benchmark.key and not os.environ.get(benchmark.key):
+        raise BenchmarkError(
+            f"the judge needs {benchmark.key} in the environment; without --judge, rules take its place."
+        )
+    try:
+        changes = {"process_docs": ADAPTATIONS[benchmark.adapt]} if benchmark.adapt else {}
+        changes |= {} if data is None else _local_data(benchmark.name, data)
+        (task,) = manager.load_task_or_group([{"task": benchmark.task, **changes}], "chat").values()
+    except Exception as error:  # whatever the harness, its tasks and data sets raise
+        reason = reason_of(error)
+        raise BenchmarkError(f"its task or data cannot be loaded: {reason}") from error
+    if benchmark.generation:
+        task.set_config("generation_kwargs", benchmark.generation, update=True)
+    if benchmark.prompt:
+        task.lmms_eval_specific_kwargs = {**(task.lmms_eval_specific_kwargs or {}), **benchmark.prompt}
+    return task
+
+
+def _local_data(name: str, data: Path) -> dict[str, Any]:
+    """Changes of a task's configuration that point it at local files."""
+    changes = {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": parquet_files(data / name)}
+    pictures = data / f"{name}_images"
+    return changes | ({"process_docs": WithPictures(pictures)} if pictures.is_dir() else {})
+
+
+def reason_of(error: BaseException) -> str:
+    """The cause of an error in one line; the harness hides it behind its retries."""
+    attempt = getattr(error, "last_attempt", None)
+    if attempt is not None and attempt.exception() is not None:
+        return reason_of(attempt.exception())
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def run_benchmark(
+    benchmark: Benchmark, lm: HoVLEChat, manager: Any, folder: Path, limit: int | None, data: Path | None
+) -> tuple[dict, list[dict]]:
+    """Ask a benchmark's questions.
+
+    Args:
+        benchmark: What to run.
+        lm: The model.
+        manager: From `task_manager`.
+        folder: Where tasks write files for submission.
+        limit: Questions to ask, or None for all.
+        data: As in `load_task`.
+
+    Returns:
+        The result without identity, and one entry per question.
+    """
+    task = load_task(benchmark, manager, data)
+    outcome = _evaluate(task, lm, manager, folder, limit)
+    name = task.config.task
+    samples, figures = outcome["samples"].get(name, []), outcome["results"][name]
+    if not samples:
+        raise BenchmarkError("the harness returned no answers.")
+    score, interval = _score(benchmark, task, samples, figures)
+    result = {
+        "benchmark": benchmark.name,
+        "title": benchmark.title,
+        "task": benchmark.task,
+        "score": score,
+        "interval": interval,
+        "num_questions": len(samples),
+        "comparable": benchmark.comparable and limit is None,
+        "note": benchmark.note,
+        "limit": limit,
+        "figures": {key: value for key, value in figures.items() if isinstance(value, int | float)},
+        "harness": {"lmms-eval": harness_version(), "task version": str(task.VERSION)},
+        "prompt_hash": _prompt_hash(lm, samples),
+        "generation": dict(task.config.generation_kwargs),
+        "prompts": task.lmms_eval_specific_kwargs,
+        "data": _data_facts(benchmark, task, data),
+        "speed": outcome.get("throughput", {}),
+        "environment": environment(lm.device),
+        "date": today(),
+    }
+    return result, [_answer_entry(sample) for sample in samples]
+
+
+def _evaluate(task: Any, lm: HoVLEChat, manager: Any, folder: Path, limit: int | None) -> dict:
+    from lmms_eval.evaluator import simple_evaluate
+
+    options = argparse.Namespace(
+        output_path=str(folder), process_with_media=False, reasoning_tags=None, agentic_trace_mode="basic"
+    )
+    try:
+        return simple_evaluate(
+            model=lm,
+            tasks=[task],
+            task_manager=manager,  # else it reads all tasks anew
+            limit=limit,
+            bootstrap_iters=0,  # the intervals are ours
+            cli_args=options,
+            process_docs_parallel=1,
+            verbosity="ERROR",
+        )
+    except Exception as error:  # whatever a task raises
+        raise BenchmarkError(f"it stopped: {reason_of(error)}") from error
+
+
+def _score(
+    benchmark: Benchmark, task: Any, samples: list[dict], figures: dict
+) -> tuple[float, tuple[float, float] | None]:
+    """The score in the published unit and its interval."""
+    if not benchmark.metrics:
+        return next(float(value) for value in figures.values() if isinstance(value, int | float)), None
+    found = {name: _figure(figures, name) for name in benchmark.metrics}
+    values = [sample[name] for sample in samples for name in benchmark.metrics if name in sample]
+    if benchmark.units == "none":
+        return benchmark.scale * sum(value or 0.0 for value in found.values()), None
+    aggregate = task.aggregation()[benchmark.metrics[0]]
+    try:
+        units = READINGS[benchmark.units](values, aggregate)
+    except (KeyError, ValueError) as error:
+        raise BenchmarkError(f"its results cannot be read: {reason_of(error)}") from error
+    _compare_with_harness(units, sum(value or 0.0 for value in found.values()))
+    low, high = units.interval()
+    return benchmark.scale * units.score, (benchmark.scale * low, benchmark.scale * high)
+
+
+def _figure(figures: dict, metric: str) -> float | None:
+    """The harness's figure for a metric, whatever filter made it; None where no document counts for it."""
+    for key, value in figures.items():
+        if key.partition(",")[0] == metric:
+            return float(value) if isinstance(value, int | float) else None
+    return None
+
+
+def _compare_with_harness(units: Units, theirs: float) -> None:
+    ours = units.score * units.harness_factor
+    if abs(ours - theirs) > TOLERANCE * max(1.0, abs(theirs)):
+        raise BenchmarkError(f"read from its answers the score is {ours:.6g}, the harness says {theirs:.6g}.")
+
+
+def _prompt_hash(lm: HoVLEChat, samples: list[dict]) -> str:
+    """Of the questions as the task words them, the generation settings, and how the model's template wraps them."""
+    asked = [[part for part in sample["arguments"] if isinstance(part, str | dict)] for sample in samples]
+    return digest({"asked": asked, "template": lm.processor.chat_template, "system": lm.system_prompt})
+
+
+def _data_facts(benchmark: Benchmark, task: Any, data: Path | None) -> dict[str, Any]:
+    """Where documents came from, the Hub's commit where known, and a hash of all texts in them."""
+    split = task.config.test_split or task.config.validation_split
+    sources = (getattr(task.dataset[split].info, "download_checksums", None) or {}).keys()
+    commits = {found[1] for source in sources if (found := re.search(r"@([0-9a-f]{40})/", str(source)))}
+    return {
+        "name": benchmark.data or str(task.DATASET_PATH),
+        "is_local_copy": data is not None,
+        "split": split,
+        "revision": commits.pop() if len(commits) == 1 else None,
+        "text_hash": digest([_texts(doc) for doc in task.eval_docs_no_media]),
+        "num_documents": len(task.eval_docs_no_media),
+    }
+
+
+def _texts(doc: dict) -> dict:
+    """A document's columns without pictures."""
+    return {name: value for name, value in doc.items() if isinstance(value, str | int | float | bool | list | None)}
+
+
+def _answer_entry(sample: dict) -> dict:
+    """What to keep of one question."""
+    question = next((part for part in sample["arguments"] if isinstance(part, str)), "")
+    entry = {"doc_id": sample["doc_id"], "question": question, "expected": sample["target"]}
+    known = {
+        "doc_id",
+        "doc",
+        "target",
+        "arguments",
+        "resps",
+        "filtered_resps",
+        "token_counts",
+        "doc_hash",
+        "input_media",
+    }
+    scores = {name: value for name, value in sample.items() if name not in known}
+    return {**entry, "answer": sample["resps"][0][0] if sample["resps"] else "", "scores": scores}

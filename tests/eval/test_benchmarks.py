@@ -1,0 +1,334 @@
+"""Benchmarks through the real lmms-eval: tiny random weights, and a model that knows the answers."""
+
+import importlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import pipeline
+
+from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.assets import easy_vqa
+from hovle.cli import main
+from hovle.eval.suites import TASKS_FOLDER, load_suites
+from hovle.eval.vqa import answer_questions, draw_questions, exact_match, load_questions
+from hovle.pictures import load_picture
+
+PAPER = load_suites().suites["paper"].benchmarks
+
+
+@pytest.fixture(scope="module")
+def manager(lmms_eval):
+    """The harness's tasks and ours; reading them all takes seconds."""
+    from hovle.eval.harness import task_manager
+
+    return task_manager()
+
+
+@pytest.fixture(scope="module")
+def lm(lmms_eval, model_folder):
+    """A loaded model for several benchmarks."""
+    from hovle.eval.lmms_eval_plugin import HoVLEChat
+
+    return HoVLEChat(str(model_folder), batch_size=2, max_new_tokens=4, max_tiles=2, keep_loaded=True)
+
+
+@pytest.fixture
+def run(manager, model_folder, tmp_path, monkeypatch):
+    """`run(*options)` calls the command on the tiny model and gives exit code and output folder."""
+    monkeypatch.setattr("hovle.eval.harness.task_manager", lambda: manager)
+
+    def call(*options, model=model_folder, output=tmp_path / "results"):
+        return main(["eval", "benchmarks", str(model), "--output", str(output), *map(str, options)]), output
+
+    return call
+
+
+def result_of(folder: Path, name: str) -> dict:
+    return json.loads((folder / f"{name}.json").read_text())
+
+
+def answers_of(folder: Path, name: str) -> list[dict]:
+    return [json.loads(line) for line in (folder / f"{name}.answers.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """No network: the Hub answers as on a machine that is offline."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+# --- the paper's benchmarks on miniature copies
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_every_adapter_gives_full_marks_to_a_model_that_knows_the_answers(
+    name, lm, manager, miniatures, miniature_data, perfect_answer, tmp_path, monkeypatch
+):
+    from hovle.eval.harness import run_benchmark
+    from hovle.eval.lmms_eval_plugin import Answer
+
+    miniature = miniatures[name]
+    monkeypatch.setattr(
+        lm, "_generate", lambda chats, *_: [Answer(perfect_answer(miniature, chat), 1, 1) for chat in chats]
+    )
+    result, answers = run_benchmark(load_suites().benchmark(name), lm, manager, tmp_path, None, miniature_data)
+    assert result["score"] == pytest.approx(miniature.full)
+    low, high = result["interval"]
+    assert low <= result["score"] <= high + 1e-9
+    assert len(answers) == result["num_questions"] == len(miniature.rows) - (name == "seed")  # without its video
+
+
+@pytest.fixture
+def short_answers(lmms_eval, monkeypatch):
+    """No answer is longer than four tokens; random weights never come to an end by themselves."""
+    plugin = importlib.import_module("hovle.eval.lmms_eval_plugin")
+    read = plugin.generation_arguments
+
+    def shortened(*arguments):
+        given, stops = read(*arguments)
+        return {**given, "max_new_tokens": 4}, stops
+
+    monkeypatch.setattr(plugin, "generation_arguments", shortened)
+
+
+def test_all_of_the_paper_runs_with_a_real_model_and_says_what_is_published(
+    run, miniature_data, short_answers, capsys
+):
+    code, output = run("--suite", "paper", "--data", miniature_data, "--batch-size", 4, "--max-tiles", 2)
+    assert code == 0
+    results = {name: result_of(output, name) for name in PAPER}
+    for name, result in results.items():
+        assert result["settings"]["max_tiles"] == 2, name
+        assert result["data"]["is_local_copy"], name
+        assert len(result["prompt_hash"]) == len(result["data"]["text_hash"]) == len(result["identity"]) == 16, name
+        assert any(answer["answer"] for answer in answers_of(output, name)), name
+    assert not results["mmvet"]["comparable"]
+    assert results["chartqa"]["comparable"]
+    printed = capsys.readouterr().out
+    row = next(line for line in printed.splitlines() if line.startswith("| ChartQA "))
+    assert row.endswith("| not published | 78.6 | 76.2 | 73.7 | 73.5 |")
+    page = (output / "README.md").read_text()
+    assert "our choice for the paper's unnamed 17th" in page
+    assert not (output / ".eval_results").exists()  # local copies are no scores for the Hub
+    assert "pipeline_tag: image-text-to-text" in (output / "model_card.md").read_text()
+
+
+# --- questions that need no network
+
+
+@pytest.mark.parametrize("name", ["easy_vqa", "easy_vqa_balanced"])
+def test_the_offline_questions_are_those_of_the_demo(name):
+    file = {"easy_vqa": "as_they_come", "easy_vqa_balanced": "balanced"}[name]
+    lines = (TASKS_FOLDER / "easy_vqa" / f"{file}.jsonl").read_text().splitlines()
+    questions = load_questions(easy_vqa() / "test")
+    chosen = [questions[json.loads(line)["place"]] for line in lines]
+    assert chosen == draw_questions(easy_vqa() / "test", 1000, balanced=name == "easy_vqa_balanced")
+
+
+def _ask_pipeline(ask, question) -> str:
+    content = [{"type": "image", "image": load_picture(question.picture)}, {"type": "text", "text": question.text}]
+    said = ask(text=[{"role": "user", "content": content}], max_new_tokens=8, return_full_text=False)
+    return said[0]["generated_text"].strip()
+
+
+def _routes(run, model_folder: Path, num_questions: int) -> tuple[list[list[str]], dict, list]:
+    """Answers to the same questions: the harness at three batch sizes, our own API, transformers' pipeline."""
+    options = ("--tasks", "easy_vqa", "--suite", "offline", "--limit", num_questions, "--dtype", "float32")
+    routes = []
+    for batch_size in (1, 4, 16):
+        code, output = run(*options, "--batch-size", batch_size)
+        assert code == 0
+        routes.append([answer["answer"] for answer in answers_of(output, "easy_vqa")])
+    model = HoVLEForConditionalGeneration.from_pretrained(model_folder, dtype=torch.float32).eval()
+    processor = HoVLEProcessor.from_pretrained(model_folder)
+    questions = draw_questions(easy_vqa() / "test", 1000, balanced=False)[:num_questions]
+    routes.append(answer_questions(model, processor, questions, batch_size=8))
+    ask = pipeline("image-text-to-text", model=model, processor=processor)
+    routes.append([_ask_pipeline(ask, question) for question in questions])
+    return routes, result_of(output, "easy_vqa"), questions
+
+
+@pytest.mark.parametrize("num_questions", [24, pytest.param(200, marks=pytest.mark.slow)])
+def test_answers_depend_neither_on_the_batch_size_nor_on_the_route(run, model_folder, num_questions):
+    routes, result, questions = _routes(run, model_folder, num_questions)
+    assert [len(route) for route in routes] == [num_questions] * 5
+    assert len(set(routes[0])) > num_questions // 4  # random weights still tell the prompts apart
+    assert all(route == routes[0] for route in routes)
+    assert result["score"] == pytest.approx(100 * exact_match(routes[0], questions))
+
+
+def test_blank_pictures_are_asked_the_same_questions(run):
+    code, output = run("--suite", "offline", "--limit", 6)
+    assert code == 0
+    balanced, blank = (answers_of(output, name) for name in ("easy_vqa_balanced", "easy_vqa_blank"))
+    assert [answer["question"] for answer in balanced] == [answer["question"] for answer in blank]
+    assert [answer["answer"] for answer in balanced] != [answer["answer"] for answer in blank]
+
+
+def test_lmms_evals_own_command_finds_model_and_tasks_in_the_installed_package(model_folder, tmp_path):
+    options = {
+        "model": "hovle",
+        "model_args": f"pretrained={model_folder},max_tiles=2",
+        "tasks": "easy_vqa",
+        "include_path": TASKS_FOLDER,
+        "limit": 3,
+        "batch_size": 2,
+        "output_path": tmp_path,
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "lmms_eval", *words]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    (found,) = [path for path in tmp_path.rglob("*.json") if path.name.endswith("results.json")] or [None]
+    assert found is not None, result.stdout + result.stderr  # the command ends with 0 whatever happens
+    content = json.loads(found.read_text())
+    assert 0 <= content["results"]["easy_vqa"]["exact_match,none"] <= 1
+    assert content["throughput"]["total_gen_tokens"] > 0
+
+
+def test_answers_that_differ_from_another_run_are_counted(run, tmp_path, capsys):
+    options = ("--suite", "offline", "--tasks", "easy_vqa", "--limit", 4)
+    run(*options, output=tmp_path / "first")
+    path = tmp_path / "first" / "easy_vqa.answers.jsonl"
+    changed = [json.loads(line) for line in path.read_text().splitlines()]
+    changed[2]["answer"] += "!"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in changed[:3]))
+    run(*options, "--compare", tmp_path / "first")
+    assert f"easy_vqa: 1 of 3 answers differ ({tmp_path / 'first'})" in capsys.readouterr().out
+
+
+def test_several_processes_are_sent_to_the_harness(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run("--suite", "offline")[0] == 1
+    assert "this command runs in one process" in capsys.readouterr().err
+
+
+# --- going on where a run stopped
+
+
+def test_resuming_keeps_what_has_the_same_model_and_settings(run, model_folder, tmp_path, monkeypatch, capsys):
+    options = ("--tasks", "easy_vqa", "--suite", "offline")
+    assert run(*options, "--limit", 2)[0] == 0
+    before = result_of(tmp_path / "results", "easy_vqa")
+    with monkeypatch.context() as patch:
+        patch.setattr("hovle.eval.lmms_eval_plugin.HoVLEChat.__init__", lambda *_, **__: pytest.fail("model loaded"))
+        assert run(*options, "--limit", 2, "--resume", "--batch-size", 3)[0] == 0
+    assert "easy_vqa: kept" in capsys.readouterr().out
+    assert result_of(tmp_path / "results", "easy_vqa") == before
+
+    assert run(*options, "--limit", 3, "--resume")[0] == 0
+    assert result_of(tmp_path / "results", "easy_vqa")["num_questions"] == 3
+
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    model = HoVLEForConditionalGeneration.from_pretrained(other)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.save_pretrained(other)
+    assert run(*options, "--limit", 3, "--resume", model=other)[0] == 0
+    assert result_of(tmp_path / "results", "easy_vqa")["model"]["hash"] != before["model"]["hash"]
+
+
+# --- what is missing
+
+
+def test_one_missing_task_is_reported_and_the_others_go_on(run, capsys):
+    code, output = run("--tasks", "nonesuch", "easy_vqa", "--suite", "offline", "--limit", 2)
+    assert code == 1
+    printed = capsys.readouterr().out
+    assert "nonesuch: lmms-eval" in printed
+    assert "has no task 'nonesuch'" in (output / "README.md").read_text()
+    assert "1 of 2 benchmarks have a result" in printed
+    assert "BenchmarkError" in (output / "nonesuch.error.txt").read_text()
+    assert result_of(output, "easy_vqa")["num_questions"] == 2
+
+
+def test_missing_data_are_reported_with_the_reason(run, offline, capsys):
+    code, _ = run("--tasks", "pope")
+    assert code == 1
+    printed = capsys.readouterr().out
+    assert "pope: its task or data cannot be loaded: " in printed
+    assert "lmms-lab-encoder/POPE" in printed
+    assert "0 of 1 benchmarks have a result" in printed
+
+
+def test_a_missing_local_copy_is_no_reason_to_ask_the_hub(run, tmp_path, capsys):
+    (tmp_path / "data").mkdir()
+    assert run("--tasks", "pope", "--data", tmp_path / "data")[0] == 1
+    assert "data/pope holds no SPLIT-*.parquet files" in capsys.readouterr().out
+
+
+def test_a_judge_without_a_key_is_reported(run, miniature_data, capsys):
+    assert run("--tasks", "mmvet", "--judge", "--data", miniature_data)[0] == 1
+    assert "mmvet: the judge needs OPENAI_API_KEY" in capsys.readouterr().out
+
+
+def test_a_task_that_raises_is_reported(run, miniature_data, short_answers, capsys):
+    assert run("--tasks", "mme", "--data", miniature_data, "--limit", 3)[0] == 1  # half a pair
+    assert "MME only supports pairwise evaluation" in capsys.readouterr().out
+
+
+def test_a_failed_benchmark_is_no_more_shown_with_its_older_result(run, miniature_data, short_answers):
+    _, output = run("--tasks", "mme", "--data", miniature_data)
+    assert run("--tasks", "mme", "--data", miniature_data, "--limit", 3)[0] == 1
+    assert "| MME |  | not run: " in (output / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--suite", "fast"), "no suite named 'fast'; there are paper, ocr, quick, offline"),
+        (("--limit", "0"), "--limit (0) must be at least 1"),
+        (("--data", "nowhere"), "--data nowhere is no folder"),
+        (("--compare", "nowhere"), "--compare nowhere is no folder"),
+        (("--suite", "offline", "--batch-size", "0"), "batch_size (0) must be a whole number from 1"),
+    ],
+)
+def test_options_without_sense_are_refused(options, message, run, capsys):
+    assert run(*options)[0] == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_refused(run, tmp_path, capsys):
+    assert run("--suite", "offline", model=tmp_path)[0] == 1
+    assert f"No model in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("config.json", b'{"model_type": "llama"}', "holds a model of type 'llama', not 'hovle'"),
+        ("model.safetensors", b"half a fi", "the model cannot be loaded"),
+    ],
+)
+def test_a_folder_with_a_broken_model_is_refused(file, content, message, run, model_folder, tmp_path, capsys):
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    (broken / file).write_bytes(content)
+    assert run("--suite", "offline", "--limit", 2, model=broken)[0] == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_with_missing_weights_is_refused(run, model_folder, tmp_path, capsys):
+    broken = shutil.copytree(model_folder, tmp_path / "broken")
+    weights = load_file(broken / "model.safetensors")
+    gone = next(name for name in weights if name.endswith("down_proj.weight"))
+    save_file({name: value for name, value in weights.items() if name != gone}, broken / "model.safetensors")
+    assert run("--suite", "offline", "--limit", 2, model=broken)[0] == 1
+    assert f"lacks 1 weights, among them {gone}" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_result_is_refused(run, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "easy_vqa.json").write_text("{}")
+    assert run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--resume")[0] == 1
+    assert "is no result of `hovle eval benchmarks`" in capsys.readouterr().err
+
+
+def test_list_names_every_benchmark(capsys):
+    assert main(["eval", "benchmarks", "--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"    {name} " in printed for name in load_suites().benchmarks)

@@ -1,0 +1,72 @@
+"""What suites.yaml says, and that mistakes in it are named."""
+
+import pytest
+import yaml
+
+from hovle.eval.suites import SUITES_FILE, load_suites
+
+
+@pytest.fixture
+def suites():
+    return load_suites()
+
+
+def test_the_papers_suite_has_seventeen_benchmarks_at_twelve_tiles(suites):
+    suite = suites.suite("paper")
+    assert (len(set(suite.benchmarks)), suite.max_tiles, suite.limit) == (17, 12, None)
+    assert "our choice" in suites.benchmark("mmstar").note
+
+
+def test_the_offline_suite_leaves_the_tile_limit_to_the_model(suites):
+    assert suites.suite("offline").max_tiles is None
+
+
+def test_what_needs_a_judge_is_not_comparable_without_one(suites):
+    judged = [benchmark for benchmark in suites.benchmarks.values() if benchmark.judge]
+    assert {benchmark.name for benchmark in judged} == {"mmbench", "mmvet", "hallusion", "mathvista"}
+    for benchmark in judged:
+        assert not benchmark.comparable
+        assert benchmark.judged().comparable
+        assert benchmark.judged().key == "OPENAI_API_KEY"
+        assert benchmark.judged().task != benchmark.task
+
+
+def test_published_scores_are_numbers_of_known_models(suites):
+    scores = {
+        (name, model): value for name, each in suites.benchmarks.items() for model, value in each.published.items()
+    }
+    assert len(scores) == 47
+    assert scores["mmbench", "HoVLE"] == 71.9
+    assert scores["ocrbench", "HoVLE-HD"] == 740
+    assert scores["docvqa", "Qwen2-VL-2B"] == 90.1
+    assert ("mme", "HoVLE") not in scores
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content["benchmarks"]["pope"].update(colour=1), "benchmark pope: unknown colour"),
+        (lambda content: content["benchmarks"]["mmvet"]["judge"].update(price=1), "judge of mmvet: unknown price"),
+        (lambda content: content["benchmarks"]["pope"].update(units="weight"), "units .weight. must be none or of"),
+        (lambda content: content["benchmarks"]["seed"].update(adapt="all"), "adapt .all. must be of pictures_only"),
+        (lambda content: content["benchmarks"]["pope"].update(published={"GPT": 1}), "scores of GPT, unknown under"),
+        (lambda content: content["suites"]["ocr"]["benchmarks"].append("cats"), "suite ocr names cats"),
+        (lambda content: content["suites"]["ocr"].update(tiles=3), "suite ocr: unknown tiles"),
+    ],
+)
+def test_mistakes_in_the_file_are_named(tmp_path, change, message):
+    content = yaml.safe_load(SUITES_FILE.read_text())
+    change(content)
+    (tmp_path / "suites.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=message):
+        load_suites(tmp_path / "suites.yaml")
+
+
+def test_an_unknown_suite_is_named_with_the_known_ones(suites):
+    with pytest.raises(ValueError, match="no suite named 'best'; there are paper, ocr, quick, offline"):
+        suites.suite("best")
+
+
+def test_a_name_that_is_no_benchmark_of_ours_is_a_task_of_the_harness(suites):
+    benchmark = suites.benchmark("vqav2_val")
+    assert (benchmark.task, benchmark.comparable, benchmark.units) == ("vqav2_val", False, "none")
