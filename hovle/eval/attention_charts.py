@@ -119,6 +119,8 @@ def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Pat
     bar.set_label("share of the map's largest weight", fontsize=FONT_SIZE - 1)
     bar.ax.tick_params(labelsize=FONT_SIZE - 2)
     longest = max(len(found.answer) for found in readings)
+    tiles = " Red lines: tiles. A thumbnail, the whole picture as one more tile, has tokens of its own."
+    tiles = tiles if has_thumbnails else ""
     shown = (
         "" if longest <= MAX_TOKENS_SHOWN else f" The first {MAX_TOKENS_SHOWN} of {longest} answer tokens are shown."
     )
@@ -126,7 +128,7 @@ def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Pat
         figure,
         f"Question: {question} Attention from where each answer token is predicted to each image token, mean over the "
         "heads and layers of a section; above each map the share of attention that falls on image tokens, the rest is "
-        f"on text. Red lines: tiles. A thumbnail, the whole picture as one more tile, has tokens of its own.{shown}",
+        f"on text.{tiles}{shown}",
         round(14 * total_width),
     )
     save(pyplot, figure, path)
