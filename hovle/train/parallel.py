@@ -50,10 +50,20 @@ def _shard(objective: Objective, accelerator) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if not can_shard(accelerator.device):
+        raise ValueError(
+            f"sharding: full does not work on {accelerator.device.type} processes with torch {torch.__version__}; "
+            "install a newer torch, or set `sharding: none`."
+        )
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in objective.model.model.language_model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(objective, mesh=mesh)
+
+
+def can_shard(device: torch.device) -> bool:
+    """Whether this torch can shard on a device; on CPU processes 2.6 cannot."""
+    return device.type != "cpu" or hasattr(torch.cpu.Stream, "record_event")
 
 
 def reshard(objective: nn.Module) -> None:

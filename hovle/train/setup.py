@@ -189,6 +189,7 @@ def make_optimizer(objective: nn.Module, config: StageConfig) -> torch.optim.Ada
         {"params": [item for item in parameters if item.dim() > 1], "weight_decay": config.weight_decay},
         {"params": [item for item in parameters if item.dim() <= 1], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]  # torch 2.6 cannot resume an empty one
     return torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=(config.adam_betas[0], config.adam_betas[1]), fused=True
     )

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ from hovle.train.stage import run_stage
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 ROOT = Path(__file__).parents[2]
+
+WAYS = ["none", "full"] if parallel.can_shard(torch.device("cpu")) else ["none"]
+"""How two processes of `two_processes.py` share a model; where torch cannot shard, "sharded" stages are replicated."""
 
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
@@ -78,7 +82,7 @@ def join(batches: list[dict]) -> dict:
     return {"names": names, **{name: torch.cat([batch[name] for batch in batches]) for name in tensors}}
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("sharding", WAYS)
 @pytest.mark.parametrize("num_micro_batches", [1, 4])
 def test_two_processes_with_two_micro_batches_each_do_what_one_does_with_one_or_four(
     folder, alone, sharding, num_micro_batches
@@ -101,7 +105,7 @@ def test_two_processes_with_two_micro_batches_each_do_what_one_does_with_one_or_
             torch.testing.assert_close(found["weights"][name], tensor, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("sharding", WAYS)
 def test_the_optimizers_state_goes_on_with_another_number_of_processes(folder, alone, sharding):
     objective, micro_batches, config = alone
     saved = torch.load(folder / f"{sharding}-0.pt")
@@ -118,7 +122,7 @@ def test_the_optimizers_state_goes_on_with_another_number_of_processes(folder, a
     assert set(saved["state"]["state"]) == set(saved["before"])  # nothing for what is frozen
 
 
-@pytest.mark.parametrize("sharding", ["none", "full"])
+@pytest.mark.parametrize("sharding", WAYS)
 def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_batch(folder, sharding):
     bad = torch.load(folder / "batches.pt")[2]["names"]
     for rank in range(2):
@@ -184,6 +188,13 @@ def test_adapters_that_were_trained_in_pieces_are_saved_alone_and_merged(folder,
     original = load_file(Path(checkpoints["tied"]) / "model.safetensors")
     name = "model.language_model.layers.2.mlp.up_proj.weight"
     assert (folded[name] - original[name]).abs().max() > 1e-5
+
+
+def test_a_torch_that_cannot_shard_here_says_so(alone, monkeypatch):
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    processes = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"sharding: full does not work on cpu processes with torch .* newer torch"):
+        parallel.spread(alone[0], "full", processes)
 
 
 def test_a_launcher_that_wants_to_shard_by_itself_is_refused(monkeypatch):

@@ -92,7 +92,8 @@ def meet_an_error(folder: Path, accelerator) -> None:
 def run_stages(folder: Path, accelerator) -> None:
     """Whole stages: distillation on replicas straight and resumed, alignment on shards straight and resumed, LoRA."""
     next_token, distillation = str(folder / "next_token.yaml"), str(folder / "distillation.yaml")
-    sharded = ["sharding=full", "dtype=bfloat16", "activation_checkpointing=true"]
+    sharding = "full" if parallel.can_shard(accelerator.device) else "none"
+    sharded = [f"sharding={sharding}", "dtype=bfloat16", "activation_checkpointing=true"]
     source = load_stage(next_token).data[0].path
     validation = [
         "validation.source=chat",
@@ -120,7 +121,7 @@ if __name__ == "__main__":
     place = Path(sys.argv[1])
     processes = parallel.make_accelerator()
     assert processes.num_processes == 2
-    for way in ("none", "full"):
+    for way in ("none", "full") if parallel.can_shard(processes.device) else ("none",):
         take_steps(place, str(place / "next_token.yaml"), way, processes)
         meet_nan(place, str(place / "next_token.yaml"), way, processes)
     meet_an_error(place, processes)
