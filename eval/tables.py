@@ -7,8 +7,10 @@ result files below eval/results, never typed.
 import json
 import re
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from hovle.eval import retention
 from hovle.eval.benchmark_report import notes, published_text, results_table
 from hovle.eval.results import read_results
 from hovle.eval.suites import load_suites
@@ -19,31 +21,37 @@ DOCUMENTS = ("README.md", "eval/README.md", "model_cards/demo.md")
 SCORES = ("accuracy", "blank_pictures", "shuffled_pictures", "accuracy_unbalanced", "blank_pictures_unbalanced")
 
 
+def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table with a row of heads."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [heads, ["---"] * len(heads), *rows])
+
+
 def demo_table(root: Path) -> str:
     """Scores of the demo, one row per stage."""
-    report = json.loads((root / "eval/results/demo/report.json").read_text())
-    stages = report["stages"]
+    report = _read(root, "eval/results/demo/report.json")
     trained = {
         "distillation": "stem, holistic layers",
         "alignment": "stem, holistic layers; LLM frozen",
         "instruction_tuning": "everything",
     }
-    lines = [
-        f"| stage | trains | duration | tokens | cosine to the teacher | exact match on {report['num_questions']} "
-        "balanced questions | blank | shuffled | as they come | blank |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    exact = f"exact match on {report['num_questions']} balanced questions"
+    heads = ["stage", "trains", "steps", "duration", "tokens", "cosine to the teacher", exact, "blank", "shuffled"]
+    rows = []
     for stage, what in trained.items():
-        facts = stages[stage]
+        facts = report["stages"][stage]
         cosine = facts.get("teacher_cosine")
-        lines.append(
-            f"| {stage.replace('_', ' ')} | {what} | {facts['seconds'] / 60:.1f} min | {facts['tokens']:,} | "
-            + (f"{cosine['before']:.2f} → {cosine['after']:.2f}" if cosine else "")
-            + " | "
-            + " | ".join(percent(facts.get(name)) for name in SCORES)
-            + " |"
+        rows.append(
+            [
+                stage.replace("_", " "),
+                what,
+                str(facts["steps"]),
+                f"{facts['seconds'] / 60:.1f} min",
+                f"{facts['tokens']:,}",
+                f"{cosine['before']:.2f} → {cosine['after']:.2f}" if cosine else "",
+                *(percent(facts.get(name)) for name in SCORES),
+            ]
         )
-    return "\n".join(lines)
+    return markdown([*heads, "as they come", "blank"], rows)
 
 
 def percent(share: float | None) -> str:
@@ -53,13 +61,52 @@ def percent(share: float | None) -> str:
 
 def data_speed_table(root: Path) -> str:
     """Routes from picture file to tiles, one row each."""
-    result = json.loads((root / "eval/results/speed/data.json").read_text())
-    lines = ["| route | pictures/s on one thread | median |", "|---|---|---|"]
-    lines += [
-        f"| {route} | {rate:.0f} | {result['median_pictures_per_second'][route]:.0f} |"
-        for route, rate in result["pictures_per_second"].items()
+    result = _read(root, "eval/results/speed/data.json")
+    medians = result["median_pictures_per_second"]
+    rows = [[route, f"{rate:.0f}", f"{medians[route]:.0f}"] for route, rate in result["pictures_per_second"].items()]
+    return markdown(["route", "pictures/s on one thread", "median"], rows)
+
+
+def train_speed_table(root: Path) -> str:
+    """Variants of training on the same samples, one row each."""
+    mixes = _read(root, "eval/results/speed/train.json")["mixes"]
+    columns = ("supervised tokens/s", "x Trainer", "padding", "nats/token")
+    rows = []
+    for variants in zip(*(mix["variants"] for mix in mixes.values()), strict=True):
+        cells = [variants[0]["name"]]
+        for variant, mix in zip(variants, mixes.values(), strict=True):
+            rate, base = (item["supervised_tokens_per_second"] for item in (variant, mix["variants"][-1]))
+            cells += [f"{rate:.1f}", f"{rate / base:.2f}", percent(variant["padding_ratio"])]
+            cells.append(f"{variant['nats_per_token']:.3f}")
+        rows.append(cells)
+    return markdown(["variant", *(f"{mix}: {column}" for mix in mixes for column in columns)], rows)
+
+
+def step_table(root: Path) -> str:
+    """What a training step of each stage takes, and what its matrix products alone would."""
+    heads = ["stage", "seconds a step", "of them teacher", "its matrix products alone", "peak at their shapes"]
+    rows = [
+        [
+            stage,
+            f"{step['seconds']:.2f}",
+            f"{step['teacher_seconds']:.2f}",
+            f"{step['matrix_products_alone_seconds']:.2f}",
+            f"{step['peak_tflops']:.2f} TFLOP/s",
+            f"{step['gemm_peak_share']:.0%}",
+            f"{step['tokens_per_second']:.0f}",
+        ]
+        for stage, step in _read(root, "eval/results/speed/train.json")["steps"].items()
     ]
-    return "\n".join(lines)
+    return markdown([*heads, "share of the peak", "tokens/s"], rows)
+
+
+def retention_table(root: Path) -> str:
+    """The bare language model and each stage of the demo on text."""
+    return retention.table(_read(root, "eval/results/analyses/retention/retention.json"))
+
+
+def _read(root: Path, name: str) -> dict:
+    return json.loads((root / name).read_text())
 
 
 def benchmarks_table(root: Path) -> str:
@@ -75,21 +122,21 @@ def benchmarks_table(root: Path) -> str:
 def paper_suite_table(_: Path) -> str:
     """What `hovle eval benchmarks --suite paper` runs, and what is published."""
     suites = load_suites()
-    lines = [
-        f"| benchmark | task of lmms-eval | {' | '.join(suites.models)} | |",
-        "|---|---|" + "---|" * (len(suites.models) + 1),
-    ]
+    rows = []
     for name in suites.suite("paper").benchmarks:
         benchmark = suites.benchmark(name)
         published = [published_text(benchmark.published.get(model)) for model in suites.models]
         remark = benchmark.note if benchmark.comparable else f"not comparable: {benchmark.note}"
-        lines.append(f"| {benchmark.title} | `{benchmark.task}` | {' | '.join(published)} | {remark} |")
-    return "\n".join(lines)
+        rows.append([benchmark.title, f"`{benchmark.task}`", *published, remark])
+    return markdown(["benchmark", "task of lmms-eval", *suites.models, ""], rows)
 
 
 TABLES = {
     "demo": demo_table,
     "data_speed": data_speed_table,
+    "train_speed": train_speed_table,
+    "steps": step_table,
+    "retention": retention_table,
     "benchmarks": benchmarks_table,
     "paper_suite": paper_suite_table,
 }

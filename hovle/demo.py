@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--minutes",
         type=float,
         default=MINUTES,
-        help="about how long it may take: where this machine is too slow for the recipes' steps, it does fewer",
+        help="about how long it may take: where this machine is too slow for the recipes' steps, it does fewer; not "
+        "looked at with num_steps=N",
     )
     parser.add_argument("--fresh", action="store_true", help="delete earlier demo runs in the output folder first")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="recipe fields to replace in every stage")
@@ -153,6 +154,8 @@ def fit_steps(output: Path, configs: dict, minutes: float) -> dict:
     from .train.trial import seconds_per_step
 
     missing = [stage for stage in configs if not is_finished(output / stage)]
+    if not missing:
+        return configs
     spent = sum(stage_facts(output / stage)["training_seconds"] for stage in configs if stage not in missing)
     seconds = {}
     for stage in missing:
@@ -205,7 +208,7 @@ def stage_facts(folder: Path) -> dict:
         "training_seconds": round(sum(entry["elapsed_seconds"] for entry in steps), 1),
         "steps": steps[-1]["step"],
         "tokens": round(sum(entry["tokens_per_second"] * entry["elapsed_seconds"] for entry in steps)),
-        "environment": {key: start[key] for key in ENVIRONMENT},
+        "environment": {key: start.get(key) for key in ENVIRONMENT},
     }
     held_out = [entry for entry in entries if entry.get("event") == "validation" and "image_cosine" in entry]
     if held_out:

@@ -50,8 +50,10 @@ def load_config(name_or_path: str | os.PathLike, **kwargs) -> LlamaConfig:
         **kwargs: `revision`, `subfolder` and the like.
 
     Raises:
-        ValueError: When a field is missing or says what Llama cannot do, naming it.
+        ValueError: When a field is missing or says what Llama cannot do, naming it; for any other option.
     """
+    if unknown := sorted(kwargs.keys() - {*LOCATION, "subfolder", "trust_remote_code"}):
+        raise ValueError(f"{', '.join(unknown)}: a converted InternLM2 config takes no such option.")
     return _llama_config(_folder(name_or_path, [CONFIG], kwargs))
 
 

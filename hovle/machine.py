@@ -98,13 +98,13 @@ class Stopwatch:
         return sum(began.elapsed_time(end) for began, end in spans) / 1000  # CUDA gives milliseconds
 
 
-def keep_freed_memory() -> bool:
-    """Let the C library reuse large blocks instead of returning them to the system; whether it can be told here.
+def keep_freed_memory(device: torch.device) -> bool:
+    """Let the C library reuse large blocks instead of returning them to the system; whether that matters and works.
 
     A training step frees and asks for the same few gigabytes over and over, and the system clears every page it hands
     out anew: with glibc's own settings that takes about a tenth of a step on a CPU.
     """
-    if platform.libc_ver()[0] != "glibc":
+    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
         return False
     mmap_max, trim_threshold, top_pad = -4, -1, -2  # their numbers in malloc.h
     mallopt = ctypes.CDLL(None).mallopt

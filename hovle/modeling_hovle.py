@@ -617,18 +617,19 @@ class HoVLEModel(HoVLEPreTrainedModel):
             num_added: L - T.
 
         Raises:
-            ValueError: When the layers have their memory already and it is too short for this pass.
+            ValueError: When the layers have their memory already and it is too short for this pass; compiled code
+                cannot look.
         """
         for layer in [] if view is None else view.layers:
             if not layer.is_compileable:
                 return
-            if layer.is_initialized and num_added and not layer.is_sliding:
+            if layer.is_initialized and not layer.is_sliding and not torch.compiler.is_compiling():
                 needed = int(layer.get_seq_length()) + num_new
                 if needed > layer.max_cache_len:
                     raise ValueError(
-                        f"The static cache has {layer.max_cache_len} slots in HoVLE-HD's holistic layers, but these "
-                        f"pictures need {needed}: make it for {needed - layer.max_cache_len} more tokens, or anew for "
-                        "these prompts."
+                        f"The static cache has {layer.max_cache_len} slots in HoVLE-HD's holistic layers, but the "
+                        f"sequence with its pictures needs {needed}: make it for {needed - layer.max_cache_len} more "
+                        "tokens, or anew for these prompts."
                     )
             elif not layer.is_initialized:
                 longest = self.config.text_config.sliding_window if layer.is_sliding else math.inf
@@ -672,7 +673,9 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """Position ids of HD's long sequence, `(B, L)`: counted per row, restarting where the short ones restart."""
         length = embeds.shape[1]
         if long_mask is not None:
-            if inputs.attention_mask is None and bool((inputs.position_ids == 0).sum(dim=1).max() > 1):
+            # A later step may have lost its mask, which `generate` drops where the prompts were not padded.
+            is_prefill = length > 1 and inputs.attention_mask is None
+            if is_prefill and bool((inputs.position_ids == 0).sum(dim=1).max() > 1):
                 raise ValueError(
                     "Packed rows of HoVLE-HD must hold the same number of image tokens each: rows of different long "
                     "lengths need a padding mask, which would let documents see each other. Pack into one row."

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from .hdr import HLG, PQ, PRIMARIES, to_srgb
+
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
 
@@ -47,9 +49,6 @@ DOCUMENTS = {
     b"%!PS": "a PostScript document; render the page you want to a PNG first",
 }
 """What people take for pictures but no decoder here reads: sign near the beginning -> what to do."""
-
-HDR_TRANSFERS = {16: "PQ", 18: "HLG"}
-"""Transfer functions of high dynamic range by their number in ITU-T H.273; read as sRGB they look washed out."""
 
 Kind = Literal["url", "path", "base64"]
 """How a string is to be read."""
@@ -86,11 +85,11 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
 
     Returns:
         The picture in mode RGB, upright by its EXIF orientation; the first frame of an animation; transparency lies
-        on white; 16-bit values are scaled, not clipped; 8-bit colours of an embedded ICC profile become sRGB.
+        on white; 16-bit values are scaled, not clipped; 8-bit colours of an embedded ICC profile become sRGB, and
+        so do tones and colours of high dynamic range (PQ or HLG named in a PNG or AVIF file).
 
     Raises:
-        ValueError: When the picture is missing, unreadable, damaged, empty, too large or of high dynamic range; it
-            names the picture.
+        ValueError: When the picture is missing, unreadable, damaged, empty or too large; it names the picture.
     """
     if kind is not None and not isinstance(source, str | os.PathLike):
         kind = None  # a picture object says itself what it is
@@ -355,27 +354,44 @@ def _decode(data: io.BytesIO) -> Image.Image:
             if found is None:
                 raise
             raise _PictureError(f"is {found}.") from None
-        if (transfer := HDR_TRANSFERS.get(_transfer_function(image.format, data.getvalue()))) is not None:
-            raise _PictureError(f"is an HDR picture ({transfer}); map its tones to sRGB first.")
-        return _to_upright_rgb(_check_size(image))
+        primaries, transfer = _colour_codes(image.format, data.getvalue())
+        _check_size(image)
+        return _to_upright_rgb(_tones_mapped(image, transfer, primaries) if transfer in (PQ, HLG) else image)
 
 
-def _transfer_function(file_format: str | None, data: bytes) -> int:
-    """The number of the transfer function that a PNG (chunk `cICP`) or an AVIF (box `colr`) names; 2 is "unknown".
+def _colour_codes(file_format: str | None, data: bytes) -> tuple[int, int]:
+    """The numbers of primaries and transfer function that a PNG (chunk `cICP`) or an AVIF (box `colr`) names.
 
-    Pillow does not tell it.
+    2 is "unknown". Pillow does not tell them.
     """
     if file_format == "AVIF" and (start := data.find(b"colrnclx")) >= 0:
-        return int.from_bytes(data[start + 10 : start + 12])
+        return int.from_bytes(data[start + 8 : start + 10]), int.from_bytes(data[start + 10 : start + 12])
     offset = 8
     while file_format == "PNG" and offset + 10 <= len(data):
         length, name = struct.unpack_from(">I4s", data, offset)
         if name == b"cICP":
-            return data[offset + 9]
+            return data[offset + 8], data[offset + 9]
         if name == b"IDAT":  # where the pixels begin, all has been said
             break
         offset += 12 + length
-    return 2
+    return 2, 2
+
+
+def _tones_mapped(image: Image.Image, transfer: int, primaries: int) -> Image.Image:
+    """An upright sRGB picture of an HDR one, which read as sRGB looks washed out; its codes go before any profile."""
+    if primaries not in PRIMARIES:
+        raise _PictureError(
+            f"is an HDR picture with primaries {primaries} (ITU-T H.273); known are "
+            f"{', '.join(map(str, PRIMARIES))}. Map its colours to sRGB first."
+        )
+    image.load()
+    image = _upright(image)
+    has_alpha = image.has_transparency_data
+    pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+    mapped = Image.fromarray(to_srgb(pixels[..., :3], transfer, primaries))
+    if has_alpha:
+        mapped.putalpha(Image.fromarray(np.ascontiguousarray(pixels[..., 3])))
+    return mapped
 
 
 def _check_size(image: Image.Image) -> Image.Image:

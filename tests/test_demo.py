@@ -140,6 +140,13 @@ def test_steps_are_cut_alike_where_they_would_take_too_long(tmp_path, monkeypatc
         demo.fit_steps(tmp_path, configs, 0.5)
 
 
+def test_a_demo_that_is_finished_is_not_measured_again(tmp_path, monkeypatch):
+    for stage in demo.STAGES:
+        configs = finish_stage(tmp_path, stage)
+    monkeypatch.setattr("hovle.train.trial.seconds_per_step", lambda *_: pytest.fail("nothing is left to measure"))
+    assert demo.fit_steps(tmp_path, configs, minutes=0.1) == configs
+
+
 def test_a_stage_trained_before_one_that_is_missing_is_not_kept(tmp_path):
     configs = finish_stage(tmp_path, "alignment")
     with pytest.raises(ValueError, match="before distillation"):

@@ -372,6 +372,8 @@ def test_a_new_hovle_gives_the_llama_s_text_logits(released, tmp_path, location)
 
 
 def test_the_config_alone_is_a_llama_s(released):
+    with pytest.raises(ValueError, match="foo: a converted InternLM2 config takes no such option"):
+        load_language_config(released, foo=1)
     config = load_language_config(released)
     assert (config.model_type, config.num_hidden_layers, config.attention_bias) == ("llama", 3, False)
 

@@ -761,7 +761,7 @@ def test_pictures_beyond_a_used_static_cache_are_refused_with_the_lengths():
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=12)
     with torch.no_grad():
         model(PROMPTS[2], past_key_values=cache)  # 5 tokens of text give both parts 12 slots
-        with pytest.raises(ValueError, match=r"12 slots in HoVLE-HD's holistic layers.* need 23.* 11 more tokens"):
+        with pytest.raises(ValueError, match=r"12 slots in HoVLE-HD's holistic layers.* needs 23.* 11 more tokens"):
             model(prompt(5, [1], 6), PICTURES[0], past_key_values=cache)
 
 
@@ -774,6 +774,16 @@ def test_a_second_picture_uses_what_room_a_static_cache_has():
         found = model(second, PICTURES[0], past_key_values=cache).logits
         expected = model(torch.cat([PROMPTS[2], second], dim=1), PICTURES[0]).logits
     assert_close(found, expected[:, -second.shape[1] :])
+
+
+def test_an_answer_longer_than_a_used_static_cache_is_refused_with_the_lengths():
+    model = shared_model("post")
+    cache = StaticCache(config=model.config.get_text_config(), max_cache_len=12)
+    with torch.no_grad():
+        model(PROMPTS[2], past_key_values=cache)
+    cache.reset()
+    with pytest.raises(ValueError, match=r"12 slots in HoVLE-HD's holistic layers.* needs 13"):
+        greedy(model, PROMPTS[2], max_new_tokens=9, past_key_values=cache, disable_compile=True)
 
 
 def test_hd_s_static_cache_stays_within_a_sliding_window():
@@ -796,10 +806,25 @@ def test_hd_s_static_cache_stays_within_a_sliding_window():
     assert {layer.keys.shape[2] for layer in static.past_key_values.layers} == {12}
 
 
-@pytest.mark.parametrize("rows", [[0], [0, 1, 2]])
-def test_decoding_with_hd_s_static_cache_compiles_as_one_graph(rows):
+EQUALLY_LONG = torch.cat([PROMPTS[0], prompt(13, 14, 15, 16, 17, 18, 19, 20)])
+"""A prompt with a picture and one without, of the same length: no padding, so `generate` drops their mask."""
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"input_ids": PROMPTS[0], "pixel_values": PICTURES[0]},
+        batch(),
+        {
+            "input_ids": EQUALLY_LONG,
+            "pixel_values": PICTURES[0],
+            "attention_mask": torch.ones_like(EQUALLY_LONG),
+        },
+    ],
+    ids=["one", "padded", "equally long"],
+)
+def test_decoding_with_hd_s_static_cache_compiles_as_one_graph(inputs):
     model = tiny_model("post")
-    inputs = batch() if len(rows) > 1 else {"input_ids": PROMPTS[0], "pixel_values": PICTURES[0]}
     expected = greedy(model, **inputs, max_new_tokens=4)
     config = CompileConfig(backend="eager", fullgraph=True)
     config._compile_all_devices = True

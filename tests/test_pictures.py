@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from hovle import HoVLEImageProcessor, pictures
+from hovle import HoVLEImageProcessor, hdr, pictures
 from hovle.pictures import load_picture, picture_size
 
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
@@ -575,26 +575,59 @@ def test_a_url_item_cannot_read_a_local_file(tmp_path: Path):
 # --- high dynamic range ----------------------------------------------------------------------------------------------
 
 
-def png_with_transfer(transfer: int) -> bytes:
-    """A PNG whose `cICP` chunk, right after the header, names a transfer function."""
-    data = encoded(Image.new("RGB", (4, 4), "red"))
-    body = b"cICP" + bytes([9, transfer, 0, 1])
+def png_with_transfer(transfer: int, primaries: int = 9, image: Image.Image | None = None) -> bytes:
+    """A PNG whose `cICP` chunk, right after the header, names primaries and a transfer function."""
+    data = encoded(image or Image.new("RGB", (4, 4), "red"))
+    body = b"cICP" + bytes([primaries, transfer, 0, 1])
     chunk = (4).to_bytes(4) + body + zlib.crc32(body).to_bytes(4)
     header = 8 + 25
     return data[:header] + chunk + data[header:]
 
 
-def avif_with_transfer(transfer: int) -> bytes:
-    head, box, rest = encoded(Image.new("RGB", (4, 4), "red"), "AVIF", quality=100).partition(b"colrnclx")
+def avif_with_transfer(transfer: int, primaries: int = 9, image: Image.Image | None = None) -> bytes:
+    image = image or Image.new("RGB", (4, 4), "red")
+    head, box, rest = encoded(image, "AVIF", quality=100, subsampling="4:4:4").partition(b"colrnclx")
     assert box
-    return head + box + rest[:2] + transfer.to_bytes(2) + rest[4:]
+    return head + box + primaries.to_bytes(2) + transfer.to_bytes(2) + rest[4:]
 
 
 @pytest.mark.parametrize("make", [png_with_transfer, avif_with_transfer])
-@pytest.mark.parametrize(("transfer", "name"), [(16, "PQ"), (18, "HLG")])
-def test_pictures_of_high_dynamic_range_are_refused_by_name(make, transfer, name):
-    with pytest.raises(ValueError, match=rf"picture 3: is an HDR picture \({name}\); map its tones to sRGB first"):
-        load_picture(make(transfer), "picture 3")
+@pytest.mark.parametrize("transfer", [hdr.PQ, hdr.HLG])
+def test_tones_of_high_dynamic_range_become_srgb(make, transfer):
+    signal = {hdr.PQ: 148, hdr.HLG: 191}[transfer]  # 58 % and 75 %: diffuse white, by ITU-R BT.2408
+    strip = Image.new("RGB", (8, 8), (signal,) * 3)
+    strip.paste((255, 255, 255), (0, 0, 4, 4))
+    strip.paste((signal // 2,) * 3, (4, 0, 8, 4))
+    found = np.asarray(load_picture(make(transfer, image=strip))).astype(int)
+    assert (found.max(axis=-1) - found.min(axis=-1)).max() <= 3  # grey stays grey
+    brightest, dark, white = (found[place].mean() for place in ((1, 1), (1, 6), (6, 6)))
+    assert 238 <= white <= 250  # read as sRGB it would be the signal
+    assert brightest > white
+    assert dark < white - 100  # below the knee light is kept
+
+
+def test_wide_colours_of_high_dynamic_range_keep_their_hue_and_transparency_lies_on_white():
+    green = Image.new("RGBA", (4, 4), (0, 110, 0, 255))
+    green.putpixel((0, 0), (0, 0, 0, 0))
+    found = np.asarray(load_picture(png_with_transfer(hdr.PQ, image=green))).astype(int)
+    assert tuple(found[0, 0]) == (255, 255, 255)
+    assert found[2, 2, 1] > 4 * max(found[2, 2, 0], found[2, 2, 2])
+    with pytest.raises(ValueError, match=r"picture 3: is an HDR picture with primaries 5 .* known are 1, 9, 12"):
+        load_picture(png_with_transfer(hdr.PQ, primaries=5), "picture 3")
+
+
+def test_light_of_signals_is_that_of_the_standards():
+    assert hdr.pq_light(np.array([0.0, 0.5081, 1.0])) == pytest.approx([0, 100, 10_000], rel=2e-3, abs=1e-6)
+    assert hdr.hlg_scene(np.array([0.0, 0.5, 1.0])) == pytest.approx([0, 1 / 12, 1], abs=1e-6)
+    assert hdr.rgb_to_xyz(9)[1] == pytest.approx([0.2627, 0.6780, 0.0593], abs=1e-4)  # luminance by ITU-R BT.2020
+    assert hdr.rgb_to_xyz(1)[1] == pytest.approx([0.2126, 0.7152, 0.0722], abs=1e-4)
+
+
+def test_a_large_picture_of_high_dynamic_range_is_mapped_in_bands(monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (13, 7, 3), dtype=np.uint8)
+    expected = hdr.to_srgb(pixels, hdr.HLG, 12)
+    monkeypatch.setattr(hdr, "PIXELS_AT_ONCE", 20)
+    assert np.array_equal(hdr.to_srgb(pixels, hdr.HLG, 12), expected)
 
 
 @pytest.mark.parametrize("make", [png_with_transfer, avif_with_transfer])

@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
     """Take two steps apart, time every variant on every mix, write `train.json` and `train.png`."""
     config = bench_config("alignment")
     accelerator = make_accelerator()
-    keep_freed_memory()  # for every variant, the Trainer too
+    keep_freed_memory(accelerator.device)  # for every variant, the Trainer too
     dtype = fastest_dtype(accelerator.device)
     result: dict[str, Any] = {"environment": run_environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
     for stage in ("distillation", "alignment"):
@@ -413,7 +413,9 @@ def take_apart(config: StageConfig, accelerator, dtype: torch.dtype, num_steps: 
         "matrix_products_alone_seconds": alone,
         "peak_tflops": flops / alone / 1e12,
         "gemm_peak_share": alone / (seconds - teacher_seconds),
-        "tokens_per_second": sum(int(batch["is_sample"].sum()) for batch in trial.batches) / num_steps / seconds,
+        "tokens_per_second": sum(int(batch["is_sample"].sum()) for step in trial.steps for batch in step)
+        / num_steps
+        / seconds,
         "seconds_by_kind": seconds_by_kind(profiler.key_averages(), num_steps),
     }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from ..configuration_hovle import HoVLEConfig
-from ..machine import peak_resident_bytes
+from ..machine import keep_freed_memory, peak_resident_bytes
 from ..modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
 from .adapters import add_lora
 from .config import ExpectedData, StageConfig, load_stage
@@ -107,6 +107,7 @@ def rehearse(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype,
         dtype: Number format of matrix products.
         folder: An empty folder, for the random weights of a teacher.
     """
+    keep_freed_memory(torch.device("cpu"))  # as runs do
     warm_up(config, dtype)
     process_bytes = peak_resident_bytes()
     torch.manual_seed(0)

@@ -288,8 +288,6 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
 def train_and_save(stage: Stage, resume: bool) -> None:
     """Train from the stage's first step to its last and write the model."""
     config, accelerator, objective = stage.config, stage.accelerator, stage.objective
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     objective.to(accelerator.device).train()
     if isinstance(objective, DistillationObjective):
         prepare_teacher(stage, objective)
@@ -333,6 +331,7 @@ def train_and_examine(
     meter = Meter(stage.objective, on_device, stage.autocast, stage.dtype, accelerator.num_processes)
     forecast = Forecast(config, stage.model.config, stage.dtype, first_batch, accelerator)
     facts = {**run_environment(stage.dtype, is_compiled, accelerator), **meter.facts(), "handoff": stage.handoff}
+    facts["keeps_freed_memory"] = keep_freed_memory(accelerator.device)
     log({"event": "start", "step": stage.first_step, **facts, "predicted": forecast.predicted})
     examiner = stage.examiner(wrapped, log)
     if retention:
@@ -420,6 +419,8 @@ def load_state(config: StageConfig, fingerprint: str, accelerator) -> dict | Non
         accelerator.print(f"{config.output} holds no checkpoint yet: starting at step 0.")
         return None
     state = checkpoints.load_training_state(newest)
+    # Kept for the whole run, and a mapped tensor would keep the whole file on the disk, even once it is deleted.
+    state["rng"] = [{name: item.clone() for name, item in saved.items()} for saved in state["rng"]]
     checkpoints.check_same_run(config, state, fingerprint)
     num_processes = accelerator.num_processes
     num_lanes, found = config.gradient_accumulation_steps * num_processes, len(state["position"]["lanes"])

@@ -6,50 +6,55 @@ import time
 
 import torch
 
+from ..machine import keep_freed_memory
 from .config import StageConfig
 from .loop import to_device, train_step
-from .setup import choose_dtype, compile_layers, make_optimizer
+from .setup import checkpoint_activations, choose_dtype, compile_layers, make_optimizer
 from .stage import set_up
 
 
 class Trial:
-    """A stage that is set up to be timed. What it learns is lost.
+    """A stage that is set up to be timed as training runs it. What it learns is lost.
 
     Args:
         config: The stage; its learning rate counts, its output does not.
         accelerator: Knows the device.
         dtype: Number format of matrix products.
-        num_batches: Steps of one pass.
+        num_steps: Steps of one pass.
     """
 
-    def __init__(self, config: StageConfig, accelerator, dtype: torch.dtype, num_batches: int):
+    def __init__(self, config: StageConfig, accelerator, dtype: torch.dtype, num_steps: int):
         stage = set_up(config, accelerator, resume=False)
+        keep_freed_memory(accelerator.device)
         self.objective = stage.objective.to(accelerator.device).train()
+        if config.activation_checkpointing:
+            checkpoint_activations(stage.model)
         compile_layers(stage.model, config.compile)
         self.optimizer = make_optimizer(self.objective, config)
         self.autocast = torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32)
         self.max_gradient_norm = config.max_gradient_norm
-        stream = itertools.islice(stage.batches(stage.mixture), num_batches)
-        self.batches = [to_device(batch, accelerator.device) for batch in stream]
+        stream = (to_device(batch, accelerator.device) for batch in stage.batches(stage.mixture))
+        per_step = config.gradient_accumulation_steps
+        self.steps = [list(itertools.islice(stream, per_step)) for _ in range(num_steps)]
 
     def step_all(self) -> float:
-        """Do one step for each batch; seconds a step. The first pass compiles, so its figure is of no use."""
+        """Do the steps; seconds of one. The first pass compiles, so its figure is of no use."""
         started_at = time.perf_counter()
-        for batch in self.batches:
-            train_step(self.objective, self.optimizer, [batch], self.max_gradient_norm, self.autocast)
-        return (time.perf_counter() - started_at) / len(self.batches)
+        for micro_batches in self.steps:
+            train_step(self.objective, self.optimizer, micro_batches, self.max_gradient_norm, self.autocast)
+        return (time.perf_counter() - started_at) / len(self.steps)
 
 
-def seconds_per_step(config: StageConfig, accelerator, num_batches: int = 3) -> float:
+def seconds_per_step(config: StageConfig, accelerator, num_steps: int = 3) -> float:
     """Measure the steps of a stage, compiled as it will be; compiled code stays in the compiler's cache.
 
     Args:
-        config: The stage, without accumulation.
+        config: The stage.
         accelerator: Knows the device.
-        num_batches: Steps to take the mean of.
+        num_steps: Steps to take the mean of.
     """
     config = dataclasses.replace(config, learning_rate=0.0)
-    trial = Trial(config, accelerator, choose_dtype(config.dtype, accelerator.device), num_batches)
+    trial = Trial(config, accelerator, choose_dtype(config.dtype, accelerator.device), num_steps)
     trial.step_all()
     seconds = trial.step_all()
     torch.compiler.reset()  # lets go of the layers

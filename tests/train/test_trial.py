@@ -17,9 +17,15 @@ def test_a_step_is_measured_and_nothing_is_written(stage, request):
 
 
 def test_a_trial_takes_the_steps_of_training(next_token_config):
-    trial = Trial(next_token_config("compile=off", "num_workers=0"), make_accelerator(), torch.float32, num_batches=2)
+    trial = Trial(
+        next_token_config("compile=off", "gradient_accumulation_steps=3"),
+        make_accelerator(),
+        torch.float32,
+        num_steps=2,
+    )
     before = [parameter.detach().clone() for parameter in trial.objective.parameters()]
     assert trial.step_all() > 0
+    assert [len(micro_batches) for micro_batches in trial.steps] == [3, 3]
     moved = [not torch.equal(old, new) for old, new in zip(before, trial.objective.parameters(), strict=True)]
     learns = [parameter.requires_grad for parameter in trial.objective.parameters()]
     assert any(moved)
