@@ -176,6 +176,9 @@ def model_card(results: Mapping[str, dict], suites: Suites) -> str:
 def write_pages(folder: Path, results: Mapping[str, dict], suites: Suites, failures: Mapping[str, str]) -> None:
     """Write `README.md`, and where there are results `model_card.md` and `.eval_results/*.yaml`, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    # What an earlier run wrote may be of results that are gone.
+    for stale in (folder / "model_card.md", *(folder / ".eval_results").glob("*.yaml")):
+        stale.unlink(missing_ok=True)
     (folder / "README.md").write_text(results_page(results, suites, failures), encoding="utf-8")
     if results:
         (folder / "model_card.md").write_text(model_card(results, suites), encoding="utf-8")

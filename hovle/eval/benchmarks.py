@@ -13,7 +13,7 @@ answers beside it, a results page (README.md), a model card's table and `.eval_r
 cannot be run (no data, no key, no such task) is reported with the reason, the others go on, and the exit code is 1.
 
 Benchmarks that need a judge are read by rules and marked as not comparable; --judge uses the harness's judge instead.
-Scores do not depend on the batch size.
+In float32 scores do not depend on the batch size; --compare counts what differs in other number formats.
 """
 
 import argparse
@@ -147,14 +147,16 @@ class Plan:
         trace = self.output / f"{benchmark.name}.error.txt"
         trace.unlink(missing_ok=True)
         try:
-            result, answers = run_benchmark(
-                benchmark, self.model, manager, self.output / "submissions", self.limit, self.args.data
-            )
+            folder = self.output / "submissions" / benchmark.name
+            result, answers = run_benchmark(benchmark, self.model, manager, folder, self.limit, self.args.data)
         except BenchmarkError as error:
             self.failures[benchmark.name] = str(error)
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             _say(f"{benchmark.name}: {error} (details in {trace})")
             return
+        reasons = self.suites.departures(benchmark.name, self.max_tiles, self.args.data is not None)
+        result["comparable"] = result["comparable"] and not reasons
+        result["note"] = "; ".join(part for part in (result["note"], *reasons) if part)
         facts = {"name": model_name(self.args.model), "hash": self.model_hash}
         settings = {**settings, "dtype": str(self.model.model.dtype).removeprefix("torch.")}
         settings["batch_size"] = self.args.batch_size
@@ -162,7 +164,7 @@ class Plan:
         _say(f"{benchmark.name}: {result['score']:.4g}")
 
     def _settings(self) -> dict[str, Any]:
-        """What scores may depend on; the batch size is not among it."""
+        """What scores may depend on; the batch size is not among it, as in float32 they do not."""
         from .results import digest, harness_version
 
         tasks = [

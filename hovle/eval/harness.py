@@ -6,18 +6,23 @@ The harness's command line ends with 0 when a task is missing or raises. Here ev
 import argparse
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 from .adaptations import ADAPTATIONS, WithPictures, parquet_files
 from .intervals import READINGS, Units
-from .lmms_eval_plugin import HoVLEChat
+from .judges import JudgeSilent, judge_must_answer
+from .lmms_eval_plugin import HoVLEChat, generation_arguments
 from .results import digest, environment, harness_version, today
 from .suites import TASKS_FOLDER, Benchmark
 
 TOLERANCE = 1e-4
 """The harness rounds some scores to four decimals."""
+
+NOTHING_FOR_ZERO = ("llm_as_judge_eval",)
+"""Metrics for which the harness says None when no answer is right (MathVista)."""
 
 
 class BenchmarkError(RuntimeError):
@@ -65,8 +70,6 @@ def load_task(benchmark: Benchmark, manager: Any, data: Path | None = None):
         raise BenchmarkError(f"its task or data cannot be loaded: {reason}") from error
     if benchmark.generation:
         task.set_config("generation_kwargs", benchmark.generation, update=True)
-    if benchmark.prompt:
-        task.lmms_eval_specific_kwargs = {**(task.lmms_eval_specific_kwargs or {}), **benchmark.prompt}
     return task
 
 
@@ -95,20 +98,41 @@ def run_benchmark(
         benchmark: What to run.
         lm: The model.
         manager: From `task_manager`.
-        folder: Where tasks write files for submission.
+        folder: Where the task writes files for submission and judges' grades; emptied first, as some tasks take what
+            they find there for their own.
         limit: Questions to ask, or None for all.
         data: As in `load_task`.
 
     Returns:
         The result without identity, and one entry per question.
+
+    Raises:
+        BenchmarkError: When there is no score, whatever the cause.
     """
     task = load_task(benchmark, manager, data)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    lm.prompts_shown.clear()
     outcome = _evaluate(task, lm, manager, folder, limit)
+    try:
+        return _read(benchmark, task, outcome, lm, limit, data)
+    except BenchmarkError:
+        raise
+    except Exception as error:  # the harness's results may lack anything
+        raise BenchmarkError(f"its results cannot be read: {reason_of(error)}") from error
+
+
+def _read(
+    benchmark: Benchmark, task: Any, outcome: dict, lm: HoVLEChat, limit: int | None, data: Path | None
+) -> tuple[dict, list[dict]]:
+    """Result and answers from what the harness returned."""
     name = task.config.task
     samples, figures = outcome["samples"].get(name, []), outcome["results"][name]
     if not samples:
         raise BenchmarkError("the harness returned no answers.")
     score, interval = _score(benchmark, task, samples, figures)
+    arguments, stops = generation_arguments(task.config.generation_kwargs or {}, lm.max_new_tokens)
     result = {
         "benchmark": benchmark.name,
         "title": benchmark.title,
@@ -121,8 +145,8 @@ def run_benchmark(
         "limit": limit,
         "figures": {key: value for key, value in figures.items() if isinstance(value, int | float)},
         "harness": {"lmms-eval": harness_version(), "task version": str(task.VERSION)},
-        "prompt_hash": _prompt_hash(lm, samples),
-        "generation": dict(task.config.generation_kwargs),
+        "prompt_hash": _prompt_hash(lm),
+        "generation": {**arguments, "until": stops},
         "prompts": task.lmms_eval_specific_kwargs,
         "data": _data_facts(benchmark, task, data),
         "speed": outcome.get("throughput", {}),
@@ -139,16 +163,19 @@ def _evaluate(task: Any, lm: HoVLEChat, manager: Any, folder: Path, limit: int |
         output_path=str(folder), process_with_media=False, reasoning_tags=None, agentic_trace_mode="basic"
     )
     try:
-        return simple_evaluate(
-            model=lm,
-            tasks=[task],
-            task_manager=manager,  # else it reads all tasks anew
-            limit=limit,
-            bootstrap_iters=0,  # the intervals are ours
-            cli_args=options,
-            process_docs_parallel=1,
-            verbosity="ERROR",
-        )
+        with judge_must_answer(task):
+            return simple_evaluate(
+                model=lm,
+                tasks=[task],
+                task_manager=manager,  # else it reads all tasks anew
+                limit=limit,
+                bootstrap_iters=0,  # the intervals are ours
+                cli_args=options,
+                process_docs_parallel=1,
+                verbosity="ERROR",
+            )
+    except JudgeSilent as error:
+        raise BenchmarkError(str(error)) from error
     except Exception as error:  # whatever a task raises
         raise BenchmarkError(f"it stopped: {reason_of(error)}") from error
 
@@ -158,39 +185,57 @@ def _score(
 ) -> tuple[float, tuple[float, float] | None]:
     """The score in the published unit and its interval."""
     if not benchmark.metrics:
-        return next(float(value) for value in figures.values() if isinstance(value, int | float)), None
-    found = {name: _figure(figures, name) for name in benchmark.metrics}
-    values = [sample[name] for sample in samples for name in benchmark.metrics if name in sample]
+        return _first_figure(figures), None
+    total = sum(_figure(figures, name) for name in benchmark.metrics)
     if benchmark.units == "none":
-        return benchmark.scale * sum(value or 0.0 for value in found.values()), None
-    aggregate = task.aggregation()[benchmark.metrics[0]]
-    try:
-        units = READINGS[benchmark.units](values, aggregate)
-    except (KeyError, ValueError) as error:
-        raise BenchmarkError(f"its results cannot be read: {reason_of(error)}") from error
-    _compare_with_harness(units, sum(value or 0.0 for value in found.values()))
+        return benchmark.scale * total, None
+    values = [sample[name] for sample in samples for name in benchmark.metrics if name in sample]
+    units = READINGS[benchmark.units](values, task.aggregation()[benchmark.metrics[0]])
+    _compare_with_harness(units, total)
     low, high = units.interval()
     return benchmark.scale * units.score, (benchmark.scale * low, benchmark.scale * high)
 
 
-def _figure(figures: dict, metric: str) -> float | None:
-    """The harness's figure for a metric, whatever filter made it; None where no document counts for it."""
+def _first_figure(figures: dict) -> float:
+    for value in figures.values():
+        if isinstance(value, int | float):
+            return float(value)
+    raise BenchmarkError(f"the harness gives no number; it gives {', '.join(figures) or 'nothing'}.")
+
+
+def _figure(figures: dict, metric: str) -> float:
+    """The harness's figure for a metric, whatever filter made it."""
     for key, value in figures.items():
-        if key.partition(",")[0] == metric:
-            return float(value) if isinstance(value, int | float) else None
-    return None
+        if key.partition(",")[0] != metric:
+            continue
+        if isinstance(value, int | float):
+            return float(value)
+        if metric in NOTHING_FOR_ZERO:
+            return 0.0
+        raise BenchmarkError(f"the harness's figure for {metric} is no number but {value!r}.")
+    raise BenchmarkError(
+        f"the harness gives no figure for {metric}, as no question asked counts for it; it gives {', '.join(figures)}."
+    )
 
 
 def _compare_with_harness(units: Units, theirs: float) -> None:
     ours = units.score * units.harness_factor
-    if abs(ours - theirs) > TOLERANCE * max(1.0, abs(theirs)):
+    if abs(ours - theirs) > max(TOLERANCE * max(1.0, abs(theirs)), units.harness_rounding):
         raise BenchmarkError(f"read from its answers the score is {ours:.6g}, the harness says {theirs:.6g}.")
 
 
-def _prompt_hash(lm: HoVLEChat, samples: list[dict]) -> str:
-    """Of the questions as the task words them, the generation settings, and how the model's template wraps them."""
-    asked = [[part for part in sample["arguments"] if isinstance(part, str | dict)] for sample in samples]
-    return digest({"asked": asked, "template": lm.processor.chat_template, "system": lm.system_prompt})
+def _prompt_hash(lm: HoVLEChat) -> str:
+    """Of what was really shown (texts, places of pictures, settings), and of how the model's template wraps it.
+
+    The order in which prompts were asked does not matter, as it depends on the batch size.
+    """
+    return digest(
+        {
+            "shown": sorted(lm.prompts_shown),
+            "template": lm.processor.chat_template,
+            "label_pictures": lm.label_pictures,
+        }
+    )
 
 
 def _data_facts(benchmark: Benchmark, task: Any, data: Path | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,8 @@ class Units:
     """How ratios of all strata make the score: `mean` or `sum`."""
     harness_factor: float = 1.0
     """The harness's figure divided by `score`."""
+    harness_rounding: float = 0.0
+    """By how much the harness rounds its figure at most."""
 
     @property
     def score(self) -> float:
@@ -130,8 +132,9 @@ def percent(values: Sequence[Any], aggregate: Aggregate) -> Units:
 
 
 def true_false(values: Sequence[dict], aggregate: Aggregate) -> Units:
-    """A share of documents found true, in percent (MathVista with a judge)."""
-    return documents([int(value["true_false"]) for value in values], aggregate, harness_factor=100)
+    """A share of documents found true, in percent with two decimals (MathVista with a judge)."""
+    units = documents([int(value["true_false"]) for value in values], aggregate, harness_factor=100)
+    return replace(units, harness_rounding=0.005)
 
 
 def ocrbench(values: Sequence[dict], aggregate: Aggregate) -> Units:
@@ -140,11 +143,12 @@ def ocrbench(values: Sequence[dict], aggregate: Aggregate) -> Units:
 
 
 def f1(values: Sequence[dict], _: Aggregate) -> Units:
-    """F1 of answering yes (POPE): twice the true ones, over all that are or were called yes."""
+    """F1 of answering yes (POPE), counted as the harness does: what is neither yes nor no is no miss."""
 
     def parts(value: dict) -> tuple[list[int], list[int]]:
         called, is_yes = value["prediction"] == "yes", value["ground_truth"] == "yes"
-        return [2 * (called and is_yes)], [called + is_yes]
+        is_missed = is_yes and value["prediction"] == "no"
+        return [2 * (called and is_yes)], [called + (called and is_yes) + is_missed]
 
     return _units(map(parts, values))
 

@@ -4,7 +4,8 @@ Installed beside lmms-eval, hovle is found through the entry point group `lmms_e
 chat protocol, which is the default; `HoVLESimple` (`--force_simple`) the older one, in which lmms-eval can ask for
 likelihoods, too.
 
-Answers do not depend on the batch size: prompts are padded on the left, and every answer is read up to its own end.
+In float32 answers do not depend on the batch size: prompts are padded on the left, and every answer is read up to its
+own end. In bfloat16 padding changes roundings, and with them now and then an answer.
 """
 
 import contextlib
@@ -24,6 +25,7 @@ from ..chat import refuse_missing_folder
 from ..configuration_hovle import HoVLEConfig
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
+from .results import digest
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,9 @@ PASSED_ON = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngr
 
 WITHOUT_MEANING = ("image_aspect_ratio", "max_agentic_steps")
 """Arguments of tasks that are meant for other models or for the harness itself."""
+
+DEFAULT_STOPS = ["\n\n"]
+"""What lmms-eval puts into the settings of every task that names no stops (`TaskConfig.until`)."""
 
 
 def manifest():
@@ -126,6 +131,8 @@ class HoVLEChat(lmms):
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         self.max_new_tokens = max_new_tokens
         self.keep_loaded = keep_loaded
+        self.prompts_shown: list[str] = []
+        """Digests of the chats answered or weighed so far, with their settings; whoever reads them may clear them."""
         self.set_tiles(min_tiles=min_tiles, max_tiles=max_tiles, max_image_tokens=max_image_tokens)
 
     def set_tiles(self, **limits: int | None) -> None:
@@ -177,7 +184,9 @@ class HoVLEChat(lmms):
         starts = range(0, len(requests), self.batch_size)
         for start in tqdm(starts, desc="Weighing", disable=self.rank != 0):
             batch = requests[start : start + self.batch_size]
-            results += self._weigh([self._likelihood_chat(request) for request in batch])
+            pairs = [self._likelihood_chat(request) for request in batch]
+            self.prompts_shown += [digest([outline(chat), continuation]) for chat, continuation in pairs]
+            results += self._weigh(pairs)
         return results
 
     # --- requests to chats -------------------------------------------------------------------------------------------
@@ -235,6 +244,7 @@ class HoVLEChat(lmms):
             for places in groups.values():
                 arguments, stops = generation_arguments(self._settings(requests[places[0]]), self.max_new_tokens)
                 for batch in self._batches(places, chat_of):
+                    self.prompts_shown += [digest([outline(chat), arguments, stops]) for chat in batch.values()]
                     started_at = time.perf_counter()
                     said = self._generate(list(batch.values()), arguments, stops)
                     elapsed += time.perf_counter() - started_at
@@ -389,6 +399,11 @@ def _chat_of(text: str, pictures: Any) -> list[dict]:
     return [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
 
 
+def outline(chat: list[dict]) -> list[list]:
+    """Who says what in a chat, in JSON: texts as they are, and `None` where a picture stands."""
+    return [[message["role"], *(item.get("text") for item in message["content"])] for message in chat]
+
+
 def _flat(pictures: Any) -> list:
     if pictures is None:
         return []
@@ -412,6 +427,11 @@ def generation_arguments(settings: dict, max_new_tokens: int) -> tuple[dict, lis
     settings = dict(settings)
     stops = settings.pop("until", None) or []
     stops = [stops] if isinstance(stops, str) else list(stops)
+    if stops == DEFAULT_STOPS:
+        # No task asked for it: it separates the examples of a few-shot prompt and would cut an answer at its first
+        # blank line. lmms-eval's own chat models ignore it. The few tasks that name exactly this stop cannot be told
+        # apart here, and end their answers there for those models no more than for ours.
+        stops = []
     temperature = settings.pop("temperature", None)
     draws = settings.pop("do_sample", temperature is not None and temperature > 0) and temperature != 0
     arguments = {"max_new_tokens": settings.pop("max_new_tokens", max_new_tokens), "do_sample": draws}

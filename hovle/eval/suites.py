@@ -25,7 +25,6 @@ class Benchmark:
     scale: float = 1.0
     data: str = ""
     units: str = "documents"
-    prompt: dict[str, str] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
     adapt: str | None = None
     judge: dict[str, Any] = field(default_factory=dict)
@@ -36,14 +35,13 @@ class Benchmark:
     published: dict[str, float] = field(default_factory=dict)
 
     def judged(self) -> "Benchmark":
-        """The variant with the harness's judge, or itself where there is none."""
+        """The variant with the harness's judge, whose `note` is in `judge`, or itself where there is none."""
         if not self.judge:
             return self
         changes: dict[str, Any] = {
             name: tuple(value) if name == "metrics" else value for name, value in self.judge.items()
         }
-        defaults: dict[str, Any] = {"note": "with the harness's judge", "comparable": True, "judge": {}}
-        return replace(self, **{**defaults, **changes})
+        return replace(self, **{"comparable": True, "judge": {}, **changes})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +78,25 @@ class Suites:
             return self.benchmarks[name]
         note = "no benchmark of ours: the task's first figure, as the harness gives it"
         return Benchmark(name=name, title=name, task=name, units="none", comparable=False, note=note)
+
+    def departures(self, name: str, max_tiles: int | None, is_local_copy: bool) -> list[str]:
+        """Why a score of one of the paper's benchmarks cannot be laid beside published ones.
+
+        Args:
+            name: The benchmark; ours that the paper does not have have nothing to depart from.
+            max_tiles: Most tiles of a picture; None for the model's own limit.
+            is_local_copy: Whether the data were read from files given by hand.
+        """
+        paper = self.suite("paper")
+        if name not in paper.benchmarks:
+            return []
+        reasons = []
+        if max_tiles != paper.max_tiles:
+            found = "the model's own limit of tiles" if max_tiles is None else f"at most {max_tiles} tiles"
+            reasons.append(f"{found}, the published scores have {paper.max_tiles}")
+        if is_local_copy:
+            reasons.append("a local copy of the data, which nobody has compared with the published ones")
+        return reasons
 
     def chosen(self, suite: str, names: Sequence[str] | None) -> list[Benchmark]:
         """The benchmarks of a suite, or those named."""

@@ -16,7 +16,6 @@ the last are read from `pydoc_data`, which comes with Python (PSF licence), and 
 import functools
 import itertools
 import json
-import math
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ import torch
 from torch import nn
 
 from ..train.retention import read_text
+from .intervals import wilson
 
 DATA = Path(__file__).with_suffix(".json")
 """Our lists of facts."""
@@ -62,10 +62,7 @@ class TaskScore:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the accuracy (Wilson)."""
-        z, n, share = 1.96, self.num_items, self.accuracy
-        center = (share + z * z / (2 * n)) / (1 + z * z / n)
-        spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return center - spread, center + spread
+        return wilson(self.num_right, self.num_items)
 
     @property
     def is_above_chance(self) -> bool:

@@ -37,10 +37,15 @@ def test_what_is_no_number_is_scored_by_the_harness_alone():
     assert documents(values, lambda rows: sum(row["pred"] == row["answer"] for row in rows) / len(rows)).score == 0.5
 
 
-def test_f1_counts_true_positives_twice():
-    said, truth = ["yes", "yes", "no", "maybe", "no"], ["yes", "no", "yes", "yes", "no"]
-    units = f1([{"prediction": a, "ground_truth": b} for a, b in zip(said, truth, strict=True)], unused)
-    assert units.score == pytest.approx(2 * 1 / (2 * 1 + 1 + 2))
+def test_f1_is_that_of_the_harness_whatever_is_answered(lmms_eval):
+    from lmms_eval.tasks.pope.utils import pope_aggregate_f1_score
+
+    said, truth = ["yes", "yes", "no", "maybe", "yes."], ["yes", "no", "yes", "yes", "no"]
+    values = [{"prediction": a, "ground_truth": b} for a, b in zip(said, truth, strict=True)]
+    units = f1(values, unused)
+    assert units.score == pytest.approx(2 * 1 / (2 * 1 + 1 + 1))  # "maybe" is no miss
+    assert units.score == pytest.approx(pope_aggregate_f1_score(values))
+    assert f1(values[3:], unused).score == pope_aggregate_f1_score(values[3:]) == 0
     low, high = units.interval()
     assert 0 <= low < units.score < high <= 1
 

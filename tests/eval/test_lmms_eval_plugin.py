@@ -141,6 +141,7 @@ def test_videos_are_refused(lm, documents):
     [
         ({}, {"max_new_tokens": 7, "do_sample": False}, []),
         ({"until": ["\n\n", "A:"], "max_new_tokens": 2}, {"max_new_tokens": 2, "do_sample": False}, ["\n\n", "A:"]),
+        ({"until": ["\n\n"]}, {"max_new_tokens": 7, "do_sample": False}, []),  # lmms-eval's default, no task's own
         ({"until": "x", "temperature": 0.2, "do_sample": False}, {"max_new_tokens": 7, "do_sample": False}, ["x"]),
         ({"temperature": 0, "do_sample": True, "top_p": 1.0}, {"max_new_tokens": 7, "do_sample": False}, []),
         ({"temperature": 0.5, "top_p": None}, {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5}, []),

@@ -29,6 +29,9 @@ def test_what_needs_a_judge_is_not_comparable_without_one(suites):
         assert benchmark.judged().comparable
         assert benchmark.judged().key == "OPENAI_API_KEY"
         assert benchmark.judged().task != benchmark.task
+        assert "judge" in benchmark.judged().note
+    assert suites.benchmark("mmbench").judged().note.startswith("dev split; ")
+    assert suites.benchmark("mmbench").judged().scale == 1  # percent, as the judged task gives it
 
 
 def test_published_scores_are_numbers_of_known_models(suites):
