@@ -5,7 +5,8 @@ cd "$(dirname "$0")/.."
 hovle demo --fresh
 mkdir -p eval/results/demo
 cp runs/demo/report.json eval/results/demo/report.json
-hovle eval benchmarks runs/demo/instruction_tuning/model --suite offline --resume --output eval/results/benchmarks/demo
+hovle eval benchmarks runs/demo/instruction_tuning/model --suite offline --resume --batch-size 64 --dtype bfloat16 \
+    --output eval/results/benchmarks/demo
 demo=runs/demo analyses=eval/results/analyses picture=eval/results/analyses/picture.png llm=asset:smollm2-135m-instruct
 hovle eval attention $demo/instruction_tuning/model $picture "what shape is in the image?" \
     --compare $demo/distillation/model --output $analyses/attention
