@@ -104,7 +104,7 @@ class Shape:
     samples_per_padded_batch: int
 
 
-SHAPES = {"easy_vqa": Shape(6, 176, 35), "skewed": Shape(3, 512, 12)}
+SHAPES = {"easy_vqa": Shape(4, 256, 32), "skewed": Shape(3, 512, 12)}
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hovle bench train`."""
     parser.add_argument("--mix", choices=MIXES, nargs="+", default=list(MIXES), help="samples to train on")
-    parser.add_argument("--samples", type=int, default=140, help="conversations of each mix")
+    parser.add_argument("--samples", type=int, default=128, help="conversations of each mix")
     parser.add_argument("--output", type=Path, default=Path("eval/results/speed"), help="folder of train.json, .png")
 
 
