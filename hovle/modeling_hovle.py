@@ -665,7 +665,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             past_mask = embeds.new_ones((batch_size, past_length), dtype=torch.bool)
         if past_mask is not None:
             new_mask = torch.cat([past_mask, new_mask], dim=1)
-        if torch.compiler.is_compiling():  # looking at its values would break the graph
+        # Looking at its values would break a graph, and so would making the mask up later, from a static cache's length.
+        if torch.compiler.is_compiling() or (view is not None and view.is_compileable):
             return new_mask
         return None if bool(new_mask.all()) else new_mask
 
@@ -934,6 +935,9 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
                 f"{type(assistant).__name__} cannot assist with pictures: `generate` hands on what this model's stem "
                 "made of them, not the pictures. Take a text-only assistant_model with rows for the picture tokens."
             )
+        if assistant is not None:  # transformers 5.16 hands on what a text model does not take
+            kept = {key: value for key, value in kwargs["model_kwargs"].items() if key != "pixel_values"}
+            kwargs["model_kwargs"] = kept
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 
     @classmethod

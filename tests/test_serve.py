@@ -74,7 +74,7 @@ class Server:
         return self.client.chat.completions.create(
             **{"model": self.model, **kwargs},
             messages=[{"role": "user", "content": content}],
-            max_completion_tokens=MAX_NEW_TOKENS,
+            max_tokens=MAX_NEW_TOKENS,  # its newer name is not read by transformers 5.16
             temperature=0,
         )
 
