@@ -135,9 +135,10 @@ class Plan:
 
     def _run_one(self, benchmark: Benchmark, manager: Any) -> None:
         from .harness import BenchmarkError, run_benchmark
+        from .judges import judge_facts
         from .results import digest, read_result, write_result
 
-        settings = self._settings()
+        settings = self._settings() | ({"judge": judge_facts()} if benchmark.key else {})
         identity = digest({"model": self.model_hash, "settings": settings, "task": _task_facts(benchmark)})
         found = read_result(self.output / f"{benchmark.name}.json") if self.args.resume else None
         if found is not None and found["identity"] == identity:

@@ -130,8 +130,8 @@ def _benchmark(name: str, entry: dict, models: Sequence[str]) -> Benchmark:
     for variant in (benchmark, benchmark.judged()):
         if variant.units not in (*READINGS, "none"):
             raise ValueError(f"benchmark {name}: units ({variant.units}) must be none or of {', '.join(READINGS)}.")
-    if benchmark.adapt not in (None, *ADAPTATIONS):
-        raise ValueError(f"benchmark {name}: adapt ({benchmark.adapt}) must be of {', '.join(ADAPTATIONS)}.")
+        if variant.adapt not in (None, *ADAPTATIONS):
+            raise ValueError(f"benchmark {name}: adapt ({variant.adapt}) must be of {', '.join(ADAPTATIONS)}.")
     if unknown := set(benchmark.published) - set(models):
         raise ValueError(
             f"benchmark {name}: published scores of {', '.join(sorted(unknown))}, unknown under `models`."

@@ -1,6 +1,5 @@
 """Benchmarks through the real lmms-eval: tiny random weights, and a model that knows the answers."""
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -23,30 +22,11 @@ PAPER = load_suites().suites["paper"].benchmarks
 
 
 @pytest.fixture(scope="module")
-def manager(lmms_eval):
-    """The harness's tasks and ours; reading them all takes seconds."""
-    from hovle.eval.harness import task_manager
-
-    return task_manager()
-
-
-@pytest.fixture(scope="module")
 def lm(lmms_eval, model_folder):
     """A loaded model for several benchmarks."""
     from hovle.eval.lmms_eval_plugin import HoVLEChat
 
     return HoVLEChat(str(model_folder), batch_size=2, max_new_tokens=4, max_tiles=2, keep_loaded=True)
-
-
-@pytest.fixture
-def run(manager, model_folder, tmp_path, monkeypatch):
-    """`run(*options)` calls the command on the tiny model and gives exit code and output folder."""
-    monkeypatch.setattr("hovle.eval.harness.task_manager", lambda: manager)
-
-    def call(*options, model=model_folder, output=tmp_path / "results"):
-        return main(["eval", "benchmarks", str(model), "--output", str(output), *map(str, options)]), output
-
-    return call
 
 
 def result_of(folder: Path, name: str) -> dict:
@@ -84,19 +64,6 @@ def test_every_adapter_gives_full_marks_to_a_model_that_knows_the_answers(
     low, high = result["interval"]
     assert low <= result["score"] <= high + 1e-9
     assert len(answers) == result["num_questions"] == len(miniature.rows) - (name == "seed")  # without its video
-
-
-@pytest.fixture
-def short_answers(lmms_eval, monkeypatch):
-    """No answer is longer than four tokens; random weights never come to an end by themselves."""
-    plugin = importlib.import_module("hovle.eval.lmms_eval_plugin")
-    read = plugin.generation_arguments
-
-    def shortened(*arguments):
-        given, stops = read(*arguments)
-        return {**given, "max_new_tokens": 4}, stops
-
-    monkeypatch.setattr(plugin, "generation_arguments", shortened)
 
 
 def test_all_of_the_paper_runs_with_a_real_model_and_says_what_is_published(

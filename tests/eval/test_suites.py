@@ -51,7 +51,11 @@ def test_published_scores_are_numbers_of_known_models(suites):
         (lambda content: content["benchmarks"]["pope"].update(colour=1), "benchmark pope: unknown colour"),
         (lambda content: content["benchmarks"]["mmvet"]["judge"].update(price=1), "judge of mmvet: unknown price"),
         (lambda content: content["benchmarks"]["pope"].update(units="weight"), "units .weight. must be none or of"),
-        (lambda content: content["benchmarks"]["seed"].update(adapt="all"), "adapt .all. must be of pictures_only"),
+        (
+            lambda content: content["benchmarks"]["seed"].update(adapt="all"),
+            "adapt .all. must be of pictures_only, whole_dec",
+        ),
+        (lambda content: content["benchmarks"]["mmvet"]["judge"].update(adapt="no"), "mmvet: adapt .no. must be of"),
         (lambda content: content["benchmarks"]["pope"].update(published={"GPT": 1}), "scores of GPT, unknown under"),
         (lambda content: content["suites"]["ocr"]["benchmarks"].append("cats"), "suite ocr names cats"),
         (lambda content: content["suites"]["ocr"].update(tiles=3), "suite ocr: unknown tiles"),
