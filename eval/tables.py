@@ -106,7 +106,10 @@ def retention_table(root: Path) -> str:
 
 
 def _read(root: Path, name: str) -> dict:
-    return json.loads((root / name).read_text())
+    try:
+        return json.loads((root / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read ({error})") from error
 
 
 def benchmarks_table(root: Path) -> str:
@@ -114,7 +117,9 @@ def benchmarks_table(root: Path) -> str:
     suites = load_suites()
     parts = []
     for folder in sorted((root / "eval/results/benchmarks").glob("*/")):
-        results = read_results(folder)
+        results, broken = read_results(folder)
+        if broken:
+            raise ValueError("; ".join(broken.values()))
         parts += [f"**{folder.name}**", results_table(results, suites), notes(results)]
     return "\n\n".join(parts) or "No result of a benchmark is kept here yet."
 
@@ -142,30 +147,42 @@ TABLES = {
 }
 
 
-def fill(text: str, root: Path) -> str:
-    """Replace what stands between the markers of every table."""
+def fill(text: str, root: Path) -> tuple[str, list[str]]:
+    """Replace what stands between the markers of every table.
+
+    Returns:
+        The text, and why which tables were left as they are.
+    """
+    errors = []
 
     def table(match: re.Match) -> str:
-        return f"{match[1]}\n{TABLES[match[2]](root)}\n{match[3]}"
+        try:
+            return f"{match[1]}\n{TABLES[match[2]](root)}\n{match[3]}"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"its result file lacks something: {error!r}"
+            errors.append(f"table {match[2]}: {reason}")
+            return match[0]
 
-    return re.sub(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", table, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", table, text, flags=re.DOTALL), errors
 
 
-def main(arguments: list[str]) -> int:
-    """Fill or check every document; return 1 when a checked one is stale."""
-    stale = []
+def main(arguments: list[str], root: Path = ROOT) -> int:
+    """Fill or check every document; return 1 when a checked one is stale, or a table cannot be made."""
+    stale, errors = [], []
     for name in DOCUMENTS:
-        path = ROOT / name
-        text = path.read_text()
-        filled = fill(text, ROOT)
+        path = root / name
+        text = path.read_text(encoding="utf-8")
+        filled, found = fill(text, root)
+        errors += [f"{name}: {error}" for error in found]
         if filled == text:
             continue
         stale.append(name)
         if "--check" not in arguments:
-            path.write_text(filled)
+            path.write_text(filled, encoding="utf-8")
     if stale:
         sys.stdout.write(f"{'stale' if '--check' in arguments else 'updated'}: {', '.join(stale)}\n")
-    return 1 if stale and "--check" in arguments else 0
+    sys.stderr.write("".join(f"{error}\n" for error in errors))
+    return 1 if errors or (stale and "--check" in arguments) else 0
 
 
 if __name__ == "__main__":

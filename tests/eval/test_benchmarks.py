@@ -202,6 +202,47 @@ def test_resuming_keeps_what_has_the_same_model_and_settings(run, model_folder, 
     assert result_of(tmp_path / "results", "easy_vqa")["model"]["hash"] != before["model"]["hash"]
 
 
+def test_results_of_another_version_are_made_again(run, monkeypatch, capsys):
+    options = ("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--resume")
+    run(*options)
+    with monkeypatch.context() as patch:
+        patch.setattr("hovle.eval.benchmarks.__version__", "99.0")
+        _, output = run(*options)
+    assert "kept" not in capsys.readouterr().out
+    assert result_of(output, "easy_vqa")["settings"]["hovle"] == "99.0"
+
+
+def test_a_run_that_was_interrupted_goes_on_without_asking_again(run, tmp_path, monkeypatch, capsys):
+    from hovle.eval import harness
+
+    options = ("--suite", "offline", "--limit", 2)
+    started = []
+    whole = harness.run_benchmark
+
+    def stopped(benchmark, *arguments):
+        started.append(benchmark.name)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return whole(benchmark, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "run_benchmark", stopped)
+        assert run(*options)[0] == 130
+    first = (tmp_path / "results" / "easy_vqa.json").read_bytes()
+    assert started == ["easy_vqa", "easy_vqa_balanced"]
+
+    def counted(benchmark, *arguments):
+        started.append(benchmark.name)
+        return whole(benchmark, *arguments)
+
+    monkeypatch.setattr(harness, "run_benchmark", counted)
+    code, output = run(*options, "--resume")
+    assert code == 0
+    assert started[2:] == ["easy_vqa_balanced", "easy_vqa_blank"]
+    assert (output / "easy_vqa.json").read_bytes() == first
+    assert "3 of 3 benchmarks have a result" in capsys.readouterr().out
+
+
 # --- what is missing
 
 
@@ -290,11 +331,65 @@ def test_a_model_with_missing_weights_is_refused(run, model_folder, tmp_path, ca
     assert f"lacks 1 weights, among them {gone}" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_result_is_refused(run, tmp_path, capsys):
+BROKEN = {
+    "empty": "",
+    "truncated": '{"benchmark": "easy_vqa", "score": 9',
+    "no table": "[]",
+    "foreign": '{"accuracy": 0.9}',
+    "without model": '{"benchmark": "easy_vqa", "title": "t", "task": "t", "score": 1.0}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_result_is_named_and_made_again(content, run, tmp_path, capsys):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "easy_vqa.json").write_text("{}")
-    assert run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--resume")[0] == 1
-    assert "is no result of `hovle eval benchmarks`" in capsys.readouterr().err
+    (tmp_path / "results" / "easy_vqa.json").write_text(content)
+    code, output = run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--resume")
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert f"easy_vqa: run again. {output / 'easy_vqa.json'} is no result of `hovle eval benchmarks`" in printed
+    assert result_of(output, "easy_vqa")["num_questions"] == 2
+
+
+def test_a_broken_result_of_another_benchmark_is_named_and_no_other_is_lost(run, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "pope.json").write_text('{"benchmark": "po')
+    (tmp_path / "results" / ".gqa.json.writing").write_text("{")  # left by a run that was stopped
+    code, output = run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2)
+    assert code == 1
+    page = (output / "README.md").read_text()
+    assert f"| POPE |  | not run: {output / 'pope.json'} is no result" in page
+    assert "| easy-VQA, as they come | 2 |" in page
+    assert "gqa" not in page
+    assert "pope.json is no result" in capsys.readouterr().out
+
+
+def test_a_result_under_another_name_is_no_result(run, tmp_path, capsys):
+    options = ("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2)
+    _, output = run(*options)
+    shutil.copy(output / "easy_vqa.json", output / "easy_vqa copy.json")
+    assert run(*options, "--resume")[0] == 1
+    assert "easy_vqa copy.json is no result of `hovle eval benchmarks` (it holds the result of" in (
+        capsys.readouterr().out
+    )
+
+
+def test_results_of_another_model_are_left_out_of_the_pages_by_name(run, model_folder, tmp_path, capsys):
+    _, output = run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2)
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    (other / "more.json").write_text("{}")
+    assert run("--tasks", "easy_vqa_blank", "--suite", "offline", "--limit", 2, model=other)[0] == 0
+    assert "left out, as they are another model's: the results of easy_vqa in " in capsys.readouterr().out
+    assert "as they come" not in (output / "README.md").read_text()
+    assert result_of(output, "easy_vqa")["num_questions"] == 2
+
+
+def test_broken_answers_cannot_be_compared(run, tmp_path, capsys):
+    options = ("--suite", "offline", "--tasks", "easy_vqa", "--limit", 2)
+    run(*options, output=tmp_path / "first")
+    (tmp_path / "first" / "easy_vqa.answers.jsonl").write_text('{"doc_id": 0, "answ')
+    assert run(*options, "--compare", tmp_path / "first")[0] == 1
+    assert "easy_vqa.answers.jsonl holds no whole answers" in capsys.readouterr().out
 
 
 def test_list_names_every_benchmark(capsys):

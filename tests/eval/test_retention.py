@@ -145,7 +145,7 @@ def test_wrong_input_is_refused_by_message(stages, tmp_path, make_tokenizer, cap
 
 @pytest.fixture
 def other_tokenizer(make_tokenizer):
-    """As large as that of the stages, with two letters changed about: its ids fit the table and mean something else."""
+    """As large as that of the stages, with two letters changed about: its ids fit the table and mean others."""
     tokenizer = make_tokenizer()
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     vocabulary = content["model"]["vocab"]
