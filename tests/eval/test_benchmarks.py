@@ -1,13 +1,16 @@
 """Benchmarks through the real lmms-eval: tiny random weights, and a model that knows the answers."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -64,6 +67,59 @@ def test_every_adapter_gives_full_marks_to_a_model_that_knows_the_answers(
     low, high = result["interval"]
     assert low <= result["score"] <= high + 1e-9
     assert len(answers) == result["num_questions"] == len(miniature.rows) - (name == "seed")  # without its video
+
+
+@pytest.fixture
+def pope_data(tmp_path):
+    """Ten questions of POPE's kind, six to be answered with yes; their words end in their numbers."""
+    pictures = [Image.new("RGB", (60, 60), (20 * number, 0, 0)) for number in range(10)]
+    rows = [
+        {
+            "id": str(number),
+            "question_id": str(number),
+            "question": f"Is there a dog in picture {number}?",
+            "answer": "yes" if number < 6 else "no",
+            "image_source": "made",
+            "image": picture,
+            "category": "random",
+        }
+        for number, picture in enumerate(pictures)
+    ]
+    folder = tmp_path / "data" / "pope"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder.parent
+
+
+@pytest.mark.parametrize(
+    ("answers", "score", "num_unread"),
+    [
+        # 3 found, 1 missed ("no"), "Yes." and "a dog" are nothing; of the others 1 is taken for yes:
+        # precision 3/4, recall 3/4.
+        (["Yes", "yes ", "YES", "no", "Yes.", "a dog", "yes", "no", "No.", "no"], 75.0, 3),
+        # 4 found, 2 missed, 1 false alarm: precision 4/5, recall 4/6.
+        (["yes", "yes", "yes", "yes", "no", "no", "yes", "no", "no", "no"], 800 / 11, 0),
+        (["Yes."] * 10, 0.0, 10),
+        # One is found and nothing is missed.
+        (["yes", *["a dog"] * 9], 100.0, 9),
+    ],
+)
+def test_pope_counts_as_it_says(answers, score, num_unread, run, pope_data, monkeypatch):
+    from hovle.eval.lmms_eval_plugin import Answer, HoVLEChat
+
+    def say(self, chats, *_):
+        numbers = [re.search(r"picture (\d+)", json.dumps(chat, default=str))[1] for chat in chats]
+        return [Answer(answers[int(number)], 1, 1) for number in numbers]
+
+    monkeypatch.setattr(HoVLEChat, "_generate", say)
+    monkeypatch.setattr("hovle.eval.suites.Suites.departures", lambda *_: [])
+    code, output = run("--tasks", "pope", "--data", pope_data)
+    assert code == 0
+    result = result_of(output, "pope")
+    assert result["score"] == pytest.approx(score)
+    assert result["comparable"] == (num_unread == 0)
+    said = f'{num_unread} of 10 answers are neither "yes" nor "no" alone'
+    assert (said in result["note"]) == (num_unread > 0)
 
 
 def test_all_of_the_paper_runs_with_a_real_model_and_says_what_is_published(
