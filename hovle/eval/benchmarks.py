@@ -83,6 +83,8 @@ class Plan:
             raise ValueError("name a model folder or Hub id (or --list).")
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"--limit ({args.limit}) must be at least 1.")
+        if args.max_tiles != UNSAID and args.max_tiles < 1:
+            raise ValueError(f"--max-tiles ({args.max_tiles}) must be at least 1; without it the suite decides.")
         if args.data is not None and not args.data.is_dir():
             raise ValueError(f"--data {args.data} is no folder.")
         if args.compare is not None and not args.compare.is_dir():

@@ -145,6 +145,51 @@ def test_all_of_the_paper_runs_with_a_real_model_and_says_what_is_published(
     assert "pipeline_tag: image-text-to-text" in (output / "model_card.md").read_text()
 
 
+@pytest.fixture
+def tiles_seen(lmms_eval, monkeypatch, pope_data):
+    """How many tiles the model was given for each answer; POPE's pictures are four by three here."""
+    seen = []
+    generate = HoVLEForConditionalGeneration.generate
+
+    def counted(self, *arguments, **kwargs):
+        seen.append(len(kwargs["pixel_values"]))
+        return generate(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(HoVLEForConditionalGeneration, "generate", counted)
+    path = next((pope_data / "pope").glob("*.parquet"))
+    rows = [{**row, "image": Image.new("RGB", (80, 60), "red")} for row in datasets.Dataset.from_parquet(str(path))]
+    datasets.Dataset.from_list(rows[:1]).to_parquet(path)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "num_tiles", "says"),
+    [
+        ((), 13, ""),  # 4 x 3 and the thumbnail; the model's own limit is 3
+        (("--suite", "offline"), 1, "the model's own limit of tiles, the published scores have 12"),
+        (("--max-tiles", 2), 1, "at most 2 tiles, the published scores have 12"),
+        (("--max-tiles", 12, "--suite", "offline"), 13, ""),
+    ],
+)
+def test_the_suites_tiles_reach_the_model(
+    options, num_tiles, says, run, pope_data, tiles_seen, short_answers, monkeypatch
+):
+    code, output = run("--tasks", "pope", "--data", pope_data, *options)
+    assert code == 0
+    assert tiles_seen == [num_tiles]
+    result = result_of(output, "pope")
+    assert says in result["note"]
+    assert ("published scores have 12" in result["note"]) == bool(says)
+    assert "| POPE | 1 | 0.0 (0.0 to 0.0) * |" in (output / "README.md").read_text()  # a local copy in any case
+
+
+def test_other_tiles_than_the_suites_are_said_in_the_table(run):
+    _, output = run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--max-tiles", 2)
+    page = (output / "README.md").read_text()
+    assert "at most 2 tiles, the suite offline has the model's own" in page
+    assert "| most tiles of a picture | 2 |" in page
+
+
 # --- questions that need no network
 
 
@@ -349,6 +394,7 @@ def test_a_failed_benchmark_is_no_more_shown_with_its_older_result(run, miniatur
     [
         (("--suite", "fast"), "no suite named 'fast'; there are paper, ocr, quick, offline"),
         (("--limit", "0"), "--limit (0) must be at least 1"),
+        (("--max-tiles", "0"), "--max-tiles (0) must be at least 1; without it the suite decides"),
         (("--data", "nowhere"), "--data nowhere is no folder"),
         (("--compare", "nowhere"), "--compare nowhere is no folder"),
         (("--suite", "offline", "--batch-size", "0"), "batch_size (0) must be a whole number from 1"),

@@ -46,6 +46,26 @@ def test_published_scores_are_numbers_of_known_models(suites):
 
 
 @pytest.mark.parametrize(
+    ("name", "max_tiles", "is_local_copy", "reasons"),
+    [
+        ("pope", 12, False, []),
+        ("pope", None, False, ["the model's own limit of tiles, the published scores have 12"]),
+        ("pope", 6, False, ["at most 6 tiles, the published scores have 12"]),
+        ("pope", 12, True, ["a local copy of the data, which nobody has compared with the published ones"]),
+        ("easy_vqa", None, False, []),
+        ("easy_vqa", 12, False, ["at most 12 tiles, the suite offline has the model's own"]),
+        ("vqav2_val", 3, True, []),
+    ],
+)
+def test_other_tiles_and_data_are_departures(suites, name, max_tiles, is_local_copy, reasons):
+    assert suites.departures(name, max_tiles, is_local_copy) == reasons
+
+
+def test_the_papers_suite_comes_first_for_benchmarks_of_several(suites):
+    assert next(iter(suites.suites)) == "paper"
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda content: content["benchmarks"]["pope"].update(colour=1), "benchmark pope: unknown colour"),
