@@ -3,12 +3,16 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from hovle.assets import easy_vqa
+from hovle.eval.vqa import describe_wording, load_questions
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,3 +84,37 @@ def test_a_figure_that_no_result_has_is_stale(tables, copy, capsys):
     report.write_text(json.dumps(content))
     assert tables.main(["--check"], copy) == 1
     assert "stale: README.md" in capsys.readouterr().out
+
+
+def test_a_figure_in_running_text_is_stale_as_well(tables, copy, capsys):
+    path = copy / "eval" / "results" / "demo" / "questions.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "guessed_share": 0.5}))
+    assert tables.main(["--check"], copy) == 1
+    assert "stale: README.md, eval/README.md" in capsys.readouterr().out
+    assert tables.main([], copy) == 0
+    assert "scores\n<!-- value: guessed_share -->50%<!-- end -->, so there" in (copy / "README.md").read_text()
+    path.unlink()
+    assert tables.main([], copy) == 1
+    assert "README.md: value guessed_share: eval/results/demo/questions.json cannot be" in capsys.readouterr().err
+
+
+def test_no_percentage_in_the_documents_is_typed_by_hand(tables):
+    for name in tables.DOCUMENTS:
+        text = (ROOT / name).read_text()
+        typed = re.sub(r"<!-- (table|value): \w+ -->.*?<!-- end -->", "", text, flags=re.DOTALL)
+        found = set(re.findall(r"\d[\d.]* ?%", typed))
+        assert found <= {"95 %"}, name  # the intervals' level
+
+
+def test_every_mark_has_a_table_or_value_that_is_known(tables):
+    marks = {
+        mark for name in tables.DOCUMENTS for mark in re.findall(r"<!-- (\w+): (\w+) -->", (ROOT / name).read_text())
+    }
+    known = {("table", name) for name in tables.TABLES} | {("value", name) for name in tables.VALUES}
+    assert marks == known
+
+
+def test_what_the_questions_tell_is_what_the_kept_file_says():
+    questions = [load_questions(easy_vqa() / split) for split in ("train", "test")]
+    kept = json.loads((ROOT / "eval" / "results" / "demo" / "questions.json").read_text())
+    assert describe_wording(*questions) == pytest.approx(kept)
