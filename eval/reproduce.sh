@@ -5,6 +5,7 @@ cd "$(dirname "$0")/.."
 hovle demo --fresh
 mkdir -p eval/results/demo
 cp runs/demo/report.json eval/results/demo/report.json
+python eval/easy_vqa.py --wording > eval/results/demo/questions.json
 hovle eval benchmarks runs/demo/instruction_tuning/model --suite offline --resume --batch-size 64 --dtype bfloat16 \
     --output eval/results/benchmarks/demo
 demo=runs/demo analyses=eval/results/analyses picture=eval/results/analyses/picture.png llm=asset:smollm2-135m-instruct

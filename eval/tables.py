@@ -1,15 +1,17 @@
 """Write the measured figures into the documents: `python eval/tables.py` (or `--check` to only compare).
 
-A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`; what stands between is generated from the
-result files below eval/results, never typed.
+A document marks a table with `<!-- table: NAME -->` and `<!-- end -->`, a figure in running text with
+`<!-- value: NAME -->` and `<!-- end -->`; what stands between is generated from the result files below eval/results,
+never typed.
 """
 
 import json
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from hovle.assets import load_manifest
 from hovle.eval import retention
 from hovle.eval.benchmark_report import notes, published_text, results_table
 from hovle.eval.results import read_results
@@ -106,7 +108,10 @@ def retention_table(root: Path) -> str:
 
 
 def _read(root: Path, name: str) -> dict:
-    return json.loads((root / name).read_text())
+    try:
+        return json.loads((root / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{name} cannot be read ({error})") from error
 
 
 def benchmarks_table(root: Path) -> str:
@@ -114,7 +119,9 @@ def benchmarks_table(root: Path) -> str:
     suites = load_suites()
     parts = []
     for folder in sorted((root / "eval/results/benchmarks").glob("*/")):
-        results = read_results(folder)
+        results, broken = read_results(folder)
+        if broken:
+            raise ValueError("; ".join(broken.values()))
         parts += [f"**{folder.name}**", results_table(results, suites), notes(results)]
     return "\n\n".join(parts) or "No result of a benchmark is kept here yet."
 
@@ -142,30 +149,76 @@ TABLES = {
 }
 
 
-def fill(text: str, root: Path) -> str:
-    """Replace what stands between the markers of every table."""
-
-    def table(match: re.Match) -> str:
-        return f"{match[1]}\n{TABLES[match[2]](root)}\n{match[3]}"
-
-    return re.sub(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", table, text, flags=re.DOTALL)
+def _of_questions(name: str) -> Callable[[Path], float]:
+    return lambda root: _read(root, "eval/results/demo/questions.json")[name]
 
 
-def main(arguments: list[str]) -> int:
-    """Fill or check every document; return 1 when a checked one is stale."""
-    stale = []
+def demo_minutes(root: Path) -> str:
+    """How long training and scoring took."""
+    report = _read(root, "eval/results/demo/report.json")
+    seconds = sum(stage["seconds"] for stage in report["stages"].values()) + report["scoring_seconds"]
+    return f"{seconds / 60:.0f}"
+
+
+def demo_processor(root: Path) -> str:
+    """What the demo ran on."""
+    stages = _read(root, "eval/results/demo/report.json")["stages"].values()
+    (found,) = {(stage["environment"]["num_threads"], stage["environment"]["processor"]) for stage in stages}
+    return f"{found[0]} threads of an {found[1]}"
+
+
+VALUES: dict[str, Callable[[Path], str]] = {
+    "demo_minutes": demo_minutes,
+    "demo_processor": demo_processor,
+    "yes_no_share": lambda root: f"{_of_questions('yes_no_share')(root):.0%}",
+    "guessed_share": lambda root: f"{_of_questions('guessed_share')(root):.0%}",
+    **{
+        name: lambda root, name=name: f"{_of_questions(name)(root):,}"
+        for name in ("train_pictures", "train_questions", "test_pictures")
+    },
+    "fetched_megabytes": lambda _: f"{sum(asset.pypi.size for asset in load_manifest().values()) / 1e6:.0f}",
+}
+
+
+def fill(text: str, root: Path) -> tuple[str, list[str]]:
+    """Replace what stands between the markers of every table and figure.
+
+    Returns:
+        The text, and why which tables were left as they are.
+    """
+    errors = []
+
+    def filled(match: re.Match) -> str:
+        kind, name = match[2], match[3]
+        try:
+            made = f"\n{TABLES[name](root)}\n" if kind == "table" else VALUES[name](root)
+            return f"{match[1]}{made}{match[4]}"
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = str(error) if isinstance(error, ValueError) else f"its result file lacks something: {error!r}"
+            errors.append(f"{kind} {name}: {reason}")
+            return match[0]
+
+    marks = r"(<!-- (table|value): (\w+) -->).*?(<!-- end -->)"
+    return re.sub(marks, filled, text, flags=re.DOTALL), errors
+
+
+def main(arguments: list[str], root: Path = ROOT) -> int:
+    """Fill or check every document; return 1 when a checked one is stale, or a table cannot be made."""
+    stale, errors = [], []
     for name in DOCUMENTS:
-        path = ROOT / name
-        text = path.read_text()
-        filled = fill(text, ROOT)
+        path = root / name
+        text = path.read_text(encoding="utf-8")
+        filled, found = fill(text, root)
+        errors += [f"{name}: {error}" for error in found]
         if filled == text:
             continue
         stale.append(name)
         if "--check" not in arguments:
-            path.write_text(filled)
+            path.write_text(filled, encoding="utf-8")
     if stale:
         sys.stdout.write(f"{'stale' if '--check' in arguments else 'updated'}: {', '.join(stale)}\n")
-    return 1 if stale and "--check" in arguments else 0
+    sys.stderr.write("".join(f"{error}\n" for error in errors))
+    return 1 if errors or (stale and "--check" in arguments) else 0
 
 
 if __name__ == "__main__":

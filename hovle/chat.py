@@ -8,6 +8,7 @@ In a conversation: /image PATH adds a picture to the next question, /new starts 
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Conversation:
         max_tiles: Most tiles of a picture, or None for the model's own limit.
     """
 
-    def __init__(self, model: str, max_new_tokens: int = 256, max_tiles: int | None = None):
+    def __init__(self, model: str | os.PathLike, max_new_tokens: int = 256, max_tiles: int | None = None):
         refuse_missing_folder(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor = HoVLEProcessor.from_pretrained(model)
@@ -102,11 +103,25 @@ class Conversation:
         return reply
 
 
-def refuse_missing_folder(model: str) -> None:
-    """Raise for a folder without a model; a mistyped path would be taken for a Hub id, whose error misleads."""
-    looks_like_path = model.startswith((".", "/", "~")) or model.count("/") != 1 or Path(model).parent.is_dir()
-    if looks_like_path and not (Path(model) / "config.json").is_file():
-        raise ValueError(f"No model in {model}: expected a folder with config.json, or a Hub id such as owner/name.")
+def refuse_missing_folder(model: str | os.PathLike) -> None:
+    """Raise for a folder without a model; a mistyped path would be taken for a Hub id and asked for over the network.
+
+    Hub ids are `owner/name`. Anything else is a path, and so is `first/second` where there is a folder `first`.
+
+    Raises:
+        ValueError: For a path without a folder, or without a config.json in it.
+    """
+    name = os.fspath(model)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
+    if not looks_like_path or (Path(name) / "config.json").is_file():
+        return
+    expected = "expected a folder with config.json, or a Hub id such as owner/name."
+    if Path(name).is_dir():
+        raise ValueError(f"No model in {name}: {expected}")
+    parent = Path(name).parent
+    there = sorted(path.parent.name for path in parent.glob("*/config.json")) if parent.is_dir() else []
+    beside = f" In {parent} there are {', '.join(there[:8])}{', ...' if there[8:] else ''}." if there else ""
+    raise ValueError(f"No model in {name}, as there is no such folder: {expected}{beside}")
 
 
 def _read_line() -> str | None:

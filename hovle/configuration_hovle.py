@@ -99,6 +99,21 @@ class HoVLEConfig(PreTrainedConfig):
             raise ValueError(f"patch_size ({self.patch_size}) must be positive.")
         self.tokens_per_tile(self.image_size)
 
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read a saved configuration as the base class does; `ValueError` for that of another type of model.
+
+        transformers only warns, and a HoVLE of random weights would follow.
+        """
+        content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if (found := content.get("model_type", cls.model_type)) != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds a model of type {found!r}, not {cls.model_type!r}. To build a "
+                "HoVLE around a language model, use HoVLEForConditionalGeneration.from_language_model; "
+                "`hovle convert` reads released checkpoints."
+            )
+        return content, rest
+
     def save_pretrained(self, save_directory, **kwargs):
         """Save the configuration, with the code that loads a model under `trust_remote_code=True`; models call it."""
         self.auto_map = dict(AUTO_MAP)

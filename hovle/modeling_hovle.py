@@ -298,6 +298,31 @@ class HoVLEPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_record_outputs = {"hidden_states": LlamaDecoderLayer, "attentions": LlamaAttention}  # noqa: RUF012
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Load a saved HoVLE as the base class does, whole or not at all.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id of a HoVLE, or None for the weights in `state_dict`.
+            *model_args: Of the base class.
+            **kwargs: Of the base class. With `output_loading_info=True` missing weights are reported, not refused.
+
+        Raises:
+            ValueError: For a model of another type, and for missing weights: random ones would take their place.
+        """
+        wants_report = kwargs.pop("output_loading_info", False)
+        model, report = super().from_pretrained(
+            pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
+        )
+        if wants_report:
+            return model, report
+        if pretrained_model_name_or_path is not None and (missing := sorted(report["missing_keys"])):
+            raise ValueError(
+                f"{pretrained_model_name_or_path} lacks {len(missing)} weights, among them {missing[0]}; random ones "
+                "would take their place. Save the model anew, or load it all the same with output_loading_info=True."
+            )
+        return model
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -665,7 +690,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             past_mask = embeds.new_ones((batch_size, past_length), dtype=torch.bool)
         if past_mask is not None:
             new_mask = torch.cat([past_mask, new_mask], dim=1)
-        # Looking at its values would break a graph, and so would making the mask up later, from a static cache's length.
+        # Looking at its values would break a graph; so would making the mask up later, from a static cache's length.
         if torch.compiler.is_compiling() or (view is not None and view.is_compileable):
             return new_mask
         return None if bool(new_mask.all()) else new_mask

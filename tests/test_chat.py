@@ -1,11 +1,13 @@
 """`hovle chat`."""
 
+import shutil
+
 import pytest
 import torch
 from PIL import Image
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
-from hovle.chat import Conversation
+from hovle.chat import Conversation, refuse_missing_folder
 
 
 @pytest.fixture
@@ -69,3 +71,30 @@ def test_a_missing_model_or_picture_is_named(model_folder, tmp_path, capsys):
     assert "nowhere" in capsys.readouterr().err
     assert cli.main(["chat", "--model", str(model_folder), "--image", str(tmp_path / "gone.png"), "-q", "?"]) == 1
     assert "gone.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["runs/x", "runs/demo/x", "nowhere/demo/x", "./x", "/nowhere/x", "~/x", "../x", "x"])
+def test_a_missing_folder_is_named_at_once_and_no_hub_is_asked(name, tmp_path, monkeypatch, capsys):
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(HoVLEProcessor, "from_pretrained", lambda *_, **__: pytest.fail("the Hub would be asked"))
+    assert cli.main(["chat", "--model", name, "-q", "?"]) == 1
+    assert f"No model in {name}, as there is no such folder: expected a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["owner/name", "runs/x"])
+def test_what_may_be_a_hub_id_is_taken_for_one(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # there is no folder "runs" here
+    refuse_missing_folder(name)
+
+
+def test_models_beside_a_missing_one_are_named(model_folder, tmp_path):
+    for number in range(10):
+        shutil.copytree(model_folder, tmp_path / f"model-{number}")
+    with pytest.raises(ValueError, match=rf"In {tmp_path} there are model, model-0, .*model-6, \.\.\.\.$"):
+        refuse_missing_folder(tmp_path / "modle-1")
+
+
+def test_a_folder_without_a_model_is_told_from_a_missing_one(tmp_path):
+    with pytest.raises(ValueError, match=rf"No model in {tmp_path}: expected a folder with config.json"):
+        refuse_missing_folder(tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration, HoVLEModel
 
@@ -125,6 +126,27 @@ def test_loading_says_which_weights_were_missing_and_which_unknown(model, tmp_pa
     assert info["unexpected_keys"] == {"model.nonsense"}
     for name, weights in loaded.state_dict().items():
         assert torch.equal(weights, model.state_dict()[name]) == (name not in missing), name
+
+
+@pytest.mark.parametrize("load", [HoVLEForConditionalGeneration, HoVLEModel, AutoModelForImageTextToText, AutoModel])
+def test_a_folder_with_missing_weights_is_refused(model, load, tmp_path):
+    model.save_pretrained(tmp_path)
+    edit_weights(tmp_path, ["model.language_model.layers.1.mlp.up_proj.weight"])
+    gone = "language_model.layers.1.mlp.up_proj.weight"
+    with pytest.raises(ValueError, match=rf"{tmp_path} lacks 1 weights, among them (model\.)?{gone}; random ones"):
+        load.from_pretrained(tmp_path)
+
+
+def save_llama(folder: Path) -> None:
+    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=1)).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("load", [HoVLEForConditionalGeneration, HoVLEModel, HoVLEConfig])
+def test_a_folder_of_another_model_type_is_refused_with_the_way_to_build_one(load, tmp_path):
+    save_llama(tmp_path)
+    with pytest.raises(ValueError, match=r"holds a model of type 'llama', not 'hovle'.*from_language_model"):
+        load.from_pretrained(tmp_path)
 
 
 def test_weights_of_another_size_are_refused_or_on_request_started_anew(model, config_of, kind, tmp_path):

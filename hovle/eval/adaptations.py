@@ -9,7 +9,14 @@ def pictures_only(dataset: Any) -> Any:
     return dataset.filter(lambda kind: kind == "image", input_columns="data_type")
 
 
-ADAPTATIONS = {"pictures_only": pictures_only}
+def whole_decimals(dataset: Any) -> Any:
+    """Count MathVista's decimal places in whole numbers: `round` refuses 1.0, and the harness takes that for wrong."""
+    import datasets
+
+    return dataset.cast_column("precision", datasets.Value("int64"))
+
+
+ADAPTATIONS = {change.__name__: change for change in (pictures_only, whole_decimals)}
 
 
 def parquet_files(folder: Path) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer", metavar="TEXT", help="look at this answer instead of the model's own")
     parser.add_argument("--max-new-tokens", type=int, default=32, metavar="N", help="longest answer (default: 32)")
     parser.add_argument("--max-tiles", type=int, metavar="N", help="most tiles (default: the model's own limit)")
+    parser.add_argument("--tokens", type=int, default=6, metavar="N", help="answer tokens with a map (default: 6)")
     parser.add_argument("--output", type=Path, default=Path("attention"), metavar="DIR", help="default: attention")
 
 
@@ -80,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
 
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    if args.tokens < 1:
+        raise ValueError(f"--tokens must be at least 1, got {args.tokens}.")
     picture = load_picture(args.picture)
     readings = []
     for path in [args.model, *([] if args.compare is None else [args.compare])]:
@@ -96,9 +99,15 @@ def run(args: argparse.Namespace) -> int:
     }
     (args.output / "attention.json").write_text(json.dumps(result) + "\n")
     draw_layers(pyplot, readings, args.output / "layers.png")
-    draw_maps(pyplot, readings, args.question, args.output / "maps.png")
+    draw_maps(pyplot, readings, args.question, args.output / "maps.png", args.tokens)
     for found in readings:
         print(f"{found.subject.label}: {' '.join(found.tokens)}\n{table(found)}\n")  # noqa: T201 - the output
+    longest = max(len(found.answer) for found in readings)
+    if longest > args.tokens:
+        print(  # noqa: T201
+            f"maps.png shows the first {args.tokens} of {longest} answer tokens (--tokens {longest} shows all); "
+            "attention.json has them all."
+        )
     print(f"Written: {', '.join(str(args.output / name) for name in FILES)}")  # noqa: T201
     return 0
 

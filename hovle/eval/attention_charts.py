@@ -21,9 +21,6 @@ LAYERS_CAPTION = (
     "heads and image tokens, a token itself included. H1, ...: holistic layers; 1, ...: layers of the language model."
 )
 
-MAX_TOKENS_SHOWN = 6
-"""Answer tokens that get a map; all are in the JSON file."""
-
 
 def draw_layers(pyplot, readings: list[AttentionReading], path: Path) -> None:
     """Draw mass, entropy and sparsity over the layers of one model or two, the language models' layers aligned."""
@@ -75,11 +72,19 @@ def _draw_curve(axis, found: AttentionReading, field: str, key: str, color: str)
             axis.plot(places, [row["first_token"] for row in means], color=color, linestyle=":", lw=1.2)
 
 
-def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Path) -> None:
-    """Draw, for each model and section, where each answer token looks: over the picture, and over the thumbnail."""
+def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Path, max_tokens: int = 6) -> None:
+    """Draw, for each model and section, where each answer token looks: over the picture, and over the thumbnail.
+
+    Args:
+        pyplot: matplotlib's.
+        readings: One model's, or two's.
+        question: For the caption.
+        path: PNG file to write.
+        max_tokens: Answer tokens that get a map, the first ones; the caption says how many there are.
+    """
     picture = readings[0].reading.picture
     rows = [(found, section, layers) for found in readings for section, layers in found.layers]
-    num_columns = 1 + min(MAX_TOKENS_SHOWN, max(len(found.answer) for found in readings))
+    num_columns = 1 + min(max_tokens, max(len(found.answer) for found in readings))
     width = 2.1
     height = width * min(max(picture.height / picture.width, 0.35), 2.2)
     has_thumbnails = any(found.reading.grid.has_thumbnail for found in readings)
@@ -100,7 +105,7 @@ def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Pat
         label = found.subject.label.replace(" (", "\n(")
         axes[0, 0].set_title(f"{label}\n{section.name}", fontsize=FONT_SIZE - 1.5, loc="left")
         for column, (token, (body, thumbnail)) in enumerate(
-            zip(found.tokens[:MAX_TOKENS_SHOWN], found.mean_map(section, layers), strict=False), start=1
+            zip(found.tokens[:max_tokens], found.mean_map(section, layers), strict=False), start=1
         ):
             mass = float(body.sum()) + (0.0 if thumbnail is None else float(thumbnail.sum()))
             peak = max(float(part.max()) for part in (body, thumbnail) if part is not None)
@@ -121,9 +126,7 @@ def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Pat
     longest = max(len(found.answer) for found in readings)
     tiles = " Red lines: tiles. A thumbnail, the whole picture as one more tile, has tokens of its own."
     tiles = tiles if has_thumbnails else ""
-    shown = (
-        "" if longest <= MAX_TOKENS_SHOWN else f" The first {MAX_TOKENS_SHOWN} of {longest} answer tokens are shown."
-    )
+    shown = "" if longest <= max_tokens else f" The first {max_tokens} of {longest} answer tokens are shown."
     add_caption(
         figure,
         f"Question: {question} Attention from where each answer token is predicted to each image token, mean over the "

@@ -83,6 +83,8 @@ class Plan:
             raise ValueError("name a model folder or Hub id (or --list).")
         if args.limit is not None and args.limit < 1:
             raise ValueError(f"--limit ({args.limit}) must be at least 1.")
+        if args.max_tiles != UNSAID and args.max_tiles < 1:
+            raise ValueError(f"--max-tiles ({args.max_tiles}) must be at least 1; without it the suite decides.")
         if args.data is not None and not args.data.is_dir():
             raise ValueError(f"--data {args.data} is no folder.")
         if args.compare is not None and not args.compare.is_dir():
@@ -111,8 +113,13 @@ class Plan:
         manager = task_manager()
         for benchmark in self.benchmarks:
             self._run_one(benchmark, manager)
-        results = read_results(self.output)
-        results = {name: result for name, result in results.items() if result["model"]["hash"] == self.model_hash}
+        found, broken = read_results(self.output)
+        for name, reason in broken.items():
+            _say(f"{name}: {reason}")
+        self.failures = {**broken, **self.failures}
+        results = {name: result for name, result in found.items() if result["model"]["hash"] == self.model_hash}
+        if others := sorted(found.keys() - results.keys()):
+            _say(f"left out, as they are another model's: the results of {', '.join(others)} in {self.output}.")
         for name in self.failures:
             results.pop(name, None)
         write_pages(self.output, results, self.suites, self.failures)
@@ -129,19 +136,23 @@ class Plan:
         from .results import disagreements
 
         for name in names:
-            counts = disagreements(self.output, self.args.compare, name)
+            try:
+                counts = disagreements(self.output, self.args.compare, name)
+            except ValueError as error:
+                self.failures[f"{name} (compared)"] = str(error)
+                _say(f"{name}: {error}")
+                continue
             found = "no answers there" if counts is None else f"{counts[0]} of {counts[1]} answers differ"
             _say(f"{name}: {found} ({self.args.compare})")
 
     def _run_one(self, benchmark: Benchmark, manager: Any) -> None:
         from .harness import BenchmarkError, run_benchmark
-        from .results import digest, read_result, write_result
+        from .judges import judge_facts
+        from .results import digest, write_result
 
-        settings = self._settings()
+        settings = self._settings() | ({"judge": judge_facts()} if benchmark.key else {})
         identity = digest({"model": self.model_hash, "settings": settings, "task": _task_facts(benchmark)})
-        found = read_result(self.output / f"{benchmark.name}.json") if self.args.resume else None
-        if found is not None and found["identity"] == identity:
-            _say(f"{benchmark.name}: kept, {found['score']:.4g} from {found['date']}.")
+        if self.args.resume and self._is_done(benchmark.name, identity):
             return
         self.output.mkdir(parents=True, exist_ok=True)
         trace = self.output / f"{benchmark.name}.error.txt"
@@ -162,6 +173,20 @@ class Plan:
         settings["batch_size"] = self.args.batch_size
         write_result(self.output, {**result, "identity": identity, "model": facts, "settings": settings}, answers)
         _say(f"{benchmark.name}: {result['score']:.4g}")
+
+    def _is_done(self, name: str, identity: str) -> bool:
+        """Whether an earlier run left this very result; a file that is none is named, and the benchmark run again."""
+        from .results import read_result
+
+        try:
+            found = read_result(self.output / f"{name}.json")
+        except ValueError as error:
+            _say(f"{name}: run again. {error}")
+            return False
+        if found is None or found["identity"] != identity:
+            return False
+        _say(f"{name}: kept, {found['score']:.4g} from {found['date']}.")
+        return True
 
     def _settings(self) -> dict[str, Any]:
         """What scores may depend on; the batch size is not among it, as in float32 they do not."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .adaptations import ADAPTATIONS, WithPictures, parquet_files
-from .intervals import READINGS, Units
+from .intervals import READINGS, UNREAD, Units
 from .judges import JudgeSilent, judge_must_answer
 from .lmms_eval_plugin import HoVLEChat, generation_arguments
 from .results import digest, environment, harness_version, today
@@ -132,6 +132,7 @@ def _read(
     if not samples:
         raise BenchmarkError("the harness returned no answers.")
     score, interval = _score(benchmark, task, samples, figures)
+    unread = UNREAD[benchmark.units](_values(benchmark, samples)) if benchmark.units in UNREAD else ""
     arguments, stops = generation_arguments(task.config.generation_kwargs or {}, lm.max_new_tokens)
     result = {
         "benchmark": benchmark.name,
@@ -140,8 +141,8 @@ def _read(
         "score": score,
         "interval": interval,
         "num_questions": len(samples),
-        "comparable": benchmark.comparable and limit is None,
-        "note": benchmark.note,
+        "comparable": benchmark.comparable and limit is None and not unread,
+        "note": "; ".join(part for part in (benchmark.note, unread) if part),
         "limit": limit,
         "figures": {key: value for key, value in figures.items() if isinstance(value, int | float)},
         "harness": {"lmms-eval": harness_version(), "task version": str(task.VERSION)},
@@ -189,11 +190,15 @@ def _score(
     total = sum(_figure(figures, name) for name in benchmark.metrics)
     if benchmark.units == "none":
         return benchmark.scale * total, None
-    values = [sample[name] for sample in samples for name in benchmark.metrics if name in sample]
-    units = READINGS[benchmark.units](values, task.aggregation()[benchmark.metrics[0]])
+    units = READINGS[benchmark.units](_values(benchmark, samples), task.aggregation()[benchmark.metrics[0]])
     _compare_with_harness(units, total)
     low, high = units.interval()
     return benchmark.scale * units.score, (benchmark.scale * low, benchmark.scale * high)
+
+
+def _values(benchmark: Benchmark, samples: list[dict]) -> list[Any]:
+    """What the harness made of each answer, for each metric."""
+    return [sample[name] for sample in samples for name in benchmark.metrics if name in sample]
 
 
 def _first_figure(figures: dict) -> float:

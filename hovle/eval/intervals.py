@@ -153,6 +153,15 @@ def f1(values: Sequence[dict], _: Aggregate) -> Units:
     return _units(map(parts, values))
 
 
+def unread_yes_no(values: Sequence[dict]) -> str:
+    """How many answers POPE's F1 takes for neither yes nor no, a "Yes." with its full stop among them; "" for none."""
+    others = [value["prediction"] for value in values if value["prediction"] not in ("yes", "no")]
+    if not others:
+        return ""
+    share = f"{len(others)} of {len(values)} answers"
+    return f'{share} are neither "yes" nor "no" alone and count neither as found nor as missed, such as {others[0]!r}'
+
+
 def mmstar(values: Sequence[dict], _: Aggregate) -> Units:
     """A mean over categories of the means over their documents."""
     return _units((([value["score"]], [1]) for value in values), [value["l2_category"] for value in values])
@@ -204,3 +213,6 @@ READINGS: dict[str, Callable[[Sequence[Any], Aggregate], Units]] = {
     for reading in (documents, percent, true_false, ocrbench, f1, mmstar, mme, mmbench, hallusion)
 }
 """Values of `units` in suites.yaml; `none` stands for scores without an interval."""
+
+UNREAD: dict[str, Callable[[Sequence[Any]], str]] = {"f1": unread_yes_no}
+"""For `units` that pass over answers they cannot read: what to say about those, or ""."""

@@ -22,7 +22,6 @@ from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
 
 from ..chat import refuse_missing_folder
-from ..configuration_hovle import HoVLEConfig
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from .results import digest
@@ -118,14 +117,13 @@ class HoVLEChat(lmms):
         super().__init__()
         self.batch_size = _whole_number(batch_size, "batch_size")
         refuse_missing_folder(str(pretrained))
-        _refuse_other_models(str(pretrained))
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         # lmms-eval would start one even for a single process, and with it a state all of the process shares.
         self.accelerator = _accelerator() if self._world_size > 1 else None
         local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = torch.device(device or (local if torch.cuda.is_available() else "cpu"))
         arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        self.model = _load_whole(pretrained, dtype=dtype, **arguments).to(self.device).eval()
+        self.model = _load(pretrained, dtype=dtype, **arguments).to(self.device).eval()
         self.processor = HoVLEProcessor.from_pretrained(pretrained)
         self.label_pictures = label_pictures
         self.system_prompt = self._resolve_system_prompt(system_prompt)
@@ -453,26 +451,12 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
     return text
 
 
-def _refuse_other_models(pretrained: str) -> None:
-    """Raise for another kind of model, which would be read as a HoVLE of billions of random weights."""
-    found = HoVLEConfig.get_config_dict(pretrained)[0].get("model_type")
-    if found != HoVLEConfig.model_type:
-        raise ValueError(f"{pretrained} holds a model of type {found!r}, not {HoVLEConfig.model_type!r}.")
-
-
-def _load_whole(pretrained: str, **arguments: Any) -> HoVLEForConditionalGeneration:
-    """Load a model and refuse one with holes, which would be filled with random weights."""
+def _load(pretrained: str, **arguments: Any) -> HoVLEForConditionalGeneration:
+    """Load a model; whatever is wrong with its files becomes a ValueError."""
     try:
-        model, report = HoVLEForConditionalGeneration.from_pretrained(
-            pretrained, output_loading_info=True, **arguments
-        )
+        return HoVLEForConditionalGeneration.from_pretrained(pretrained, **arguments)
     except Exception as error:  # safetensors, transformers and torch have their own
         raise ValueError(f"the model cannot be loaded from {pretrained}: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"{pretrained} lacks {len(missing)} weights, among them {missing[0]}; scores would mean nothing."
-        )
-    return model
 
 
 def _whole_number(value: int | str, name: str) -> int:

@@ -74,26 +74,76 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+_NUMBER, _TEXT = (int, float), (str,)
+SHAPE: dict[str, Any] = {
+    "benchmark": _TEXT,
+    "title": _TEXT,
+    "task": _TEXT,
+    "score": _NUMBER,
+    "interval": (list, type(None)),
+    "num_questions": (int,),
+    "comparable": (bool,),
+    "note": _TEXT,
+    "limit": (int, type(None)),
+    "harness": {"lmms-eval": _TEXT},
+    "prompt_hash": _TEXT,
+    "data": {"name": _TEXT, "is_local_copy": (bool,), "revision": (str, type(None)), "text_hash": _TEXT},
+    "environment": {"hovle": _TEXT, "torch": _TEXT, "transformers": _TEXT, "device": _TEXT},
+    "date": _TEXT,
+    "identity": _TEXT,
+    "model": {"name": _TEXT, "hash": _TEXT},
+    "settings": {"max_tiles": (int, str), "dtype": _TEXT},
+}
+"""What tables and resumed runs read of a result, and its types."""
+
+
 def read_result(path: Path) -> dict | None:
     """Read one result; None where there is none.
 
     Raises:
-        ValueError: When the file is no result.
+        ValueError: When the file is no result, or that of another benchmark than its name says.
     """
     if not path.is_file():
         return None
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
-        result["benchmark"], result["score"], result["identity"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no result of `hovle eval benchmarks` ({error}); delete or move it.") from error
+        _check_shape(result, SHAPE, "")
+        if result["benchmark"] != path.stem:
+            raise ValueError(f"it holds the result of {result['benchmark']}")
+    except ValueError as error:  # broken JSON and text among them
+        raise ValueError(
+            f"{path} is no result of `hovle eval benchmarks` ({error}): delete it, or run that benchmark again."
+        ) from error
     return result
 
 
-def read_results(folder: Path) -> dict[str, dict]:
-    """All results of a folder by benchmark."""
-    found = [read_result(path) for path in sorted(folder.glob("*.json")) if not path.name.startswith(".")]
-    return {result["benchmark"]: result for result in found if result is not None}
+def _check_shape(content: Any, shape: dict[str, Any], place: str) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"{place or 'the file'} is no table of names and values")
+    for name, kinds in shape.items():
+        where = f"{place}.{name}" if place else name
+        if name not in content:
+            raise ValueError(f"it lacks {where}")
+        if isinstance(kinds, dict):
+            _check_shape(content[name], kinds, where)
+        elif not isinstance(content[name], kinds):
+            raise ValueError(f"{where} is {content[name]!r}")
+
+
+def read_results(folder: Path) -> tuple[dict[str, dict], dict[str, str]]:
+    """All results of a folder by benchmark, and by name of file what is wrong with the files that are none."""
+    results: dict[str, dict] = {}
+    broken: dict[str, str] = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name.startswith("."):  # half-written when a run was stopped
+            continue
+        try:
+            result = read_result(path)
+        except ValueError as error:
+            broken[path.stem] = str(error)
+        else:
+            results |= {} if result is None else {path.stem: result}
+    return results, broken
 
 
 def disagreements(folder: Path, other: Path, name: str) -> tuple[int, int] | None:
@@ -105,12 +155,20 @@ def disagreements(folder: Path, other: Path, name: str) -> tuple[int, int] | Non
     paths = [each / f"{name}.answers.jsonl" for each in (folder, other)]
     if not all(path.is_file() for path in paths):
         return None
-    ours, theirs = (
-        {entry["doc_id"]: entry["answer"] for entry in map(json.loads, path.read_text(encoding="utf-8").splitlines())}
-        for path in paths
-    )
+    ours, theirs = map(_answers, paths)
     shared = ours.keys() & theirs.keys()
     return sum(ours[place] != theirs[place] for place in shared), len(shared)
+
+
+def _answers(path: Path) -> dict[Any, str]:
+    """Question -> answer from a file of answers."""
+    try:
+        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {entry["doc_id"]: entry["answer"] for entry in entries}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} holds no whole answers of `hovle eval benchmarks` ({error}): run that benchmark again."
+        ) from error
 
 
 def today() -> str:

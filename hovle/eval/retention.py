@@ -8,7 +8,8 @@ examples:
 Writes retention.json, retention.md (the table) and retention.png (bars). Perplexity is that of `hovle train`'s
 retention: held-out text in windows, without pictures. The tasks (capitals, categories, opposites, agreement, cloze)
 are scored by the log-likelihood of a few endings; a task in which the bare model is not above chance is marked, as
-nothing can be lost there. All models read the same token ids; one whose tokenizer gives others is refused.
+nothing can be lost there. All models read the same token ids; one whose tokenizer gives others is refused, and so is a
+bare model whose own tokenizer does: its figures on ids it never learned would say nothing.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 from ..charts import load_pyplot
 from ..chat import refuse_missing_folder
+from ..language_model import load_language_model
 from ..machine import fastest_dtype, processor_name
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
@@ -34,7 +35,7 @@ from ..train.retention import TextRetention
 from ..train.setup import resolve_asset
 from .drawing import FONT_SIZE, add_caption, save
 from .subjects import short_name
-from .text_tasks import TASKS, TaskScore, draw_items, score_items
+from .text_tasks import TASKS, Item, TaskScore, draw_items, score_items
 
 FILES = ("retention.json", "retention.md", "retention.png")
 """What the command writes."""
@@ -74,18 +75,21 @@ def run(args: argparse.Namespace) -> int:
     dtype = fastest_dtype(device)
     readers = [(path, HoVLEProcessor.from_pretrained(path)) for path in args.models]
     items = {task: draw_items(task, args.items) for task in TASKS}
-    ids = _all_ids(readers[0], config, items)
-    for reader in readers[1:]:
-        if _all_ids(reader, config, items) != ids:
+    ids = _all_ids(readers[0][1], config, items)
+    for path, processor in readers[1:]:
+        if _all_ids(processor, config, items) != ids:
             raise ValueError(
-                f"The tokenizer of {reader[0]} gives other ids than that of {args.models[0]}: models around different "
+                f"The tokenizer of {path} gives other ids than that of {args.models[0]}: models around different "
                 "language models have no common bare model to be compared with."
             )
     bare_name = resolve_asset(args.language_model)
+    if bare_name == args.language_model:
+        refuse_missing_folder(bare_name)
+    _check_tokenizer(bare_name, args.models[0], readers[0][1], config, items)
     rows = []
     for path in [None, *args.models]:
         if path is None:
-            model = AutoModelForCausalLM.from_pretrained(bare_name, dtype=dtype)
+            model = load_language_model(bare_name, dtype=dtype)
             _check_vocabulary(model, ids, args.language_model)
         else:
             model = HoVLEForConditionalGeneration.from_pretrained(path, dtype=dtype)
@@ -112,15 +116,44 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _all_ids(reader: tuple[str, HoVLEProcessor], config: RetentionConfig, items: dict) -> list[list[int]]:
+def _all_ids(processor: HoVLEProcessor, config: RetentionConfig, items: dict) -> list[list[int]]:
     """Everything a tokenizer makes of text and tasks."""
-    _, processor = reader
     windows = [window.tolist() for window in TextRetention(config, processor).windows]
-    contexts = [processor._encode_text(item.context, True) for drawn in items.values() for item in drawn]
-    endings = [
-        processor._encode_text(choice, False) for drawn in items.values() for item in drawn for choice in item.choices
-    ]
-    return [*windows, *contexts, *endings]
+    return [*windows, *(ids for _, ids in _task_ids(processor, items))]
+
+
+def _task_ids(processor: HoVLEProcessor, items: dict) -> list[tuple[str, list[int]]]:
+    """Beginnings and endings of all items with their ids."""
+    texts = [(item.context, True) for drawn in items.values() for item in drawn]
+    texts += [(choice, False) for drawn in items.values() for item in drawn for choice in item.choices]
+    return [(text, processor._encode_text(text, at_start)) for text, at_start in texts]
+
+
+def _check_tokenizer(
+    bare: str, stage: str, processor: HoVLEProcessor, config: RetentionConfig, items: dict[str, list[Item]]
+) -> None:
+    """Refuse a bare language model that was trained on other ids than the stages give it."""
+    try:
+        own = HoVLEProcessor.from_language_model(bare)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{bare} gives no tokenizer ({str(error).splitlines()[0]}), so nobody knows whether it reads the ids of "
+            f"{stage}: name a folder or Hub id that holds the bare language model together with its tokenizer."
+        ) from error
+    advice = (
+        f"Name the language model {stage} was built around; perplexities over different tokens cannot be compared."
+    )
+    pairs = zip(_task_ids(own, items), _task_ids(processor, items), strict=True)
+    for (text, found), (_, expected) in pairs:
+        if found != expected:
+            raise ValueError(
+                f"The tokenizer of {bare} reads {text!r} as {found}, that of {stage} as {expected}. {advice}"
+            )
+    if _all_ids(own, config, items) != _all_ids(processor, config, items):
+        raise ValueError(
+            f"The tokenizer of {bare} makes other ids of {config.source} than that of {stage}, though the same of the "
+            f"tasks' short texts. {advice}"
+        )
 
 
 def _check_vocabulary(model: nn.Module, ids: list[list[int]], name: str) -> None:

@@ -80,21 +80,24 @@ class Suites:
         return Benchmark(name=name, title=name, task=name, units="none", comparable=False, note=note)
 
     def departures(self, name: str, max_tiles: int | None, is_local_copy: bool) -> list[str]:
-        """Why a score of one of the paper's benchmarks cannot be laid beside published ones.
+        """Why a score cannot be laid beside others of the same benchmark.
 
         Args:
-            name: The benchmark; ours that the paper does not have have nothing to depart from.
+            name: The benchmark; one that is in no suite has nothing to depart from.
             max_tiles: Most tiles of a picture; None for the model's own limit.
             is_local_copy: Whether the data were read from files given by hand.
         """
-        paper = self.suite("paper")
-        if name not in paper.benchmarks:
+        home = next((suite for suite in self.suites.values() if name in suite.benchmarks), None)
+        if home is None:
             return []
+        is_papers = home.name == "paper"
         reasons = []
-        if max_tiles != paper.max_tiles:
+        if max_tiles != home.max_tiles:
+            whose = "the published scores have" if is_papers else f"the suite {home.name} has"
+            usual = "the model's own" if home.max_tiles is None else home.max_tiles
             found = "the model's own limit of tiles" if max_tiles is None else f"at most {max_tiles} tiles"
-            reasons.append(f"{found}, the published scores have {paper.max_tiles}")
-        if is_local_copy:
+            reasons.append(f"{found}, {whose} {usual}")
+        if is_papers and is_local_copy:
             reasons.append("a local copy of the data, which nobody has compared with the published ones")
         return reasons
 
@@ -130,8 +133,8 @@ def _benchmark(name: str, entry: dict, models: Sequence[str]) -> Benchmark:
     for variant in (benchmark, benchmark.judged()):
         if variant.units not in (*READINGS, "none"):
             raise ValueError(f"benchmark {name}: units ({variant.units}) must be none or of {', '.join(READINGS)}.")
-    if benchmark.adapt not in (None, *ADAPTATIONS):
-        raise ValueError(f"benchmark {name}: adapt ({benchmark.adapt}) must be of {', '.join(ADAPTATIONS)}.")
+        if variant.adapt not in (None, *ADAPTATIONS):
+            raise ValueError(f"benchmark {name}: adapt ({variant.adapt}) must be of {', '.join(ADAPTATIONS)}.")
     if unknown := set(benchmark.published) - set(models):
         raise ValueError(
             f"benchmark {name}: published scores of {', '.join(sorted(unknown))}, unknown under `models`."

@@ -125,6 +125,32 @@ def wording_weights(questions: Sequence[Question]) -> list[float]:
     return [wordings[item.text] / answered[item.text, item.answer] for item in questions]
 
 
+def describe_wording(train: Sequence[Question], test: Sequence[Question]) -> dict[str, Any]:
+    """How much of a data set can be answered without its pictures.
+
+    Args:
+        train: Questions the answers may be learned from.
+        test: Questions that are answered.
+
+    Returns:
+        Counts of questions and pictures; `yes_no_share`, of the test questions whose answer is yes or no; and
+        `guessed_share`, of those that get their right answer when each wording gets the one it has most often in
+        training.
+    """
+    answers: dict[str, Counter] = {}
+    for question in train:
+        answers.setdefault(question.text, Counter())[question.answer] += 1
+    usual = {text: counts.most_common(1)[0][0] for text, counts in answers.items()}
+    splits = {"train": train, "test": test}
+    counts = {f"{name}_questions": len(questions) for name, questions in splits.items()}
+    counts |= {f"{name}_pictures": len({item.picture for item in questions}) for name, questions in splits.items()}
+    return {
+        **counts,
+        "yes_no_share": sum(question.answer in ("yes", "no") for question in test) / len(test),
+        "guessed_share": sum(usual.get(question.text) == question.answer for question in test) / len(test),
+    }
+
+
 def draw_weighted(weights: Sequence[float], count: int, seed: int) -> list[int]:
     """Choose so many places by weight, or all if there are fewer, in order (Efraimidis and Spirakis, 2006)."""
     generator = random.Random(seed)

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.cli import main
 from hovle.language_model import add_image_tokens
 
 INTERNVL_TEMPLATE = (
@@ -157,6 +158,38 @@ def model_folder(tmp_path_factory, make_tokenizer, tiny_config) -> Path:
     HoVLEForConditionalGeneration(config).save_pretrained(folder)
     HoVLEProcessor.from_language_model(make_tokenizer(), config, max_tiles=3).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def manager(lmms_eval):
+    """The harness's tasks and ours; reading them all takes seconds."""
+    from hovle.eval.harness import task_manager
+
+    return task_manager()
+
+
+@pytest.fixture
+def run(manager, model_folder, tmp_path, monkeypatch):
+    """`run(*options)` calls the command on the tiny model and gives exit code and output folder."""
+    monkeypatch.setattr("hovle.eval.harness.task_manager", lambda: manager)
+
+    def call(*options, model=model_folder, output=tmp_path / "results"):
+        return main(["eval", "benchmarks", str(model), "--output", str(output), *map(str, options)]), output
+
+    return call
+
+
+@pytest.fixture
+def short_answers(lmms_eval, monkeypatch):
+    """No answer is longer than four tokens; random weights never come to an end by themselves."""
+    plugin = importlib.import_module("hovle.eval.lmms_eval_plugin")
+    read = plugin.generation_arguments
+
+    def shortened(*arguments):
+        given, stops = read(*arguments)
+        return {**given, "max_new_tokens": 4}, stops
+
+    monkeypatch.setattr(plugin, "generation_arguments", shortened)
 
 
 @dataclass(frozen=True)

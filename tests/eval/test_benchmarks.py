@@ -1,14 +1,16 @@
 """Benchmarks through the real lmms-eval: tiny random weights, and a model that knows the answers."""
 
-import importlib
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import pipeline
 
@@ -23,30 +25,11 @@ PAPER = load_suites().suites["paper"].benchmarks
 
 
 @pytest.fixture(scope="module")
-def manager(lmms_eval):
-    """The harness's tasks and ours; reading them all takes seconds."""
-    from hovle.eval.harness import task_manager
-
-    return task_manager()
-
-
-@pytest.fixture(scope="module")
 def lm(lmms_eval, model_folder):
     """A loaded model for several benchmarks."""
     from hovle.eval.lmms_eval_plugin import HoVLEChat
 
     return HoVLEChat(str(model_folder), batch_size=2, max_new_tokens=4, max_tiles=2, keep_loaded=True)
-
-
-@pytest.fixture
-def run(manager, model_folder, tmp_path, monkeypatch):
-    """`run(*options)` calls the command on the tiny model and gives exit code and output folder."""
-    monkeypatch.setattr("hovle.eval.harness.task_manager", lambda: manager)
-
-    def call(*options, model=model_folder, output=tmp_path / "results"):
-        return main(["eval", "benchmarks", str(model), "--output", str(output), *map(str, options)]), output
-
-    return call
 
 
 def result_of(folder: Path, name: str) -> dict:
@@ -87,16 +70,56 @@ def test_every_adapter_gives_full_marks_to_a_model_that_knows_the_answers(
 
 
 @pytest.fixture
-def short_answers(lmms_eval, monkeypatch):
-    """No answer is longer than four tokens; random weights never come to an end by themselves."""
-    plugin = importlib.import_module("hovle.eval.lmms_eval_plugin")
-    read = plugin.generation_arguments
+def pope_data(tmp_path):
+    """Ten questions of POPE's kind, six to be answered with yes; their words end in their numbers."""
+    pictures = [Image.new("RGB", (60, 60), (20 * number, 0, 0)) for number in range(10)]
+    rows = [
+        {
+            "id": str(number),
+            "question_id": str(number),
+            "question": f"Is there a dog in picture {number}?",
+            "answer": "yes" if number < 6 else "no",
+            "image_source": "made",
+            "image": picture,
+            "category": "random",
+        }
+        for number, picture in enumerate(pictures)
+    ]
+    folder = tmp_path / "data" / "pope"
+    folder.mkdir(parents=True)
+    datasets.Dataset.from_list(rows).to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder.parent
 
-    def shortened(*arguments):
-        given, stops = read(*arguments)
-        return {**given, "max_new_tokens": 4}, stops
 
-    monkeypatch.setattr(plugin, "generation_arguments", shortened)
+@pytest.mark.parametrize(
+    ("answers", "score", "num_unread"),
+    [
+        # 3 found, 1 missed ("no"), "Yes." and "a dog" are nothing; of the others 1 is taken for yes:
+        # precision 3/4, recall 3/4.
+        (["Yes", "yes ", "YES", "no", "Yes.", "a dog", "yes", "no", "No.", "no"], 75.0, 3),
+        # 4 found, 2 missed, 1 false alarm: precision 4/5, recall 4/6.
+        (["yes", "yes", "yes", "yes", "no", "no", "yes", "no", "no", "no"], 800 / 11, 0),
+        (["Yes."] * 10, 0.0, 10),
+        # One is found and nothing is missed.
+        (["yes", *["a dog"] * 9], 100.0, 9),
+    ],
+)
+def test_pope_counts_as_it_says(answers, score, num_unread, run, pope_data, monkeypatch):
+    from hovle.eval.lmms_eval_plugin import Answer, HoVLEChat
+
+    def say(self, chats, *_):
+        numbers = [re.search(r"picture (\d+)", json.dumps(chat, default=str))[1] for chat in chats]
+        return [Answer(answers[int(number)], 1, 1) for number in numbers]
+
+    monkeypatch.setattr(HoVLEChat, "_generate", say)
+    monkeypatch.setattr("hovle.eval.suites.Suites.departures", lambda *_: [])
+    code, output = run("--tasks", "pope", "--data", pope_data)
+    assert code == 0
+    result = result_of(output, "pope")
+    assert result["score"] == pytest.approx(score)
+    assert result["comparable"] == (num_unread == 0)
+    said = f'{num_unread} of 10 answers are neither "yes" nor "no" alone'
+    assert (said in result["note"]) == (num_unread > 0)
 
 
 def test_all_of_the_paper_runs_with_a_real_model_and_says_what_is_published(
@@ -120,6 +143,51 @@ def test_all_of_the_paper_runs_with_a_real_model_and_says_what_is_published(
     assert "our choice for the paper's unnamed 17th" in page
     assert not (output / ".eval_results").exists()  # local copies are no scores for the Hub
     assert "pipeline_tag: image-text-to-text" in (output / "model_card.md").read_text()
+
+
+@pytest.fixture
+def tiles_seen(lmms_eval, monkeypatch, pope_data):
+    """How many tiles the model was given for each answer; POPE's pictures are four by three here."""
+    seen = []
+    generate = HoVLEForConditionalGeneration.generate
+
+    def counted(self, *arguments, **kwargs):
+        seen.append(len(kwargs["pixel_values"]))
+        return generate(self, *arguments, **kwargs)
+
+    monkeypatch.setattr(HoVLEForConditionalGeneration, "generate", counted)
+    path = next((pope_data / "pope").glob("*.parquet"))
+    rows = [{**row, "image": Image.new("RGB", (80, 60), "red")} for row in datasets.Dataset.from_parquet(str(path))]
+    datasets.Dataset.from_list(rows[:1]).to_parquet(path)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("options", "num_tiles", "says"),
+    [
+        ((), 13, ""),  # 4 x 3 and the thumbnail; the model's own limit is 3
+        (("--suite", "offline"), 1, "the model's own limit of tiles, the published scores have 12"),
+        (("--max-tiles", 2), 1, "at most 2 tiles, the published scores have 12"),
+        (("--max-tiles", 12, "--suite", "offline"), 13, ""),
+    ],
+)
+def test_the_suites_tiles_reach_the_model(
+    options, num_tiles, says, run, pope_data, tiles_seen, short_answers, monkeypatch
+):
+    code, output = run("--tasks", "pope", "--data", pope_data, *options)
+    assert code == 0
+    assert tiles_seen == [num_tiles]
+    result = result_of(output, "pope")
+    assert says in result["note"]
+    assert ("published scores have 12" in result["note"]) == bool(says)
+    assert "| POPE | 1 | 0.0 (0.0 to 0.0) * |" in (output / "README.md").read_text()  # a local copy in any case
+
+
+def test_other_tiles_than_the_suites_are_said_in_the_table(run):
+    _, output = run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--max-tiles", 2)
+    page = (output / "README.md").read_text()
+    assert "at most 2 tiles, the suite offline has the model's own" in page
+    assert "| most tiles of a picture | 2 |" in page
 
 
 # --- questions that need no network
@@ -235,6 +303,47 @@ def test_resuming_keeps_what_has_the_same_model_and_settings(run, model_folder, 
     assert result_of(tmp_path / "results", "easy_vqa")["model"]["hash"] != before["model"]["hash"]
 
 
+def test_results_of_another_version_are_made_again(run, monkeypatch, capsys):
+    options = ("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--resume")
+    run(*options)
+    with monkeypatch.context() as patch:
+        patch.setattr("hovle.eval.benchmarks.__version__", "99.0")
+        _, output = run(*options)
+    assert "kept" not in capsys.readouterr().out
+    assert result_of(output, "easy_vqa")["settings"]["hovle"] == "99.0"
+
+
+def test_a_run_that_was_interrupted_goes_on_without_asking_again(run, tmp_path, monkeypatch, capsys):
+    from hovle.eval import harness
+
+    options = ("--suite", "offline", "--limit", 2)
+    started = []
+    whole = harness.run_benchmark
+
+    def stopped(benchmark, *arguments):
+        started.append(benchmark.name)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return whole(benchmark, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "run_benchmark", stopped)
+        assert run(*options)[0] == 130
+    first = (tmp_path / "results" / "easy_vqa.json").read_bytes()
+    assert started == ["easy_vqa", "easy_vqa_balanced"]
+
+    def counted(benchmark, *arguments):
+        started.append(benchmark.name)
+        return whole(benchmark, *arguments)
+
+    monkeypatch.setattr(harness, "run_benchmark", counted)
+    code, output = run(*options, "--resume")
+    assert code == 0
+    assert started[2:] == ["easy_vqa_balanced", "easy_vqa_blank"]
+    assert (output / "easy_vqa.json").read_bytes() == first
+    assert "3 of 3 benchmarks have a result" in capsys.readouterr().out
+
+
 # --- what is missing
 
 
@@ -285,6 +394,7 @@ def test_a_failed_benchmark_is_no_more_shown_with_its_older_result(run, miniatur
     [
         (("--suite", "fast"), "no suite named 'fast'; there are paper, ocr, quick, offline"),
         (("--limit", "0"), "--limit (0) must be at least 1"),
+        (("--max-tiles", "0"), "--max-tiles (0) must be at least 1; without it the suite decides"),
         (("--data", "nowhere"), "--data nowhere is no folder"),
         (("--compare", "nowhere"), "--compare nowhere is no folder"),
         (("--suite", "offline", "--batch-size", "0"), "batch_size (0) must be a whole number from 1"),
@@ -323,11 +433,65 @@ def test_a_model_with_missing_weights_is_refused(run, model_folder, tmp_path, ca
     assert f"lacks 1 weights, among them {gone}" in capsys.readouterr().err
 
 
-def test_a_file_that_is_no_result_is_refused(run, tmp_path, capsys):
+BROKEN = {
+    "empty": "",
+    "truncated": '{"benchmark": "easy_vqa", "score": 9',
+    "no table": "[]",
+    "foreign": '{"accuracy": 0.9}',
+    "without model": '{"benchmark": "easy_vqa", "title": "t", "task": "t", "score": 1.0}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
+def test_a_broken_result_is_named_and_made_again(content, run, tmp_path, capsys):
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "easy_vqa.json").write_text("{}")
-    assert run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--resume")[0] == 1
-    assert "is no result of `hovle eval benchmarks`" in capsys.readouterr().err
+    (tmp_path / "results" / "easy_vqa.json").write_text(content)
+    code, output = run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2, "--resume")
+    assert code == 0
+    printed = capsys.readouterr().out
+    assert f"easy_vqa: run again. {output / 'easy_vqa.json'} is no result of `hovle eval benchmarks`" in printed
+    assert result_of(output, "easy_vqa")["num_questions"] == 2
+
+
+def test_a_broken_result_of_another_benchmark_is_named_and_no_other_is_lost(run, tmp_path, capsys):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "pope.json").write_text('{"benchmark": "po')
+    (tmp_path / "results" / ".gqa.json.writing").write_text("{")  # left by a run that was stopped
+    code, output = run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2)
+    assert code == 1
+    page = (output / "README.md").read_text()
+    assert f"| POPE |  | not run: {output / 'pope.json'} is no result" in page
+    assert "| easy-VQA, as they come | 2 |" in page
+    assert "gqa" not in page
+    assert "pope.json is no result" in capsys.readouterr().out
+
+
+def test_a_result_under_another_name_is_no_result(run, tmp_path, capsys):
+    options = ("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2)
+    _, output = run(*options)
+    shutil.copy(output / "easy_vqa.json", output / "easy_vqa copy.json")
+    assert run(*options, "--resume")[0] == 1
+    assert "easy_vqa copy.json is no result of `hovle eval benchmarks` (it holds the result of" in (
+        capsys.readouterr().out
+    )
+
+
+def test_results_of_another_model_are_left_out_of_the_pages_by_name(run, model_folder, tmp_path, capsys):
+    _, output = run("--tasks", "easy_vqa", "--suite", "offline", "--limit", 2)
+    other = shutil.copytree(model_folder, tmp_path / "other")
+    (other / "more.json").write_text("{}")
+    assert run("--tasks", "easy_vqa_blank", "--suite", "offline", "--limit", 2, model=other)[0] == 0
+    assert "left out, as they are another model's: the results of easy_vqa in " in capsys.readouterr().out
+    assert "as they come" not in (output / "README.md").read_text()
+    assert result_of(output, "easy_vqa")["num_questions"] == 2
+
+
+def test_broken_answers_cannot_be_compared(run, tmp_path, capsys):
+    options = ("--suite", "offline", "--tasks", "easy_vqa", "--limit", 2)
+    run(*options, output=tmp_path / "first")
+    (tmp_path / "first" / "easy_vqa.answers.jsonl").write_text('{"doc_id": 0, "answ')
+    assert run(*options, "--compare", tmp_path / "first")[0] == 1
+    assert "easy_vqa.answers.jsonl holds no whole answers" in capsys.readouterr().out
 
 
 def test_list_names_every_benchmark(capsys):

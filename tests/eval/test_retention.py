@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
@@ -137,8 +138,51 @@ def test_wrong_input_is_refused_by_message(stages, tmp_path, make_tokenizer, cap
     small = LlamaConfig(vocab_size=200, hidden_size=32, intermediate_size=32, num_attention_heads=2)
     small.num_hidden_layers = 1
     LlamaForCausalLM(small).save_pretrained(tmp_path / "small")
+    make_tokenizer().save_pretrained(tmp_path / "small")
     assert main(["eval", "retention", fresh, "--language-model", str(tmp_path / "small"), *options]) == 1
     assert "has 200 rows in its table but the models' tokenizer gives the id" in capsys.readouterr().err
+
+
+@pytest.fixture
+def other_tokenizer(make_tokenizer):
+    """As large as that of the stages, with two letters changed about: its ids fit the table and mean others."""
+    tokenizer = make_tokenizer()
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(content))
+    return tokenizer
+
+
+def test_a_bare_model_that_reads_other_ids_is_refused(stages, other_tokenizer, tmp_path, capsys):
+    bare, fresh, _ = map(str, stages)
+    other_tokenizer.save_pretrained(bare)
+    options = ["--num-tokens", "100", "--window", "50", "--output", str(tmp_path / "o")]
+    assert main(["eval", "retention", fresh, "--language-model", bare, *options]) == 1
+    said = capsys.readouterr().err
+    assert f"The tokenizer of {bare} reads 'The capital of " in said
+    assert f", that of {fresh} as [" in said
+    assert f"Name the language model {fresh} was built around" in said
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_bare_model_that_differs_on_the_long_text_only_is_refused(stages, make_tokenizer, tmp_path, capsys):
+    bare, fresh, _ = map(str, stages)
+    (tmp_path / "text.txt").write_text("Qx Qx Qx " * 100)
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["Qx"])
+    tokenizer.save_pretrained(bare)
+    options = ["--num-tokens", "100", "--window", "50", "--text", str(tmp_path / "text.txt")]
+    assert main(["eval", "retention", fresh, "--language-model", bare, *options]) == 1
+    assert f"makes other ids of {tmp_path / 'text.txt'} than that of {fresh}" in capsys.readouterr().err
+
+
+def test_a_bare_model_without_a_tokenizer_is_refused(stages, tmp_path, capsys):
+    bare, fresh, _ = map(str, stages)
+    LlamaForCausalLM.from_pretrained(bare).save_pretrained(tmp_path / "alone")
+    options = ["--num-tokens", "100", "--window", "50"]
+    assert main(["eval", "retention", fresh, "--language-model", str(tmp_path / "alone"), *options]) == 1
+    assert f"{tmp_path / 'alone'} gives no tokenizer" in capsys.readouterr().err
 
 
 def test_models_with_different_tokenizers_are_refused(stages, tmp_path, capsys):

@@ -5,7 +5,14 @@ import torch
 from PIL import Image
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
-from hovle.eval.vqa import Question, answer_questions, exact_match, with_blank_pictures, with_shuffled_pictures
+from hovle.eval.vqa import (
+    Question,
+    answer_questions,
+    describe_wording,
+    exact_match,
+    with_blank_pictures,
+    with_shuffled_pictures,
+)
 
 
 def make_questions(count: int) -> list[Question]:
@@ -60,3 +67,18 @@ def test_answers_do_not_depend_on_the_batch(answerer):
     together = answer_questions(model, processor, questions, batch_size=5)
     assert together == answer_questions(model, processor, questions, batch_size=1)
     assert len(set(together)) > 1  # random weights still tell the prompts apart
+
+
+def test_the_wording_is_learned_from_training_questions_only():
+    train = [Question("round?", "yes", 1), Question("round?", "yes", 2), Question("round?", "no", 2)]
+    train += [Question("colour?", "red", 1)]
+    test = [Question("round?", "yes", 8), Question("round?", "no", 8), Question("colour?", "red", 9)]
+    test += [Question("colour?", "blue", 9), Question("what?", "box", 7)]
+    assert describe_wording(train, test) == {
+        "train_questions": 4,
+        "test_questions": 5,
+        "train_pictures": 2,
+        "test_pictures": 3,
+        "yes_no_share": 0.4,
+        "guessed_share": 0.4,
+    }
