@@ -76,6 +76,7 @@ def to_upright_rgb(image: Image.Image, primaries: int = UNKNOWN, transfer: int =
         PictureError: When Pillow cannot convert the mode, when grey values lie out of range, or when the picture is
             of high dynamic range and its primaries are not known.
     """
+    key = _transparent_colour(image)
     image.load()
     convert = _conversion(image, primaries, transfer)
     orientation = orientation_of(image)
@@ -84,6 +85,8 @@ def to_upright_rgb(image: Image.Image, primaries: int = UNKNOWN, transfer: int =
     width, height = image.size
     upright = Image.new("RGB", (height, width) if orientation in SIDEWAYS else (width, height))
     for top, band in _bands(image):
+        if key is not None:
+            band.info["transparency"] = key
         if convert is not None:
             band = convert(band)
         start = height - top - band.height if orientation in FROM_THE_END else top
@@ -105,6 +108,20 @@ def orientation_of(image: Image.Image) -> int:
 def scaled_to_uint8(array: np.ndarray, full_scale: float) -> np.ndarray:
     """Map values from 0..`full_scale` to 0..255, rounded; what lies outside is clipped."""
     return np.rint(np.clip(array.astype(np.float32) * (255 / full_scale), 0, 255)).astype(np.uint8)
+
+
+def _transparent_colour(image: Image.Image) -> int | tuple[int, ...] | None:
+    """The one colour a PNG file makes transparent, where Pillow leaves it at another scale than the pixels.
+
+    Loading forgets how many bits they had.
+    """
+    key = image.info.get("transparency")
+    depth = next((tile[3] for tile in getattr(image, "tile", ()) if image.format == "PNG"), None)
+    if isinstance(key, tuple) and depth == "RGB;16B":
+        return tuple(value >> 8 for value in key)  # Pillow drops the lower byte of pixels, too
+    if isinstance(key, int) and depth in ("L;2", "L;4"):
+        return key * {"L;2": 85, "L;4": 17}[depth]
+    return None
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
@@ -174,6 +191,8 @@ def _tone_mapping(image: Image.Image, primaries: int, transfer: int) -> Conversi
             f"is an HDR picture with primaries {primaries} (ITU-T H.273); known are "
             f"{', '.join(map(str, PRIMARIES))}. Map its colours to sRGB first."
         )
+    if image.mode.startswith("I"):  # grey of 16 bits; Pillow's conversion to RGB would clip it
+        return lambda band: _grey_on_white(to_srgb(_grey_as_rgb(band), transfer, primaries), band)
     has_alpha = image.has_transparency_data
 
     def convert(band: Image.Image) -> Image.Image:
@@ -189,7 +208,24 @@ def _tone_mapping(image: Image.Image, primaries: int, transfer: int) -> Conversi
 def _grey_scaling(image: Image.Image) -> Conversion:
     """Scale 16-bit, 32-bit and float grey values to 8 bits."""
     full_scale = _full_scale(image)
-    return lambda band: Image.fromarray(scaled_to_uint8(np.asarray(band), full_scale)).convert("RGB")
+
+    def convert(band: Image.Image) -> Image.Image:
+        return _grey_on_white(scaled_to_uint8(np.asarray(band), full_scale), band)
+
+    return convert
+
+
+def _grey_as_rgb(band: Image.Image) -> np.ndarray:
+    """The values of 16 bits once for each channel, shape `(H, W, 3)`, uint16."""
+    return np.repeat(np.asarray(band).astype(np.uint16)[..., None], 3, axis=-1)
+
+
+def _grey_on_white(pixels: np.ndarray, band: Image.Image) -> Image.Image:
+    """Make an RGB picture of converted grey values; the value the file makes transparent becomes white."""
+    key = band.info.get("transparency")
+    if key is not None:
+        pixels[np.asarray(band) == key] = 255
+    return Image.fromarray(pixels).convert("RGB")
 
 
 def _full_scale(image: Image.Image) -> int:

@@ -156,6 +156,34 @@ def test_sixteen_bit_pictures_are_scaled_not_clipped():
     assert (pixels(encoded(Image.fromarray(dark))) == 1).all()
 
 
+def png(depth: int, colour_type: int, row: bytes, width: int, key: bytes) -> bytes:
+    """A PNG of one row whose chunk `tRNS` makes a colour transparent."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4) + name + data + zlib.crc32(name + data).to_bytes(4)
+
+    header = width.to_bytes(4) + (1).to_bytes(4) + bytes([depth, colour_type, 0, 0, 0])
+    chunks = {b"IHDR": header, b"tRNS": key, b"IDAT": zlib.compress(b"\0" + row), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(name, data) for name, data in chunks.items())
+
+
+@pytest.mark.parametrize(
+    ("depth", "row"), [(1, b"\x40"), (2, b"\x1b"), (4, b"\x1b"), (8, b"\x10\x80"), (16, b"\x10\0\x80\0")]
+)
+def test_a_transparent_grey_value_becomes_white_at_every_depth(depth: int, row: bytes):
+    values = np.unpackbits(np.frombuffer(row, dtype=np.uint8)).reshape(-1, depth)[:2]
+    first, second = (int("".join(map(str, bits)), 2) for bits in values)
+    grey = round(first * 255 / (2**depth - 1))
+    found = pixels(png(depth, 0, row, 2, second.to_bytes(2)))
+    assert found.tolist() == [[[grey] * 3, list(WHITE)]]
+
+
+def test_a_transparent_colour_of_sixteen_bits_becomes_white():
+    colours = np.array([[0x1234, 0x5678, 0x9ABC], [0x3412, 0x7856, 0xBC9A]], dtype=">u2")
+    found = pixels(png(16, 2, colours.tobytes(), 2, colours[1].tobytes()))
+    assert found.tolist() == [[[0x12, 0x56, 0x9A], list(WHITE)]]
+
+
 def test_integer_and_float_modes_find_their_range():
     grey = sample().convert("L")
     expected = np.asarray(grey.convert("RGB"))
@@ -646,6 +674,22 @@ def test_wide_colours_of_high_dynamic_range_keep_their_hue_and_transparency_lies
     assert found[2, 2, 1] > 4 * max(found[2, 2, 0], found[2, 2, 2])
     with pytest.raises(ValueError, match=r"picture 3: is an HDR picture with primaries 5 .* known are 1, 9, 12"):
         load_picture(png_with_transfer(hdr.PQ, primaries=5), "picture 3")
+
+
+def test_grey_tones_of_sixteen_bits_are_those_of_eight_and_finer():
+    coarse = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
+    for transfer in (hdr.PQ, hdr.HLG):
+        expected = pixels(png_with_transfer(transfer, image=Image.fromarray(coarse)))
+        fine = Image.fromarray(coarse.astype(np.uint16) * 257)
+        assert np.array_equal(pixels(png_with_transfer(transfer, image=fine)), expected)
+    ramp = np.linspace(0, 65535, 4096).astype(np.uint16)[None]
+    shades = pixels(png_with_transfer(hdr.PQ, image=Image.fromarray(ramp)))[0, :, 0].astype(int)
+    assert len(set(shades)) > 200
+    assert (np.diff(shades) >= 0).all()
+    keyed = encoded(Image.fromarray(ramp), transparency=int(ramp[0, 7]))
+    header = 8 + 25
+    tones = png_with_transfer(hdr.PQ)[header : header + 16]
+    assert tuple(pixels(keyed[:header] + tones + keyed[header:])[0, 7]) == WHITE
 
 
 def test_light_of_signals_is_that_of_the_standards():
