@@ -7,6 +7,7 @@ a black or a half-decoded picture in silence.
 
 import base64
 import binascii
+import contextlib
 import http.client
 import io
 import os
@@ -16,6 +17,7 @@ import time
 import urllib.parse
 import urllib.request
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +26,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from .colours import DECODING_ERRORS, SIDEWAYS, UNKNOWN, PictureError, orientation_of, scaled_to_uint8, to_upright_rgb
+from .documents import BEGINNING, document_kind
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -39,15 +42,6 @@ MAX_REDIRECTS = 5
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
-
-DOCUMENTS = {
-    b"%PDF": "a PDF document; render the page you want to a PNG first",
-    b"<svg": "an SVG drawing; render it to a PNG first",
-    b"#?RADIANCE": "a Radiance HDR picture; map its tones to a PNG first",
-    b"\x76\x2f\x31\x01": "an OpenEXR picture; map its tones to a PNG first",
-    b"%!PS": "a PostScript document; render the page you want to a PNG first",
-}
-"""What people take for pictures but no decoder here reads: sign near the beginning -> what to do."""
 
 Kind = Literal["url", "path", "base64"]
 """How a string is to be read."""
@@ -73,26 +67,25 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
     """
     if kind is not None and not isinstance(source, str | os.PathLike):
         kind = None  # a picture object says itself what it is
-    label = _label(source, name, kind)
-    try:
-        if isinstance(source, Image.Image):
-            return to_upright_rgb(_check_size(source))
-        if isinstance(source, np.ndarray | torch.Tensor):
-            return to_upright_rgb(_check_size(_from_array(source)))
-        if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
-            return _decode(_open_file(source))
-        if isinstance(source, str):
-            return _decode(_from_text(source, kind))
-        if isinstance(source, bytes | bytearray | memoryview):
-            return _decode(io.BytesIO(source))
-        if hasattr(source, "read"):
-            return _decode(io.BytesIO(source.read()))
-    except PictureError as error:
-        raise ValueError(f"{label}: {error}") from error.__cause__
-    except DECODING_ERRORS as error:
-        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
-    raise ValueError(
-        f"{label}: a picture must be a Pillow image, path, URL, base64 text, bytes, numpy array or torch tensor, "
+    with _naming(_label(source, name, kind)):
+        return _load(source, kind)
+
+
+def _load(source: Any, kind: Kind | None) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return to_upright_rgb(_check_size(source))
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return to_upright_rgb(_check_size(_from_array(source)))
+    if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
+        return _decode(_open_file(source))
+    if isinstance(source, str):
+        return _decode(_from_text(source, kind))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(source))
+    if hasattr(source, "read"):
+        return _decode(io.BytesIO(source.read()))
+    raise PictureError(
+        "a picture must be a Pillow image, path, URL, base64 text, bytes, numpy array or torch tensor, "
         f"got {type(source).__name__}."
     )
 
@@ -106,20 +99,15 @@ def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
     Raises:
         ValueError: As `load_picture`, for a missing file or a header that makes no sense.
     """
-    label = _label(Path(source) if isinstance(source, str) else source, None, None)
-    try:
+    with _naming(_label(Path(source) if isinstance(source, str) else source, None, None)):
         if not isinstance(source, bytes):
             _check_file(Path(source))
         with _open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = _check_size(image).size
             if image.format == "TIFF":  # versions of Pillow differ in whether its header gives the upright size
-                width, height = load_picture(source).size
+                width, height = _load(source, None if isinstance(source, bytes) else "path").size
                 return height, width
             return (width, height) if orientation_of(image) in SIDEWAYS else (height, width)
-    except PictureError as error:
-        raise ValueError(f"{label}: {error}") from error.__cause__
-    except DECODING_ERRORS as error:
-        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
 
 
 def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
@@ -164,6 +152,17 @@ def _label(source: Any, name: str | None, kind: Kind | None) -> str:
     if name and where:
         return f"{name} ({where})"
     return name or str(where or "the picture")
+
+
+@contextlib.contextmanager
+def _naming(label: str) -> Iterator[None]:
+    """Turn whatever is wrong with a picture into a `ValueError` that names it."""
+    try:
+        yield
+    except PictureError as error:
+        raise ValueError(f"{label}: {error}") from error.__cause__
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -311,7 +310,17 @@ def _known_formats() -> list[str]:
 def _open_image(file: io.BytesIO | str | os.PathLike) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's size warning (our limit follows) and remarks on odd metadata
-        return Image.open(file, formats=_known_formats())
+        try:
+            return Image.open(file, formats=_known_formats())
+        except UnidentifiedImageError:
+            if isinstance(file, io.BytesIO):
+                beginning = file.getvalue()[:BEGINNING]
+            else:
+                with open(file, "rb") as opened:
+                    beginning = opened.read(BEGINNING)
+            if kind := document_kind(beginning):
+                raise PictureError(f"is {kind}.") from None
+            raise
 
 
 def _decode(data: io.BytesIO) -> Image.Image:
@@ -320,14 +329,7 @@ def _decode(data: io.BytesIO) -> Image.Image:
         raise PictureError("is empty (0 bytes).")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            image = _open_image(data)
-        except UnidentifiedImageError:
-            head = data.getvalue()[:1024].lower()
-            found = next((text for sign, text in DOCUMENTS.items() if sign.lower() in head), None)
-            if found is None:
-                raise
-            raise PictureError(f"is {found}.") from None
+        image = _open_image(data)
         primaries, transfer = _colour_codes(image.format, data.getvalue())
         _check_size(image)
         return to_upright_rgb(image, primaries, transfer)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import gzip
 import http.server
 import io
 import os
@@ -22,6 +23,7 @@ from PIL import Image, ImageCms
 from hovle import HoVLEImageProcessor, hdr, pictures
 from hovle.pictures import load_picture, picture_size
 
+SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
 
 
@@ -244,7 +246,13 @@ def test_the_size_in_the_header_is_that_of_the_upright_picture(name, orientation
 def test_the_size_is_read_without_the_pixels_and_what_is_no_picture_is_refused(tmp_path):
     data = encoded(sample())
     assert picture_size(data[: len(data) // 2]) == (30, 40)
-    for bad, message in ((b"", "not a picture file"), (tmp_path / "gone.png", "gone.png: no such file")):
+    truncated = tmp_path / "cut.tif"
+    truncated.write_bytes(encoded(sample(), "TIFF")[:-900])
+    for bad, message in (
+        (truncated, "^[^:]*cut.tif: cannot be decoded"),
+        (b"", "not a picture file"),
+        (tmp_path / "gone.png", "gone.png: no such file"),
+    ):
         with pytest.raises(ValueError, match=message):
             picture_size(bad)
 
@@ -351,12 +359,30 @@ def test_pictures_without_pixels_are_refused():
         (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "is an SVG drawing; render it"),
         (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 1 +X 1\n", "is a Radiance HDR picture"),
         (b"\x76\x2f\x31\x01" + bytes(40), "is an OpenEXR picture"),
+        (SVG[:21] + b"<!--" + b" made by hand" * 200 + b"-->" + SVG[21:], "is an SVG drawing"),
+        (
+            b'<!DOCTYPE svg [<!ENTITY ns "http://x/">]>\n<s:svg xmlns:s="http://www.w3.org/2000/svg"/>',
+            "is an SVG drawing",
+        ),
+        (SVG.decode().encode("utf-16"), "is an SVG drawing"),
+        (SVG.decode().encode("utf-16-be"), "is an SVG drawing"),
+        (gzip.compress(SVG), "is an SVG drawing"),
+        (b"<!DOCTYPE html>\n<html><body>" + SVG + b"</body></html>", "is an HTML page"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "is an HEIC picture, as phones take them; save it as"),
         (b"just words", "not a picture file of a known format"),
+        (b"<div>" + SVG + b"</div>", "not a picture file of a known format"),
+        (b"<!-- never closed <svg>", "not a picture file of a known format"),
+        (b"\x1f\x8b\x08 not gzip at all", "not a picture file of a known format"),
+        (b"\0\0\0\x18ftypavif\0\0\0\0mif1avif" + bytes(40), "cannot be decoded"),
     ],
 )
-def test_documents_and_formats_that_are_not_read_are_refused_by_name(data, message):
-    with pytest.raises(ValueError, match=message):
-        load_picture(data)
+def test_documents_and_formats_that_are_not_read_are_refused_by_name(data, message, tmp_path):
+    (tmp_path / "file").write_bytes(data)
+    for read in (load_picture, picture_size):
+        for source, name in ((data, "the picture"), (tmp_path / "file", str(tmp_path / "file"))):
+            with pytest.raises(ValueError, match=message) as caught:
+                read(source)
+            assert str(caught.value).count(f"{name}: ") == 1
 
 
 # --- colour profiles and extreme sizes -------------------------------------------------------------------------------
