@@ -14,7 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .hdr import HLG, PQ, PRIMARIES, to_srgb
 
-PIXELS_AT_ONCE = 2**21
+PIXELS_AT_ONCE = 2**20
 """Pixels of one band."""
 
 UNKNOWN = 2

@@ -23,7 +23,7 @@ OPTIONAL = {
     "fastapi": ("hovle[serve]", "hovle serve"),
     "lmms_eval": ("hovle[eval]", "hovle eval benchmarks"),
     "open_clip_torch": ("hovle[teacher]", "OpenCLIP teachers"),
-    "simplejpeg": ("hovle[vision]", "faster decoding of JPEG files in training"),
+    "simplejpeg": ("hovle[vision]", "faster JPEG files, and seeing damage in them that Pillow hides"),
     "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
 }
 """Package -> (what pip installs it with, what it is for)."""

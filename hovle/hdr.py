@@ -27,7 +27,7 @@ PRIMARIES = {
 
 D65 = (0.3127, 0.3290)
 
-PIXELS_AT_ONCE = 2**20
+PIXELS_AT_ONCE = 2**18
 """Pixels mapped together, so that memory stays small beside a large picture's own."""
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 from hovle import HoVLEImageProcessor, hdr, pictures
 from hovle.pictures import load_picture, picture_size
@@ -326,6 +326,73 @@ def test_two_thousand_damaged_files_give_a_picture_or_a_value_error():
     assert slowest < 5
 
 
+def photograph(mode: str = "RGB") -> Image.Image:
+    """Noise on a smooth picture, so that a JPEG of it is dense."""
+    noise = np.random.default_rng(0).integers(-20, 20, (240, 320, 3))
+    return Image.fromarray((np.asarray(sample(320, 240)) + noise).clip(0, 255).astype(np.uint8)).convert(mode)
+
+
+KINDS_OF_JPEG = {
+    "plain": {},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 4},
+    "turned": {"exif": b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"},
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", KINDS_OF_JPEG.values(), ids=KINDS_OF_JPEG)
+def test_jpegs_have_pillows_pixels_with_and_without_simplejpeg(mode, options, monkeypatch):
+    data = encoded(photograph(mode), "JPEG", **options)
+    expected = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert np.array_equal(pixels(data), expected)
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    assert np.array_equal(pixels(data), expected)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", KINDS_OF_JPEG.values(), ids=KINDS_OF_JPEG)
+def test_a_jpeg_whose_middle_is_overwritten_is_refused_where_simplejpeg_is_installed(mode, options, monkeypatch):
+    data = encoded(photograph(mode), "JPEG", **options)
+    sound = pixels(data).astype(int)
+    rng = np.random.default_rng(0)
+    num_loaded, num_loaded_by_pillow = 0, 0
+    for start in rng.integers(len(data) // 4, len(data) // 2, size=40):
+        # Without the byte that begins markers, which Pillow itself trips over.
+        damaged = data[:start] + rng.integers(0, 255, 400, dtype=np.uint8).tobytes() + data[start + 400 :]
+        with contextlib.suppress(ValueError):
+            num_loaded += np.abs(pixels(damaged) - sound).max() > 60
+        with monkeypatch.context() as patch, contextlib.suppress(ValueError):
+            patch.setitem(sys.modules, "simplejpeg", None)
+            num_loaded_by_pillow += np.abs(pixels(damaged) - sound).max() > 60
+    assert num_loaded_by_pillow > 20
+    assert num_loaded <= 12  # of 40. Measured: 0 to 10, whose last code ends within 8 bytes of the last marker
+
+
+def test_the_error_of_a_damaged_jpeg_says_what_was_found():
+    data = encoded(photograph(), "JPEG")
+    middle = len(data) // 2
+    with pytest.raises(ValueError, match=r"^picture 2: is damaged \(Corrupt JPEG data: "):
+        load_picture(data[:middle] + bytes(400) + data[middle + 400 :], "picture 2")
+
+
+def test_jpegs_with_harmless_oddities_load():
+    data = encoded(photograph(), "JPEG")
+    sound = pixels(data)
+    end = data[-2:]
+    jfif = data.index(b"JFIF\0")
+    odd = {
+        "garbage behind the end": data + b"garbage" * 1000,
+        "a second picture behind the first": data + data,
+        "a few bytes before the end": data[:-2] + b"\x12\x34\x56\x78\x9a\xbc" + end,
+        "zeros before the end": data[:-2] + bytes(5000) + end,
+        "an unknown version of JFIF": data[: jfif + 5] + b"\x07" + data[jfif + 6 :],
+        "fill bytes before a marker": data[:2] + b"\xff" * 9 + data[2:],
+    }
+    for name, changed in odd.items():
+        assert np.array_equal(pixels(changed), sound), name
+
+
 def test_huge_pictures_are_refused_by_their_header():
     header = bytearray(encoded(Image.new("1", (8, 8))))
     header[16:24] = (60_000).to_bytes(4, "big") * 2
@@ -496,7 +563,7 @@ def test_converting_a_large_picture_holds_it_twice_and_no_more(tmp_path: Path):
     }
     found = {name: peak / (size[0] * size[1]) for name, peak in zip(files, peaks(tmp_path, files), strict=True)}
     # Bytes a pixel: 8, and at this size 2 to 6 for tiles and bands. Measured: 7.9 to 13.4.
-    assert max(found.values()) < 15, found
+    assert max(found.values()) < 12, found
 
 
 def test_base64_is_limited_and_checked(monkeypatch: pytest.MonkeyPatch):
