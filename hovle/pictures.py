@@ -343,6 +343,8 @@ def _decode(data: io.BytesIO) -> Image.Image:
         _check_size(image)
         if image.format in ("JPEG", "MPO"):
             image = _strictly_decoded(image, data.getvalue())
+        if image.format == "JPEG2000":
+            _refuse_lost_pixels(image, data.getvalue())
         return to_upright_rgb(image, primaries, transfer)
 
 
@@ -364,6 +366,15 @@ def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
     decoded = Image.fromarray(pixels.squeeze(-1) if colours == "GRAY" else pixels)
     decoded.info = image.info
     return decoded
+
+
+def _refuse_lost_pixels(image: Image.Image, data: bytes) -> None:
+    """Refuse a JPEG 2000 file that became black although it holds more than black takes: OpenJPEG lost its place."""
+    image.load()
+    num_bytes = len(data) - data.find(b"\xff\x93")  # where the pixels begin
+    is_black = all(band.getextrema()[1] == 0 for band in image.split())
+    if is_black and num_bytes > 256 + image.width * image.height // 256:
+        raise PictureError("is damaged (its pixels cannot be decoded and would be black).")
 
 
 def _is_damage(warning: str, data: bytes) -> bool:
