@@ -572,7 +572,8 @@ def test_converting_a_large_picture_holds_it_twice_and_no_more(tmp_path: Path):
         "tones.png": png_with_transfer(hdr.PQ, image=red),
     }
     found = {name: peak / (size[0] * size[1]) for name, peak in zip(files, peaks(tmp_path, files), strict=True)}
-    # Bytes a pixel: 8, and at this size some for tiles and bands.
+    # Bytes a pixel: 8, and at this size some for tiles and bands. Measured: 8.8 to 11.4. (Without bands,
+    # at 20 megapixels: 14.3 to 20.7.)
     assert max(found.values()) < 13, found
 
 
