@@ -27,11 +27,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--question", help="answer this one question and exit")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
     parser.add_argument("--max-tiles", type=int, help="most tiles of a picture; the model's own limit by default")
+    add_picture_arguments(parser)
+
+
+def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what happens to the pictures of a prompt; the same in `hovle serve`."""
+    parser.add_argument(
+        "--max-image-tokens", type=int, metavar="N", help="tokens all pictures of a prompt may take together"
+    )
+    parser.add_argument("--label-pictures", action="store_true", help="number the pictures of a prompt: Image-1, ...")
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer one question, or hold a conversation."""
-    conversation = Conversation(args.model, args.max_new_tokens, args.max_tiles)
+    conversation = Conversation(
+        args.model, args.max_new_tokens, args.max_tiles, args.max_image_tokens, args.label_pictures
+    )
     conversation.add_pictures(args.image)
     if args.question is not None:
         _say(conversation.answer(args.question))
@@ -59,15 +70,26 @@ class Conversation:
         model: Model folder or Hub id.
         max_new_tokens: Longest answer in tokens.
         max_tiles: Most tiles of a picture, or None for the model's own limit.
+        max_image_tokens: Tokens all pictures shown so far may take together, or None for no limit.
+        label_pictures: Number the pictures, so that questions can name them: Image-1, Image-2, ...
     """
 
-    def __init__(self, model: str | os.PathLike, max_new_tokens: int = 256, max_tiles: int | None = None):
+    def __init__(
+        self,
+        model: str | os.PathLike,
+        max_new_tokens: int = 256,
+        max_tiles: int | None = None,
+        max_image_tokens: int | None = None,
+        label_pictures: bool = False,
+    ):
         refuse_missing_folder(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor = HoVLEProcessor.from_pretrained(model)
         self.model = HoVLEForConditionalGeneration.from_pretrained(model).to(device).eval()
         self.max_new_tokens = max_new_tokens
-        self.picture_kwargs = {} if max_tiles is None else {"max_tiles": max_tiles}
+        limits = {"max_tiles": max_tiles, "max_image_tokens": max_image_tokens}
+        self.picture_kwargs = {name: limit for name, limit in limits.items() if limit is not None}
+        self.label_pictures = label_pictures
         self.restart()
 
     def restart(self) -> None:
@@ -90,6 +112,7 @@ class Conversation:
             return_dict=True,
             return_tensors="pt",
             processor_kwargs=self.picture_kwargs,
+            label_pictures=self.label_pictures,
         ).to(self.model.device, self.model.dtype)
         streamer = None
         if stream:

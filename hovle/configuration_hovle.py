@@ -15,6 +15,27 @@ PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
 IMAGE_ATTENTIONS = ("causal", "bidirectional")
 
 
+def count_tile_tokens(tile_size: int, pixels_per_token_side: int, name: str = "tile_size") -> int:
+    """Count the tokens of a square tile.
+
+    Args:
+        tile_size: Side of the tile in pixels.
+        pixels_per_token_side: Side of the square of pixels that becomes one token.
+        name: What an error calls the size.
+
+    Raises:
+        ValueError: When the tile does not divide into whole tokens; the nearest sizes that do are named.
+    """
+    if tile_size <= 0 or tile_size % pixels_per_token_side:
+        lower = max(tile_size // pixels_per_token_side, 1) * pixels_per_token_side
+        nearest = f"{lower}" if tile_size < lower else f"{lower} and {lower + pixels_per_token_side}"
+        raise ValueError(
+            f"{name} ({tile_size}) must be a positive multiple of {pixels_per_token_side} pixels, the side of one "
+            f"token; the nearest valid sizes: {nearest}."
+        )
+    return (tile_size // pixels_per_token_side) ** 2
+
+
 @strict
 class HoVLEConfig(PreTrainedConfig):
     r"""Describe a HoVLE model.
@@ -140,16 +161,7 @@ class HoVLEConfig(PreTrainedConfig):
         Raises:
             ValueError: When the tile does not divide into whole tokens; the nearest sizes that do are named.
         """
-        unit = self.patch_size * self.shuffle_factor
-        if tile_size <= 0 or tile_size % unit:
-            lower = max(tile_size // unit, 1) * unit
-            upper = (max(tile_size, 0) // unit + 1) * unit
-            nearest = f"{lower}" if lower == upper else f"{lower} and {upper}"
-            raise ValueError(
-                f"image_size ({tile_size}) must be a positive multiple of {unit} pixels (patch_size {self.patch_size} "
-                f"x {self.shuffle_factor} patches per token side); the nearest valid sizes: {nearest}."
-            )
-        return (tile_size // unit) ** 2
+        return count_tile_tokens(tile_size, self.patch_size * self.shuffle_factor, name="image_size")
 
     def split_layers(self, values: Sequence) -> tuple[Sequence, Sequence]:
         """Split one value per layer into those of the holistic layers and those of the language model.

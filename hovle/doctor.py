@@ -15,15 +15,22 @@ from .requirements import installed_version, problem_with, required
 OPTIONAL = {
     "accelerate": ("hovle[train]", "training"),
     "peft": ("hovle[train]", "LoRA"),
+    "pyyaml": ("hovle[train]", "recipes of training"),
     "datasets": ("hovle[data]", "training data in parquet files, tars and on the Hub"),
     "timm": ("hovle[teacher]", "teachers for distillation"),
+    "open_clip_torch": ("hovle[teacher]", "OpenCLIP teachers"),
     "matplotlib": ("hovle[demo]", "reports of runs and the demo"),
+    "gguf": ("hovle[demo]", "the demo's language model"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
+    "protobuf": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "bitsandbytes": ("hovle[quant]", "alignment against an 8- or 4-bit language model"),
     "fastapi": ("hovle[serve]", "hovle serve"),
+    "uvicorn": ("hovle[serve]", "hovle serve"),
+    "pydantic": ("hovle[serve]", "hovle serve"),
+    "openai": ("hovle[serve]", "hovle serve"),
     "lmms_eval": ("hovle[eval]", "hovle eval benchmarks"),
-    "open_clip_torch": ("hovle[teacher]", "OpenCLIP teachers"),
-    "simplejpeg": ("hovle[vision]", "faster decoding of JPEG files in training"),
+    "Levenshtein": ("hovle[eval]", "hovle eval benchmarks"),
+    "simplejpeg": ("hovle[vision]", "faster JPEG files, and seeing damage in them that Pillow hides"),
     "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
 }
 """Package -> (what pip installs it with, what it is for)."""
@@ -86,19 +93,22 @@ def _fast_paths() -> list[Finding]:
     from .machine import compiler_problem
 
     problem = compiler_problem()
-    compiler = shutil.which("g++") or shutil.which("clang++") or "none found"
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        tool, wanted = f"Triton {installed_version('triton') or 'not found'}", "triton, which comes with torch"
+    else:
+        tool = f"C++ compiler: {shutil.which('g++') or shutil.which('clang++') or 'none found'}"
+        wanted = "a C++ compiler"
     compiled = (
-        Finding("torch.compile", f"works (C++ compiler: {compiler})")
+        Finding("torch.compile", f"works ({tool})")
         if problem is None
-        else Finding(
-            "torch.compile", f"fails: {problem}", "training runs eager, which is slower: install a C++ compiler"
-        )
+        else Finding("torch.compile", f"fails: {problem}", f"training runs eager, which is slower: install {wanted}")
     )
     attention = ["sdpa", "eager"]
-    if torch.cuda.is_available():
+    if problem is None:  # transformers compiles it
         attention.append("flex_attention")
-        if installed_version("flash-attn"):
-            attention.append("flash_attention_2")
+    if on_gpu and installed_version("flash-attn"):
+        attention.append("flash_attention_2")
     return [compiled, Finding("attention", ", ".join(attention))]
 
 

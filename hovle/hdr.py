@@ -27,7 +27,7 @@ PRIMARIES = {
 
 D65 = (0.3127, 0.3290)
 
-PIXELS_AT_ONCE = 2**20
+PIXELS_AT_ONCE = 2**18
 """Pixels mapped together, so that memory stays small beside a large picture's own."""
 
 
@@ -35,18 +35,19 @@ def to_srgb(pixels: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     """Map the tones and colours of an HDR picture.
 
     Args:
-        pixels: Signal values, shape `(H, W, 3)`, uint8.
+        pixels: Signal values, shape `(H, W, 3)`, uint8 or uint16.
         transfer: `PQ` or `HLG`.
         primaries: A number in `PRIMARIES`.
 
     Returns:
         sRGB, shape `(H, W, 3)`, uint8.
     """
-    signal = np.arange(256, dtype=np.float32) / 255
+    full_scale = np.iinfo(pixels.dtype).max
+    signal = np.arange(full_scale + 1, dtype=np.float32) / full_scale
     light_of = (pq_light(signal) if transfer == PQ else hlg_scene(signal)).astype(np.float32)
     matrix = (np.linalg.inv(rgb_to_xyz(1)) @ rgb_to_xyz(primaries)).astype(np.float32)
     luminance = rgb_to_xyz(primaries)[1].astype(np.float32)
-    mapped = np.empty_like(pixels)
+    mapped = np.empty(pixels.shape, dtype=np.uint8)
     rows = max(1, PIXELS_AT_ONCE // pixels.shape[1])
     for start in range(0, len(pixels), rows):
         light = light_of[pixels[start : start + rows]]

@@ -10,8 +10,9 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorKwargs,
     GotOcr2ImageProcessorPil,
@@ -157,6 +158,29 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         ]
         data = {name: [item for part in parts for item in part[name]] for name in ("pixel_values", "num_patches")}
         return BatchFeature(data, tensor_type=return_tensors)
+
+    def process_image(self, image: Image.Image, **kwargs) -> Image.Image:  # type: ignore[override]
+        """Leave a loaded picture as Pillow holds it; the base class's arrays take twice its memory before resizing."""
+        return image
+
+    def crop_image_to_patches(  # type: ignore[override]
+        self,
+        image: Image.Image,
+        min_patches: int,
+        max_patches: int,
+        patch_size: SizeDict,
+        resample: PILImageResampling | int | None = None,
+    ) -> list[np.ndarray]:
+        """Cut a picture into tiles in reading order, the thumbnail last; each uint8, shape `(3, s, s)`."""
+        side = patch_size.height
+        columns, rows = get_optimal_tiled_canvas((image.height, image.width), (side, side), min_patches, max_patches)
+        canvas = self.resize(image, SizeDict(height=rows * side, width=columns * side), resample)
+        tiles = [
+            canvas[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return tiles if len(tiles) == 1 else [*tiles, self.resize(image, patch_size, resample)]
 
     def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:  # type: ignore[override]
         """Subtract the mean and divide by the standard deviation of each channel, shape `(3, s, s)`.

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import logging
 import math
 import platform
 import shutil
@@ -111,12 +112,22 @@ def keep_freed_memory(device: torch.device) -> bool:
     return all([mallopt(mmap_max, 0), mallopt(trim_threshold, 2**31 - 1), mallopt(top_pad, 2**26)])
 
 
-def compiler_problem() -> str | None:
-    """Why torch.compile cannot run here, in one line, or None: a missing compiler, missing Python headers, ..."""
+def compiler_problem(device: torch.device | None = None) -> str | None:
+    """Why torch.compile cannot run here, in one line, or None: a missing compiler, missing Python headers, ...
+
+    Args:
+        device: Where it is tried, as CPUs need a C++ compiler and GPUs Triton; by default on a GPU if there is one.
+    """
+    remarks = logging.getLogger("torch.utils.cpp_extension")  # on a CPU: that CUDA's compiler finds no GPU
+    level = remarks.level
+    remarks.setLevel(logging.ERROR)
     try:
-        torch.compile(_sample, dynamic=False)(torch.ones(8))
+        where = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.compile(_sample, dynamic=False)(torch.ones(8, device=where))
     except Exception as error:  # whatever a broken tool chain raises
         return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    finally:
+        remarks.setLevel(level)
     return None
 
 

@@ -1,30 +1,35 @@
 """Load a picture from wherever it is, as upright 8-bit RGB, or say which picture is bad and why.
 
-Read from top to bottom: `load_picture` -> where the bytes come from (file, URL, base64) -> decoding -> arrays ->
-colour modes. Whatever is wrong with a picture ends in a `ValueError` that names it; nothing becomes a black or a
-half-decoded picture in silence.
+Read from top to bottom: `load_picture` -> where the bytes come from (file, URL, base64) -> decoding -> arrays;
+`colours.py` goes on from there. Whatever is found to be wrong with a picture ends in a `ValueError` that names it.
+
+Not all damage can be found. Truncated files are refused in every format. Changed bytes inside a JPEG show only where
+the decoder loses its place: Pillow then fills the rest in silence, simplejpeg (an extra) tells of most such files.
 """
 
 import base64
 import binascii
+import contextlib
 import http.client
 import io
 import os
+import re
 import struct
 import threading
 import time
 import urllib.parse
 import urllib.request
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-from .hdr import HLG, PQ, PRIMARIES, to_srgb
+from .colours import DECODING_ERRORS, SIDEWAYS, UNKNOWN, PictureError, orientation_of, scaled_to_uint8, to_upright_rgb
+from .documents import BEGINNING, document_kind
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -38,39 +43,17 @@ MAX_SECONDS = 10.0
 MAX_REDIRECTS = 5
 """Redirects followed by one download."""
 
+LOST_PLACE = ("bad Huffman code", "premature end of data segment", "found marker", "bad arithmetic code")
+"""Words of libjpeg's warnings after which pixels are wrong. (Where a file just ends, Pillow refuses it itself.)"""
+
+MAX_LEFT_OVER_BYTES = 8
+"""Bytes between the last pixel of a JPEG and what follows that are taken for a camera's habit."""
+
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
 
-DOCUMENTS = {
-    b"%PDF": "a PDF document; render the page you want to a PNG first",
-    b"<svg": "an SVG drawing; render it to a PNG first",
-    b"#?RADIANCE": "a Radiance HDR picture; map its tones to a PNG first",
-    b"\x76\x2f\x31\x01": "an OpenEXR picture; map its tones to a PNG first",
-    b"%!PS": "a PostScript document; render the page you want to a PNG first",
-}
-"""What people take for pictures but no decoder here reads: sign near the beginning -> what to do."""
-
 Kind = Literal["url", "path", "base64"]
 """How a string is to be read."""
-
-_DECODING_ERRORS = (
-    UnidentifiedImageError,
-    Image.DecompressionBombError,
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    NotImplementedError,
-    RuntimeError,
-    struct.error,
-)
-"""What Pillow's decoders raise on damaged files."""
 
 
 def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = None) -> Image.Image:
@@ -93,26 +76,25 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
     """
     if kind is not None and not isinstance(source, str | os.PathLike):
         kind = None  # a picture object says itself what it is
-    label = _label(source, name, kind)
-    try:
-        if isinstance(source, Image.Image):
-            return _to_upright_rgb(_check_size(source))
-        if isinstance(source, np.ndarray | torch.Tensor):
-            return _to_upright_rgb(_check_size(_from_array(source)))
-        if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
-            return _decode(_open_file(source))
-        if isinstance(source, str):
-            return _decode(_from_text(source, kind))
-        if isinstance(source, bytes | bytearray | memoryview):
-            return _decode(io.BytesIO(source))
-        if hasattr(source, "read"):
-            return _decode(io.BytesIO(source.read()))
-    except _PictureError as error:
-        raise ValueError(f"{label}: {error}") from error.__cause__
-    except _DECODING_ERRORS as error:
-        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
-    raise ValueError(
-        f"{label}: a picture must be a Pillow image, path, URL, base64 text, bytes, numpy array or torch tensor, "
+    with _naming(_label(source, name, kind)):
+        return _load(source, kind)
+
+
+def _load(source: Any, kind: Kind | None) -> Image.Image:
+    if isinstance(source, Image.Image):
+        return to_upright_rgb(_check_size(source))
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return to_upright_rgb(_check_size(_from_array(source)))
+    if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
+        return _decode(_open_file(source))
+    if isinstance(source, str):
+        return _decode(_from_text(source, kind))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(source))
+    if hasattr(source, "read"):
+        return _decode(io.BytesIO(source.read()))
+    raise PictureError(
+        "a picture must be a Pillow image, path, URL, base64 text, bytes, numpy array or torch tensor, "
         f"got {type(source).__name__}."
     )
 
@@ -126,22 +108,15 @@ def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
     Raises:
         ValueError: As `load_picture`, for a missing file or a header that makes no sense.
     """
-    label = _label(Path(source) if isinstance(source, str) else source, None, None)
-    try:
+    with _naming(_label(Path(source) if isinstance(source, str) else source, None, None)):
         if not isinstance(source, bytes):
             _check_file(Path(source))
         with _open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = _check_size(image).size
             if image.format == "TIFF":  # versions of Pillow differ in whether its header gives the upright size
-                width, height = load_picture(source).size
+                width, height = _load(source, None if isinstance(source, bytes) else "path").size
                 return height, width
-            exif = Image.Image.getexif(image)  # the method of PNG files decodes the pixels first
-            is_sideways = exif.get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
-            return (width, height) if is_sideways else (height, width)
-    except _PictureError as error:
-        raise ValueError(f"{label}: {error}") from error.__cause__
-    except _DECODING_ERRORS as error:
-        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
+            return (width, height) if orientation_of(image) in SIDEWAYS else (height, width)
 
 
 def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
@@ -165,15 +140,11 @@ def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
             warnings.simplefilter("ignore")  # as in `_decode`, which sees what is odd again
             header = _check_size(Image.open(io.BytesIO(data), formats=["JPEG"]))
             is_plain = header.format == "JPEG" and header.mode in ("RGB", "L") and not header.info.get("icc_profile")
-            if not is_plain or _is_turned(header):
+            if not is_plain or orientation_of(header) != 1:
                 return None
         return simplejpeg.decode_jpeg(data, "RGB")  # strict: raises on what Pillow calls truncated
-    except (ImportError, _PictureError, *_DECODING_ERRORS):
+    except (ImportError, PictureError, *DECODING_ERRORS):
         return None
-
-
-class _PictureError(Exception):
-    """A fault with a message of our own; `load_picture` adds the picture's name."""
 
 
 def _label(source: Any, name: str | None, kind: Kind | None) -> str:
@@ -190,6 +161,17 @@ def _label(source: Any, name: str | None, kind: Kind | None) -> str:
     if name and where:
         return f"{name} ({where})"
     return name or str(where or "the picture")
+
+
+@contextlib.contextmanager
+def _naming(label: str) -> Iterator[None]:
+    """Turn whatever is wrong with a picture into a `ValueError` that names it."""
+    try:
+        yield
+    except PictureError as error:
+        raise ValueError(f"{label}: {error}") from error.__cause__
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
 
 
 def _reason(error: BaseException) -> str:
@@ -211,16 +193,16 @@ def _open_file(path: str | os.PathLike) -> io.BytesIO:
         _check_file(file)
         return io.BytesIO(file.read_bytes())
     except (OSError, ValueError) as error:
-        raise _PictureError(f"cannot be read ({error}).") from error
+        raise PictureError(f"cannot be read ({error}).") from error
 
 
 def _check_file(file: Path) -> None:
     if file.is_dir():
-        raise _PictureError("is a directory, not a picture file.")
+        raise PictureError("is a directory, not a picture file.")
     if not file.exists():
-        raise _PictureError("no such file.")
+        raise PictureError("no such file.")
     if not file.is_file():
-        raise _PictureError("is not a regular file.")
+        raise PictureError("is not a regular file.")
 
 
 def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
@@ -231,7 +213,7 @@ def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
     if scheme in ("http", "https"):
         return io.BytesIO(_download(text))
     if scheme or kind == "url":
-        raise _PictureError("only http and https URLs are read.")
+        raise PictureError("only http and https URLs are read.")
     try:
         if os.path.exists(text):
             return _open_file(text)
@@ -240,26 +222,26 @@ def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
     try:
         data = _decode_base64(text)
         Image.open(io.BytesIO(data), formats=_known_formats()).close()
-    except (*_DECODING_ERRORS, _PictureError):
-        raise _PictureError("no such file, and not a picture in base64 either.") from None
+    except (*DECODING_ERRORS, PictureError):
+        raise PictureError("no such file, and not a picture in base64 either.") from None
     return io.BytesIO(data)
 
 
 def _decode_base64(text: str) -> bytes:
     """Decode base64, with or without `data:...;base64,`, padding and line breaks; both alphabets."""
     if len(text) > MAX_BYTES * 3 // 2 + 128:  # base64 takes 4 characters for 3 bytes, and line breaks
-        raise _PictureError(f"the base64 picture is larger than the limit of {_mebibytes(MAX_BYTES)}.")
+        raise PictureError(f"the base64 picture is larger than the limit of {_mebibytes(MAX_BYTES)}.")
     if text.startswith("data:"):
         header, comma, text = text.partition(",")
         if not comma:
-            raise _PictureError("the data URL has no comma before its data.")
+            raise PictureError("the data URL has no comma before its data.")
         if not header.endswith(";base64"):
             return urllib.parse.unquote_to_bytes(text)
     text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise _PictureError(f"is not valid base64 ({error}).") from error
+        raise PictureError(f"is not valid base64 ({error}).") from error
 
 
 def _download(url: str) -> bytes:
@@ -273,19 +255,19 @@ def _download(url: str) -> bytes:
     def work() -> None:
         try:
             result["data"] = _read_url(url, deadline)
-        except (OSError, http.client.HTTPException, ValueError, _PictureError) as error:
+        except (OSError, http.client.HTTPException, ValueError, PictureError) as error:
             result["error"] = error
 
     thread = threading.Thread(target=work, name="hovle-download", daemon=True)
     thread.start()
     thread.join(MAX_SECONDS)
     error = result.get("error")
-    if isinstance(error, _PictureError):
+    if isinstance(error, PictureError):
         raise error
     if isinstance(error, TimeoutError) or not result:
-        raise _PictureError(f"the download took longer than {MAX_SECONDS:g} seconds.")
+        raise PictureError(f"the download took longer than {MAX_SECONDS:g} seconds.")
     if error is not None:
-        raise _PictureError(f"the download failed ({error}).") from error
+        raise PictureError(f"the download failed ({error}).") from error
     return result["data"]
 
 
@@ -296,27 +278,27 @@ def _read_url(url: str, deadline: float) -> bytes:
         opener.add_handler(handler)
     for _ in range(MAX_REDIRECTS + 1):
         if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
-            raise _PictureError(f"the server redirects to {url}; only http and https are followed.")
+            raise PictureError(f"the server redirects to {url}; only http and https are followed.")
         request = urllib.request.Request(url, headers={"User-Agent": "hovle (python-urllib)", "Accept": "image/*"})
         with opener.open(request, timeout=max(deadline - time.monotonic(), 0.01)) as response:
             if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
                 url = urllib.parse.urljoin(url, response.headers["Location"])
                 continue
             if response.status != 200:
-                raise _PictureError(f"the server answered {response.status} {response.reason}.")
+                raise PictureError(f"the server answered {response.status} {response.reason}.")
             return _read_limited(response, deadline)
-    raise _PictureError(f"more than {MAX_REDIRECTS} redirects.")
+    raise PictureError(f"more than {MAX_REDIRECTS} redirects.")
 
 
 def _read_limited(response: http.client.HTTPResponse, deadline: float) -> bytes:
     too_large = f"the download is larger than the limit of {_mebibytes(MAX_BYTES)}."
     if int(response.headers["Content-Length"] or 0) > MAX_BYTES:
-        raise _PictureError(too_large)
+        raise PictureError(too_large)
     data = bytearray()
     while chunk := response.read1(2**16):
         data += chunk
         if len(data) > MAX_BYTES:
-            raise _PictureError(too_large)
+            raise PictureError(too_large)
         if time.monotonic() > deadline:
             raise TimeoutError
     return bytes(data)
@@ -337,32 +319,80 @@ def _known_formats() -> list[str]:
 def _open_image(file: io.BytesIO | str | os.PathLike) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's size warning (our limit follows) and remarks on odd metadata
-        return Image.open(file, formats=_known_formats())
+        try:
+            return Image.open(file, formats=_known_formats())
+        except UnidentifiedImageError:
+            if isinstance(file, io.BytesIO):
+                beginning = file.getvalue()[:BEGINNING]
+            else:
+                with open(file, "rb") as opened:
+                    beginning = opened.read(BEGINNING)
+            if kind := document_kind(beginning):
+                raise PictureError(f"is {kind}.") from None
+            raise
 
 
 def _decode(data: io.BytesIO) -> Image.Image:
     """Decode the bytes of a picture file after a look at its header."""
     if not data.getbuffer().nbytes:
-        raise _PictureError("is empty (0 bytes).")
+        raise PictureError("is empty (0 bytes).")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            image = _open_image(data)
-        except UnidentifiedImageError:
-            head = data.getvalue()[:1024].lower()
-            found = next((text for sign, text in DOCUMENTS.items() if sign.lower() in head), None)
-            if found is None:
-                raise
-            raise _PictureError(f"is {found}.") from None
+        image = _open_image(data)
         primaries, transfer = _colour_codes(image.format, data.getvalue())
         _check_size(image)
-        return _to_upright_rgb(_tones_mapped(image, transfer, primaries) if transfer in (PQ, HLG) else image)
+        if image.format in ("JPEG", "MPO"):
+            image = _strictly_decoded(image, data.getvalue())
+        if image.format == "JPEG2000":
+            _refuse_lost_pixels(image, data.getvalue())
+        return to_upright_rgb(image, primaries, transfer)
+
+
+def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
+    """A JPEG with simplejpeg's pixels, where it is installed: Pillow's in less time, and damage is told."""
+    try:
+        import simplejpeg
+    except ImportError:
+        return image
+    colours = {"RGB": "RGB", "L": "GRAY"}.get(image.mode, "CMYK")
+    try:
+        pixels = simplejpeg.decode_jpeg(data, colours)
+    except ValueError as error:
+        if _is_damage(str(error), data):
+            raise PictureError(f"is damaged ({error}).") from error
+        return image
+    if colours == "CMYK":  # Pillow knows by Adobe's mark whether the inks are stored inverted
+        return image
+    decoded = Image.fromarray(pixels.squeeze(-1) if colours == "GRAY" else pixels)
+    decoded.info = image.info
+    return decoded
+
+
+def _refuse_lost_pixels(image: Image.Image, data: bytes) -> None:
+    """Refuse a JPEG 2000 file that became black although it holds more than black takes: OpenJPEG lost its place."""
+    image.load()
+    num_bytes = len(data) - data.find(b"\xff\x93")  # where the pixels begin
+    is_black = all(band.getextrema()[1] == 0 for band in image.split())
+    if is_black and num_bytes > 256 + image.width * image.height // 256:
+        raise PictureError("is damaged (its pixels cannot be decoded and would be black).")
+
+
+def _is_damage(warning: str, data: bytes) -> bool:
+    """Whether libjpeg's first remark on a file means lost pixels; many sound files earn one.
+
+    Bytes left over behind the last pixel are a few in the files of some cameras, or padding with zeros. Where there
+    are more, the decoder has lost its place before.
+    """
+    if left_over := re.search(r"(\d+) extraneous bytes before marker", warning):
+        num_bytes = int(left_over[1])
+        return num_bytes > MAX_LEFT_OVER_BYTES and bytes(num_bytes) + b"\xff\xd9" not in data
+    return any(words in warning for words in LOST_PLACE)
 
 
 def _colour_codes(file_format: str | None, data: bytes) -> tuple[int, int]:
     """The numbers of primaries and transfer function that a PNG (chunk `cICP`) or an AVIF (box `colr`) names.
 
-    2 is "unknown". Pillow does not tell them.
+    Pillow does not tell them.
     """
     if file_format == "AVIF" and (start := data.find(b"colrnclx")) >= 0:
         return int.from_bytes(data[start + 8 : start + 10]), int.from_bytes(data[start + 10 : start + 12])
@@ -374,32 +404,15 @@ def _colour_codes(file_format: str | None, data: bytes) -> tuple[int, int]:
         if name == b"IDAT":  # where the pixels begin, all has been said
             break
         offset += 12 + length
-    return 2, 2
-
-
-def _tones_mapped(image: Image.Image, transfer: int, primaries: int) -> Image.Image:
-    """An upright sRGB picture of an HDR one, which read as sRGB looks washed out; its codes go before any profile."""
-    if primaries not in PRIMARIES:
-        raise _PictureError(
-            f"is an HDR picture with primaries {primaries} (ITU-T H.273); known are "
-            f"{', '.join(map(str, PRIMARIES))}. Map its colours to sRGB first."
-        )
-    image.load()
-    image = _upright(image)
-    has_alpha = image.has_transparency_data
-    pixels = np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
-    mapped = Image.fromarray(to_srgb(pixels[..., :3], transfer, primaries))
-    if has_alpha:
-        mapped.putalpha(Image.fromarray(np.ascontiguousarray(pixels[..., 3])))
-    return mapped
+    return UNKNOWN, UNKNOWN
 
 
 def _check_size(image: Image.Image) -> Image.Image:
     width, height = image.size
     if width <= 0 or height <= 0:
-        raise _PictureError(f"has no pixels ({width} x {height}).")
+        raise PictureError(f"has no pixels ({width} x {height}).")
     if width * height > MAX_PIXELS:
-        raise _PictureError(
+        raise PictureError(
             f"{width} x {height} is {width * height / 1e6:.0f} megapixels; the limit is {MAX_PIXELS / 1e6:.0f}."
         )
     return image
@@ -428,110 +441,28 @@ def _channels_last(array: np.ndarray, prefer_first: bool) -> np.ndarray:
             array = np.moveaxis(array, axis, -1)
             return array[..., 0] if array.shape[-1] == 1 else array
     if array.ndim != 2:
-        raise _PictureError(f"a picture array must be (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4, got {shape}.")
+        raise PictureError(f"a picture array must be (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4, got {shape}.")
     return array
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.size == 0:
-        raise _PictureError(f"has no pixels (array of shape {array.shape}).")
+        raise PictureError(f"has no pixels (array of shape {array.shape}).")
     if array.dtype == np.uint8:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
     if array.dtype == np.uint16:
-        return _scaled_to_uint8(array, 65535)
+        return scaled_to_uint8(array, 65535)
     if array.dtype.kind not in "iuf":
-        raise _PictureError(f"arrays of {array.dtype} are not pictures.")
+        raise PictureError(f"arrays of {array.dtype} are not pictures.")
     low, high = array.min(), array.max()
     if array.dtype.kind in "iu":
         if low < 0 or high > 255:
-            raise _PictureError(f"whole-number arrays must lie in 0..255 (uint16: 0..65535), found {low}..{high}.")
+            raise PictureError(f"whole-number arrays must lie in 0..255 (uint16: 0..65535), found {low}..{high}.")
         return array.astype(np.uint8)
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # resizing overshoots a little; not-a-number fails here too
-        raise _PictureError(
+        raise PictureError(
             f"float arrays must lie in 0..1, found {low:.4g}..{high:.4g}. Divide by 255, or undo the normalisation."
         )
-    return _scaled_to_uint8(array, 1)
-
-
-def _scaled_to_uint8(array: np.ndarray, full_scale: float) -> np.ndarray:
-    return np.rint(np.clip(array.astype(np.float32) * (255 / full_scale), 0, 255)).astype(np.uint8)
-
-
-# --- colour modes ----------------------------------------------------------------------------------------------------
-
-
-def _to_upright_rgb(image: Image.Image) -> Image.Image:
-    """Decode the first frame, turn it upright and bring any mode to RGB."""
-    image.load()
-    is_sixteen_bit = image.mode == "I" and image.format == "PNG"  # older Pillow has no mode of its own for these
-    image = _to_srgb(_upright(image))
-    if image.mode == "RGB" and not image.has_transparency_data:
-        return image
-    if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_wide_to_uint8(np.asarray(image), "I;16" if is_sixteen_bit else image.mode)).convert(
-            "RGB"
-        )
-    if image.has_transparency_data:
-        return _on_white(image)
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise _PictureError(f"pictures in mode {image.mode} are not read ({error}).") from error
-
-
-def _is_turned(image: Image.Image) -> bool:
-    return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image) if _is_turned(image) else image
-    except _DECODING_ERRORS:  # damaged metadata of a sound picture
-        return image
-
-
-def _to_srgb(image: Image.Image) -> Image.Image:
-    """Apply an embedded colour profile (Adobe RGB, Display P3, CMYK presses, ...); without one, pixels are sRGB."""
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("L", "LA", "P", "PA", "RGB", "RGBA", "CMYK"):
-        return image
-    try:
-        from PIL import ImageCms  # missing where Pillow was built without LittleCMS
-
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        name = ImageCms.getProfileDescription(source).lower()
-        if "srgb" in name and "linear" not in name:
-            return image
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        if image.mode in ("LA", "P", "PA") or (mode == "RGBA" and image.mode != "RGBA"):
-            image = image.convert(mode)
-        return ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode=mode) or image
-    except ImportError:
-        return image
-    except (*_DECODING_ERRORS, ImageCms.PyCMSError):  # damaged metadata, or a profile of another mode
-        return image
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    if image.mode == "La":
-        image = image.convert("LA")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-
-
-def _wide_to_uint8(values: np.ndarray, mode: str) -> np.ndarray:
-    """Scale 16-bit, 32-bit and float grey values to 8 bits.
-
-    The mode `I;16` is 16 bits by name. `I` and `F` do not tell their range, so the smallest usual one that holds the
-    values is taken: 0..1 (`F`), 0..255, 0..65535.
-    """
-    if mode.startswith("I;16"):
-        return _scaled_to_uint8(values, 65535)
-    low, high = values.min(), values.max()
-    ranges: Iterable[int] = (1, 255, 65535) if mode == "F" else (255, 65535)
-    for full_scale in ranges:
-        if low >= 0 and high <= full_scale:
-            return _scaled_to_uint8(values, full_scale)
-    raise _PictureError(f"values of mode {mode} must lie in 0..65535, found {low:.6g}..{high:.6g}.")
+    return scaled_to_uint8(array, 1)

@@ -22,7 +22,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
 from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, unused_characters
-from .configuration_hovle import HoVLEConfig
+from .configuration_hovle import HoVLEConfig, count_tile_tokens
 from .image_processing_hovle import HoVLEImageProcessor
 from .language_model import IMAGE_TOKENS, add_image_tokens, load_tokenizer
 from .pictures import Kind, load_picture
@@ -167,15 +167,7 @@ class HoVLEProcessor(ProcessorMixin):
 
     def tokens_per_tile(self, tile_size: int) -> int:
         """Count the tokens of a square tile with this side in pixels; sizes that leave a rest raise `ValueError`."""
-        unit = self.pixels_per_token_side
-        if tile_size < unit or tile_size % unit:
-            lower = max(tile_size // unit, 1) * unit
-            nearest = str(lower) if tile_size < lower else f"{lower} and {lower + unit}"
-            raise ValueError(
-                f"tile_size ({tile_size}) must be a multiple of {unit} pixels, the side of one token; the nearest "
-                f"valid sizes: {nearest}."
-            )
-        return (tile_size // unit) ** 2
+        return count_tile_tokens(tile_size, self.pixels_per_token_side)
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; `image_seq_length` is written for readers of the file."""
@@ -265,13 +257,16 @@ class HoVLEProcessor(ProcessorMixin):
         per_tile = self.tokens_per_tile(self.image_processor.grid_settings(images_kwargs)["size"].height)
         return self.image_processor.spread_tiles(image_sizes, max_image_tokens, per_tile, images_kwargs)
 
-    def _tile_limits(self, pictures: list, counts: list[int], max_image_tokens: int, kwargs: dict) -> list[int]:
-        """`max_tiles` of every picture of a batch of prompts that hold so many pictures each."""
+    def _load_within_budget(
+        self, pictures: list, counts: list[int], max_image_tokens: int, kwargs: dict
+    ) -> tuple[list, list[int]]:
+        """The pictures, read, and `max_tiles` of each, for a batch of prompts that hold so many pictures each."""
+        pictures = self.image_processor.fetch_images(pictures)
         limits: list[int] = []
         for count in counts:
             sizes = [(picture.height, picture.width) for picture in pictures[len(limits) : len(limits) + count]]
             limits += self.spread_tiles(sizes, max_image_tokens, **kwargs)[0]
-        return limits
+        return pictures, limits
 
     # --- rendered prompts --------------------------------------------------------------------------------------------
 
@@ -309,9 +304,8 @@ class HoVLEProcessor(ProcessorMixin):
         if text is not None:
             self._check_picture_counts(text, images, len(pictures))
         if max_image_tokens is not None and pictures:
-            pictures = self.image_processor.fetch_images(pictures)
             counts = [len(pictures)] if text is None else [prompt.count(self.image_token) for prompt in text]
-            kwargs["tile_limits"] = self._tile_limits(pictures, counts, max_image_tokens, kwargs)
+            pictures, kwargs["tile_limits"] = self._load_within_budget(pictures, counts, max_image_tokens, kwargs)
         kwargs = _with_text_defaults(kwargs)
         return super().__call__(images=pictures or None, text=text, **kwargs)
 
@@ -486,9 +480,9 @@ class HoVLEProcessor(ProcessorMixin):
         num_placeholders: list[int] = []
         if pictures:
             if max_image_tokens is not None:
-                pictures = self.image_processor.fetch_images(pictures)
                 counts = [len(prompt.pictures) for prompt in prompts]
-                options["images_kwargs"]["tile_limits"] = self._tile_limits(pictures, counts, max_image_tokens, kwargs)
+                pictures, limits = self._load_within_budget(pictures, counts, max_image_tokens, kwargs)
+                options["images_kwargs"]["tile_limits"] = limits
             image_inputs = dict(self.image_processor(pictures, **options["images_kwargs"]))
             num_placeholders = self._num_placeholders(image_inputs)
         input_ids = []

@@ -3,17 +3,19 @@
   hovle serve runs/demo/instruction_tuning/model             at http://localhost:8000/v1
   transformers chat runs/demo/instruction_tuning/model       talks to it from another terminal, text only
 
-Requests name the model as it is named here. Pictures come as `image_url` items: http(s) or `data:` URLs.
+Requests name the model as it is named here. Pictures come as `image_url` items: http(s) or `data:` URLs. A request's
+`chat_template_kwargs` replace --max-image-tokens and --label-pictures: {"max_image_tokens": 500, "max_tiles": 4}.
 Where hovle is not installed, `transformers serve DIR --trust-remote-code` does the same with the code in the folder,
 but answers a picture it cannot read with a bare status 500; here the answer is status 400 and the reason.
 """
 
 import argparse
+import json
 from collections.abc import Callable
 
 from transformers.utils.import_utils import is_serve_available
 
-from .chat import refuse_missing_folder
+from .chat import add_picture_arguments, refuse_missing_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--dtype", default="auto", help="number format, for instance bfloat16 (default: as saved)")
     parser.add_argument("--attn-implementation", help="sdpa, eager, flex_attention or flash_attention_2")
+    add_picture_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,8 +45,15 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
         attn_implementation=args.attn_implementation,
+        chat_template_kwargs=json.dumps(_defaults(args)),
     )
     return 0
+
+
+def _defaults(args: argparse.Namespace) -> dict:
+    """Arguments of `apply_chat_template` for requests that do not bring their own."""
+    budget = {} if args.max_image_tokens is None else {"max_image_tokens": args.max_image_tokens}
+    return {**budget, "label_pictures": args.label_pictures}
 
 
 def _with_reasons(build_server: Callable) -> Callable:

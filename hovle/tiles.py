@@ -17,7 +17,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .configuration_hovle import HoVLEConfig
+from .configuration_hovle import HoVLEConfig, count_tile_tokens
 from .image_processing_hovle import HoVLEImageProcessor
 from .pictures import load_picture
 from .processing_hovle import HoVLEProcessor
@@ -97,9 +97,7 @@ def plan_tiles(
         ValueError: When a tile does not divide into whole tokens, or the budget is too small.
     """
     tile_size = image_processor.size["height"]
-    if tile_size < pixels_per_token_side or tile_size % pixels_per_token_side:
-        raise ValueError(f"tile_size ({tile_size}) must be a multiple of {pixels_per_token_side} pixels, one token.")
-    tokens_per_tile = (tile_size // pixels_per_token_side) ** 2
+    tokens_per_tile = count_tile_tokens(tile_size, pixels_per_token_side)
     limits: list[int] = [image_processor.max_patches] * len(image_sizes)
     if max_image_tokens is not None:
         limits = image_processor.spread_tiles(image_sizes, max_image_tokens, tokens_per_tile)[0]

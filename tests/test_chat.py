@@ -49,6 +49,28 @@ def test_a_conversation_remembers_turns_and_pictures(model_folder, pictures):
     assert conversation.messages == []
 
 
+def test_pictures_can_share_a_budget_and_be_numbered(model_folder, pictures, monkeypatch, capsys):
+    prompts = []
+    monkeypatch.setattr(
+        HoVLEForConditionalGeneration,
+        "generate",
+        lambda self, input_ids, **kwargs: prompts.append(input_ids[0].tolist()) or input_ids,
+    )
+    shown = [argument for path in pictures for argument in ("--image", str(path))]
+    command = ["chat", "--model", str(model_folder), *shown, "-q", "what differs?"]
+    processor = HoVLEProcessor.from_pretrained(model_folder)
+    budget = sum(processor.spread_tiles([(60, 90)] * 2, 10**6)[1]) - 1
+    assert cli.main(command) == 0
+    assert cli.main([*command, "--max-image-tokens", str(budget), "--label-pictures"]) == 0
+    plain, numbered = prompts
+    assert numbered.count(processor.image_token_id) + 4 <= budget < plain.count(processor.image_token_id) + 4
+    for label in ("Image-1: ", "Image-2: "):
+        assert label in processor.decode(numbered)
+        assert label not in processor.decode(plain)
+    assert cli.main([*command, "--max-image-tokens", "5"]) == 1
+    assert "max_image_tokens (5) is too small" in capsys.readouterr().err
+
+
 def test_a_broken_picture_does_not_end_a_conversation(model_folder, pictures, monkeypatch, capsys, tmp_path):
     (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:40])
     lines = iter([f"/image {tmp_path / 'broken.png'}", f"/image {pictures[0]}", "what is it?", "/new", "", "/quit"])

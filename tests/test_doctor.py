@@ -2,9 +2,13 @@
 
 import importlib.metadata
 import json
+import logging
 import re
+import tomllib
+from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 
 from hovle import doctor
 from hovle.cli import main
@@ -40,6 +44,29 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch, ca
     assert "pip install 'flash-attn'" in text
 
 
+def test_every_package_of_an_extra_is_looked_for():
+    settings = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    extras = settings["project"]["optional-dependencies"]
+    names = {
+        (Requirement(line).name.lower().replace("_", "-"), extra)
+        for extra, lines in extras.items()
+        for line in lines
+        if extra != "dev"
+    }
+    known = {name.lower().replace("_", "-"): requirement for name, (requirement, _) in doctor.OPTIONAL.items()}
+    for name, extra in names - {("hovle", "demo"), ("transformers", "serve"), ("sentencepiece", "eval")}:
+        assert known[name] == f"hovle[{extra}]"
+    served = {"fastapi", "uvicorn", "pydantic", "openai"}  # without these transformers has no server
+    assert {name for name, requirement in known.items() if requirement == "hovle[serve]"} == served
+
+
+def test_flex_attention_is_there_wherever_it_can_be_compiled(monkeypatch):
+    for problem, is_listed in ((None, True), ("no C++ compiler", False)):
+        monkeypatch.setattr("hovle.machine.compiler_problem", lambda problem=problem: problem)
+        found = {finding.topic: finding.found for finding in doctor.examine()}
+        assert ("flex_attention" in found["attention"]) == is_listed
+
+
 def test_a_core_package_that_is_too_old_fails(monkeypatch, capsys):
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "5.10.0" if name == "transformers" else real(name))
@@ -55,3 +82,22 @@ def test_without_a_compiler_the_report_says_what_is_lost(monkeypatch):
     text = doctor.report(doctor.examine())
     assert "fails: no C++ compiler" in text
     assert "install a C++ compiler" in text
+
+
+def test_on_a_gpu_the_report_speaks_of_triton(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("hovle.machine.compiler_problem", lambda: "Cannot find a working triton installation")
+    monkeypatch.setattr(doctor, "_device", list)  # this machine's cannot be asked
+    text = doctor.report(doctor.examine())
+    assert "fails: Cannot find a working triton installation" in text
+    assert "install triton" in text
+
+
+def test_remarks_about_a_missing_gpu_do_not_precede_the_report(monkeypatch, caplog):
+    def remark(*args, **kwargs):
+        logging.getLogger("torch.utils.cpp_extension").warning("No CUDA runtime is found")
+        return lambda values: values
+
+    monkeypatch.setattr(torch, "compile", remark)
+    doctor.examine()
+    assert "No CUDA runtime" not in caplog.text

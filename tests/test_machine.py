@@ -22,6 +22,25 @@ def test_a_compiler_that_does_not_exist_is_a_problem_told_in_one_line(tmp_path):
     assert len(result.stdout.strip().splitlines()) == 1
 
 
+def test_compiling_is_tried_on_the_device_that_will_compile(monkeypatch):
+    tried = []
+
+    def compile_nothing(function, **kwargs):
+        return lambda values: tried.append(values.device.type)
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    for device in ("cpu", "meta"):
+        assert machine.compiler_problem(torch.device(device)) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert machine.compiler_problem() is None
+    assert tried == ["cpu", "meta", "cpu"]
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda size, device: asked.append(device.type) or torch.zeros(size))
+    assert machine.compiler_problem() is None
+    assert asked == ["cuda"]
+
+
 KEEP = """
 import resource, torch
 from hovle.machine import keep_freed_memory

@@ -36,9 +36,12 @@ app()
 """
 
 COMMANDS = {
-    "hovle": ["-m", "hovle", "serve"],
+    "hovle": ["-m", "hovle", "serve", "--max-image-tokens", "14", "--label-pictures"],
     "transformers": ["-c", TRANSFORMERS_WITHOUT_HOVLE, "serve", "--trust-remote-code"],
 }
+DEFAULTS = {"hovle": {"max_image_tokens": 14, "label_pictures": True}, "transformers": {}}
+"""What the servers are told to do with pictures, as arguments of `apply_chat_template`."""
+
 MAX_NEW_TOKENS = 6
 BROKEN_PICTURE = "data:image/png;base64," + base64.b64encode(b"not a picture").decode()
 
@@ -117,7 +120,7 @@ def wait_until_ready(url: str, process: subprocess.Popen, log: Path) -> None:
 
 
 def picture() -> Image.Image:
-    return Image.radial_gradient("L").resize((80, 60)).convert("RGB")
+    return Image.radial_gradient("L").resize((200, 60)).convert("RGB")
 
 
 def picture_url() -> str:
@@ -130,8 +133,8 @@ def about(url: str) -> list[dict]:
     return [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What is it?"}]
 
 
-def greedy(saved, content) -> tuple[str, int]:
-    """The answer of `generate`, and the number of tokens in the prompt."""
+def greedy(saved, content, **kwargs) -> tuple[str, int]:
+    """The answer of `generate`, and the number of tokens in the prompt; `kwargs` go to the template."""
     _, model, processor = saved
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
@@ -139,6 +142,7 @@ def greedy(saved, content) -> tuple[str, int]:
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        **kwargs,
     )
     prompt_length = inputs["input_ids"].shape[1]
     tokens = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[0, prompt_length:]
@@ -147,13 +151,22 @@ def greedy(saved, content) -> tuple[str, int]:
 
 @pytest.mark.parametrize("content", ["What is in the picture?", about(picture_url())], ids=["text", "picture"])
 def test_answers_equal_greedy_generation(server, saved, content):
-    expected, prompt_length = greedy(saved, content)
+    expected, prompt_length = greedy(saved, content, **DEFAULTS[server.kind])
     completion = server.ask(content)
     assert completion.choices[0].message.content == expected
     assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (prompt_length, MAX_NEW_TOKENS)
     pieces = [chunk.choices[0].delta.content or "" for chunk in server.ask(content, stream=True)]
     assert "".join(pieces) == expected
     assert len(pieces) > 2
+
+
+def test_a_request_can_bring_its_own_budget_and_do_without_numbers(server, saved):
+    own = {"max_image_tokens": 8, "label_pictures": False}
+    lengths = {greedy(saved, about(picture_url()), **kwargs)[1] for kwargs in (own, *DEFAULTS.values())}
+    assert len(lengths) == 3
+    completion = server.ask(about(picture_url()), extra_body={"chat_template_kwargs": own})
+    expected, prompt_length = greedy(saved, about(picture_url()), **own)
+    assert (completion.choices[0].message.content, completion.usage.prompt_tokens) == (expected, prompt_length)
 
 
 @pytest.mark.parametrize("stream", [False, True])

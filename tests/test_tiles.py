@@ -55,7 +55,7 @@ def test_a_model_folder_gives_its_own_numbers(photo: Path, tmp_path: Path, make_
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--tile-size", "440"], "multiple of 28"),
+        (["--tile-size", "440"], "multiple of 28 pixels, the side of one token; the nearest valid sizes: 420 and 448"),
         (["--min-tiles", "5", "--max-tiles", "3"], "min_tiles"),
         (["--patch-size", "0"], "--patch-size must be at least 1"),
         (["--max-image-tokens", "100"], "max_image_tokens (100) is too small"),

@@ -221,7 +221,7 @@ def compile_layers(model: HoVLEForConditionalGeneration, mode: str, say: Callabl
     """Compile the decoder layers, which share one graph; `auto` runs eager, and says so, where that is impossible."""
     if mode == "off":
         return False
-    problem = compiler_problem()
+    problem = compiler_problem(model.device)
     if problem is not None:
         if mode == "on":
             raise ValueError(f"compile is on, but torch.compile does not work here: {problem}")

@@ -104,6 +104,8 @@ def test_what_fast_decoding_takes_the_careful_way_takes_too(tmp_path):
         if pixels is not None:
             num_decoded += 1
             assert np.array_equal(pixels, np.asarray(load_picture(tmp_path / "damaged.jpg")))
+            with Image.open(tmp_path / "damaged.jpg") as by_pillow:
+                assert np.array_equal(pixels, by_pillow.convert("RGB"))
     assert num_decoded > 30
 
 
