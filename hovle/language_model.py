@@ -276,4 +276,7 @@ def _fill_new_rows(weight: torch.Tensor, known: torch.Tensor) -> None:
     if num_new:
         known = known.float()
         noise = torch.randn(num_new, known.shape[1], generator=torch.Generator().manual_seed(0))
-        weight[len(known) :] = (known.mean(dim=0) + 0.1 * known.std(dim=0) * noise.to(known.device)).to(weight.dtype)
+        rows = known.mean(dim=0) + 0.1 * known.std(dim=0) * noise.to(known.device)
+        if torch.equal(known.bfloat16().float(), known):  # so that the frozen table can still be stored in bfloat16
+            rows = rows.bfloat16()
+        weight[len(known) :] = rows.to(weight.dtype)

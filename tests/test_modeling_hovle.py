@@ -1241,6 +1241,16 @@ def test_new_tokens_get_new_rows_and_old_rows_stay(tied, untie, tmp_path):
     assert torch.equal(again.get_input_embeddings().weight, table)  # new rows do not depend on chance
 
 
+def test_new_rows_of_a_table_in_bfloat16_stay_in_bfloat16():
+    bare = bare_language_model()
+    known = bare.get_input_embeddings().weight
+    known.data = known.data.bfloat16().float()
+    model = HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56)
+    table = model.get_input_embeddings().weight
+    assert len(table) > 64
+    assert torch.equal(table.bfloat16().float(), table)
+
+
 def test_an_untied_text_table_trains_without_the_head():
     bare = bare_language_model(tie_word_embeddings=True)
     model = HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56, untie_text_embeddings=True)

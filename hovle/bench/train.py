@@ -2,8 +2,8 @@
 
 Every variant sees the same conversations with one question each, in the same order, from the same weights, with a
 frozen language model. The learning rate is 0, so that the optimizer does its work and moves nothing: the loss on the
-same samples must then be the same however they are batched, and a variant that differs stops the benchmark. A first
-pass over the samples warms up and compiles; the second one is timed.
+same samples must then be the same however they are batched, and a variant that differs stops the benchmark. Each
+variant runs in a process of its own. A first pass over the samples warms up and compiles; the second one is timed.
 
 A step of distillation and of alignment is taken apart as well: its matrix products are timed alone at their own
 shapes, and the share of a step they explain is the share of this machine's peak that the step reaches.
@@ -13,18 +13,21 @@ import argparse
 import dataclasses
 import json
 import math
+import multiprocessing
 import random
 import re
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
@@ -82,6 +85,8 @@ class Variant:
     """Decoder layers compiled."""
     sparse_logits: bool = True
     """Logits at supervised positions only."""
+    keeps_memory: bool = True
+    """Freed memory stays with the process."""
     trainer: bool = False
     """transformers' Trainer instead of our loop."""
 
@@ -91,7 +96,8 @@ VARIANTS = (
     Variant("not packed", packed=False),
     Variant("not compiled", compiled=False),
     Variant("logits everywhere", sparse_logits=False),
-    Variant("Trainer", packed=False, compiled=False, sparse_logits=False, trainer=True),
+    Variant("memory given back", keeps_memory=False),
+    Variant("Trainer", packed=False, compiled=False, sparse_logits=False, keeps_memory=False, trainer=True),
 )
 
 
@@ -104,7 +110,7 @@ class Shape:
     samples_per_padded_batch: int
 
 
-SHAPES = {"easy_vqa": Shape(4, 256, 32), "skewed": Shape(3, 512, 12)}
+SHAPES = {"easy_vqa": Shape(16, 60, 32), "skewed": Shape(3, 512, 12)}
 
 
 @dataclass
@@ -115,6 +121,7 @@ class Measured:
     seconds: float
     supervised_tokens_per_second: float
     tokens_per_second: float
+    """Tokens of the samples; which of them are computed is up to the variant."""
     padding_ratio: float
     num_batches: int
     nats_per_token: float
@@ -132,7 +139,6 @@ def run(args: argparse.Namespace) -> int:
     """Take two steps apart, time every variant on every mix, write `train.json` and `train.png`."""
     config = bench_config("alignment")
     accelerator = make_accelerator()
-    keep_freed_memory(accelerator.device)  # for every variant, the Trainer too
     dtype = fastest_dtype(accelerator.device)
     result: dict[str, Any] = {"environment": run_environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
     for stage in ("distillation", "alignment"):
@@ -169,33 +175,64 @@ def compare(
     dtype: torch.dtype,
     device: torch.device,
     variants: Sequence[Variant] = VARIANTS,
+    run: Callable[..., Measured] | None = None,
 ) -> list[Measured]:
     """Time variants on the same samples.
+
+    Args:
+        mix: One of `MIXES`.
+        num_samples: Conversations of it.
+        config: Model and optimizer.
+        dtype: Number format of matrix products.
+        device: Where.
+        variants: The first one is what the others' losses are compared with.
+        run: Calls a function with arguments; by default in a process of its own.
 
     Raises:
         ValueError: When a variant's loss differs from the first one's by more than `LOSS_TOLERANCE`.
     """
     measured: list[Measured] = []
     for variant in tqdm(variants, desc=mix, unit="variant"):
-        torch.compiler.reset()
-        torch.manual_seed(config.seed)  # the stem is random: the same one for every variant
-        model, processor = start_model(config)
-        select_trainable(model, config)
-        maker = ReplySamples(processor)
-        samples = make_samples(mix, num_samples, maker)
-        batches = make_batches(samples, variant.packed, SHAPES[mix], maker, config)
-        batches = [to_device(batch, device) for batch in batches]
-        model.to(device).train()
-        if variant.trainer:
-            seconds, nats = time_trainer(model, batches, dtype)
-        else:
-            store_parameters(model, dtype)
-            compile_layers(model, "on" if variant.compiled else "off")
-            objective = NextTokenObjective(model) if variant.sparse_logits else _LogitsEverywhere(model)
-            seconds, nats = time_loop(objective, batches, config, dtype)
-        measured.append(summarise(variant.name, batches, seconds, nats))
+        arguments = variant, mix, num_samples, SHAPES[mix], config, dtype, device
+        measured.append((run or in_own_process)(time_variant, *arguments))
         check_loss(measured[0], measured[-1])
     return measured
+
+
+def in_own_process(function: Callable[..., Measured], *args) -> Measured:
+    """Call a function in a new process: how memory is kept, and what is compiled, stays with a process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+def time_variant(
+    variant: Variant,
+    mix: str,
+    num_samples: int,
+    shape: Shape,
+    config: StageConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Measured:
+    """Time one variant on the samples of a mix."""
+    if variant.keeps_memory:
+        keep_freed_memory(device)
+    torch.manual_seed(config.seed)  # the stem is random: the same one for every variant
+    model, processor = start_model(config)
+    select_trainable(model, config)
+    maker = ReplySamples(processor)
+    samples = make_samples(mix, num_samples, maker)
+    model.to(device).train()
+    if variant.trainer:
+        batches = [pad_batch(part, maker) for part in cut(samples, shape.samples_per_padded_batch)]
+        seconds, nats = time_trainer(model, batches, dtype)
+    else:
+        batches = make_batches(samples, variant.packed, shape, maker, config)
+        store_parameters(model, dtype)
+        compile_layers(model, "on" if variant.compiled else "off")
+        objective = NextTokenObjective(model) if variant.sparse_logits else _LogitsEverywhere(model)
+        seconds, nats = time_loop(objective, [to_device(batch, device) for batch in batches], config, dtype)
+    return summarise(variant.name, samples, batches, seconds, nats)
 
 
 def check_loss(first: Measured, other: Measured) -> None:
@@ -208,25 +245,25 @@ def check_loss(first: Measured, other: Measured) -> None:
         )
 
 
-def summarise(name: str, batches: list[dict], seconds: float, nats: float) -> Measured:
+def summarise(name: str, samples: list[Sample], batches: list[dict], seconds: float, nats: float) -> Measured:
     """Turn the seconds and summed nats of one pass over all batches into rates."""
-    supervised = sum(num_supervised(batch) for batch in batches)
-    real = sum(int(batch["is_sample"].sum()) for batch in batches)
-    places = sum(batch["is_sample"].numel() for batch in batches)
+    supervised = sum(int((sample.targets != IGNORE_INDEX).sum()) for sample in samples)
+    masks = [batch["attention_mask" if "labels" in batch else "is_sample"] for batch in batches]
     return Measured(
         name=name,
         seconds=seconds,
         supervised_tokens_per_second=supervised / seconds,
-        tokens_per_second=real / seconds,
-        padding_ratio=1 - real / places,
+        tokens_per_second=sum(len(sample.input_ids) for sample in samples) / seconds,
+        padding_ratio=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
         num_batches=len(batches),
         nats_per_token=nats / supervised,
     )
 
 
 def num_supervised(batch: dict) -> int:
-    """Tokens of a batch that some position predicts."""
-    return int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    """Tokens of a batch that some position predicts; `labels` are shifted by the model."""
+    targets = batch["labels"][:, 1:] if "labels" in batch else batch["targets"]
+    return int((targets != IGNORE_INDEX).sum())
 
 
 def make_samples(mix: str, count: int, maker: ReplySamples) -> list[Sample]:
@@ -273,10 +310,14 @@ def make_batches(
             groups.append(rows)
         lengths = [shape.row_length] * len(groups)
     else:
-        size = shape.samples_per_padded_batch
-        groups = [[[sample] for sample in samples[start : start + size]] for start in range(0, len(samples), size)]
-        lengths = [max(len(sample.input_ids) for [sample] in rows) for rows in groups]
+        groups = [[[sample] for sample in part] for part in cut(samples, shape.samples_per_padded_batch)]
+        lengths = [max(sample.num_inputs for [sample] in rows) for rows in groups]
     return [collate(rows, length, maker, config) for rows, length in zip(groups, lengths, strict=True)]
+
+
+def cut(samples: list[Sample], size: int) -> list[list[Sample]]:
+    """Parts of so many samples."""
+    return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
 def collate(rows: list[list[Sample]], row_length: int, maker: ReplySamples, config: StageConfig) -> dict:
@@ -313,10 +354,9 @@ class _LogitsEverywhere(NextTokenObjective):
             position_ids=batch["position_ids"],
             use_cache=False,
         )
-        logits = outputs.logits[:, :-1]
-        labels = batch["labels"][:, 1:]
-        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        hits = (logits.argmax(dim=-1) == labels).sum().float()
+        logits, targets = outputs.logits, batch["targets"]
+        nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
+        hits = (logits.argmax(dim=-1) == targets).sum().float()
         ratio = norm_ratio(outputs.image_hidden_states, self.text_norm)
         terms = {"reply_nats": nats, "reply_accuracy": hits, "image_norm_ratio": ratio}
         return ObjectiveOutput(terms, self.counts(batch))
@@ -357,7 +397,7 @@ def time_trainer(model: nn.Module, batches: list[dict], dtype: torch.dtype) -> t
         trainer = Trainer(
             model=model,
             args=arguments,
-            train_dataset=[pad_batch(batch, PixelNormalization()) for batch in batches],
+            train_dataset=batches,
             data_collator=lambda items: items[0],
             callbacks=[stopwatch],
         )
@@ -369,13 +409,15 @@ def time_trainer(model: nn.Module, batches: list[dict], dtype: torch.dtype) -> t
     return ended_at - started_at, nats
 
 
-def pad_batch(batch: dict, normalize: PixelNormalization) -> dict:
-    """What a padding collator gives: an attention mask instead of positions."""
+def pad_batch(samples: list[Sample], maker: ReplySamples) -> dict:
+    """What a padding collator gives: whole samples, their labels, an attention mask instead of positions."""
+    pad = maker.processor.tokenizer.pad_token_id or 0
+    tiles = [maker.load_pixels(sample.name, sample.pictures, sample.num_tiles) for sample in samples]
     return {
-        "input_ids": batch["input_ids"],
-        "labels": batch["labels"],
-        "pixel_values": normalize(batch["pixel_values"]),
-        "attention_mask": batch["is_sample"].long(),
+        "input_ids": pad_sequence([sample.input_ids for sample in samples], True, pad),
+        "labels": pad_sequence([sample.labels for sample in samples], True, IGNORE_INDEX),
+        "pixel_values": PixelNormalization()(torch.cat(tiles)),
+        "attention_mask": pad_sequence([torch.ones_like(sample.input_ids) for sample in samples], True),
     }
 
 

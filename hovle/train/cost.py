@@ -80,7 +80,7 @@ class Workload:
             num_filled=int(batch["is_sample"].sum()),
             num_samples=len(batch["names"]),
             num_tiles=len(batch["pixel_values"]),
-            num_supervised=int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
+            num_supervised=int((batch["targets"] != IGNORE_INDEX).sum()),
         )
 
     @classmethod

@@ -105,7 +105,7 @@ def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMa
         report.reasons[item.reason] += 1
         report.worst[item.name, item.detail] += 1
         return
-    report.lengths.append(len(item.input_ids))
+    report.lengths.append(item.num_inputs)
     report.num_tiles += sum(item.num_tiles)
     is_distilled = isinstance(maker, RandomTextSamples)  # every token has a target there
     report.num_supervised += len(item.labels) if is_distilled else int((item.labels != IGNORE_INDEX).sum())

@@ -88,15 +88,15 @@ class Examiner:
         """Held-out loss behind true, blank and shuffled pictures; `nats` is what all replies have."""
         token = self.model_config.image_token_id
         batches = [only_after_pictures(batch, token) for batch in self.batches]
-        same_labels = all(
-            torch.equal(old["labels"], new["labels"]) for old, new in zip(self.batches, batches, strict=True)
+        same_targets = all(
+            torch.equal(old["targets"], new["targets"]) for old, new in zip(self.batches, batches, strict=True)
         )
         shuffled, num_pictures, num_shuffled = shuffle_pictures(batches, self.model_config)
         num_tokens, num_pictures, num_shuffled, num_changed = self._sum(
-            sum(int((batch["labels"] != IGNORE_INDEX).sum()) for batch in batches),
+            sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches),
             num_pictures,
             num_shuffled,
-            int(not same_labels),
+            int(not same_targets),
         )
         if num_changed and num_tokens:
             nats = self._measure(batches)["reply_nats"]
@@ -142,12 +142,12 @@ class Examiner:
 
 
 def only_after_pictures(batch: dict, image_token_id: int) -> dict:
-    """The batch without labels of tokens that have no picture before them in their sample."""
+    """The batch without targets behind tokens that have seen no picture in their sample."""
     is_image = batch["input_ids"] == image_token_id
     num_seen = is_image.cumsum(dim=1)
     is_start = batch["position_ids"] == 0
     num_before_sample = torch.where(is_start, num_seen - is_image.long(), 0).cummax(dim=1).values
-    return {**batch, "labels": batch["labels"].masked_fill(num_seen == num_before_sample, IGNORE_INDEX)}
+    return {**batch, "targets": batch["targets"].masked_fill(num_seen == num_before_sample, IGNORE_INDEX)}
 
 
 def blank_pictures(batches: list[dict]) -> list[dict]:

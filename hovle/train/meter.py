@@ -108,7 +108,7 @@ class Meter:
 
 def first_row(batch: dict, config) -> dict:
     """The first packed row of a batch with its pictures."""
-    rows = {"input_ids", "labels", "position_ids", "is_sample", "attention_mask"}
+    rows = {"input_ids", "targets", "position_ids", "is_sample", "attention_mask"}
     row = {name: value[:1] if name in rows else value for name, value in batch.items()}
     tokens_per_tile = config.tokens_per_tile(batch["pixel_values"].shape[-1])
     num_tiles = int((row["input_ids"] == config.image_token_id).sum()) // tokens_per_tile

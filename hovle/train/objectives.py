@@ -50,7 +50,7 @@ class Objective(nn.Module):
 
 
 class NextTokenObjective(Objective):
-    """Cross-entropy of reply tokens; logits exist only where there are labels.
+    """Cross-entropy of reply tokens; logits exist only where there are targets.
 
     Args:
         model: The student.
@@ -68,7 +68,7 @@ class NextTokenObjective(Objective):
 
     def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Supervised tokens and image tokens of a batch."""
-        supervised = (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+        supervised = (batch["targets"] != IGNORE_INDEX).sum()
         image = (batch["input_ids"] == self.model.config.image_token_id).sum()
         return {name: image if name.startswith("image") else supervised for name in self.weights}
 
@@ -81,13 +81,12 @@ class NextTokenObjective(Objective):
             attention_mask=batch.get("attention_mask"),
             use_cache=False,
         )
-        labels = batch["labels"][:, 1:]
-        supervised = labels != IGNORE_INDEX
-        logits = self.model.compute_logits(outputs.last_hidden_state[:, :-1][supervised]).float()
-        labels = labels[supervised]
+        supervised = batch["targets"] != IGNORE_INDEX
+        logits = self.model.compute_logits(outputs.last_hidden_state[supervised]).float()
+        targets = batch["targets"][supervised]
         terms = {
-            "reply_nats": nn.functional.cross_entropy(logits, labels, reduction="sum"),
-            "reply_accuracy": (logits.argmax(dim=-1) == labels).sum().float(),
+            "reply_nats": nn.functional.cross_entropy(logits, targets, reduction="sum"),
+            "reply_accuracy": (logits.argmax(dim=-1) == targets).sum().float(),
             "image_norm_ratio": norm_ratio(outputs.image_hidden_states, self.text_norm),
         }
         return ObjectiveOutput(terms, self.counts(batch))

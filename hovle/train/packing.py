@@ -85,8 +85,8 @@ def pack_rows(
     free_tiles = float("inf") if max_tiles is None else max_tiles
     oldest, *others = window
     left = []
-    for sample in [oldest, *sorted(others, key=lambda item: -len(item.input_ids))]:
-        length, num_tiles = len(sample.input_ids), sum(sample.num_tiles)
+    for sample in [oldest, *sorted(others, key=lambda item: -item.num_inputs)]:
+        length, num_tiles = sample.num_inputs, sum(sample.num_tiles)
         fitting = [row for row in range(num_rows) if free[row] >= length]
         if not fitting or num_tiles > free_tiles:
             left.append(sample)
@@ -157,7 +157,7 @@ class Lane:
         self._forget_counts()
         config = self.config
         wanted = config.rows_per_batch * config.row_length
-        while len(self.window) < config.packing_window or sum(len(item.input_ids) for item in self.window) < wanted:
+        while len(self.window) < config.packing_window or sum(item.num_inputs for item in self.window) < wanted:
             self._draw()
         rows, self.window = pack_rows(
             self.window, config.rows_per_batch, config.row_length, config.max_tiles_per_batch
@@ -273,14 +273,13 @@ class PackedBatches(IterableDataset):
         for row, samples in enumerate(rows):
             end = 0
             for number, sample in enumerate(samples):
-                start, end = end, end + len(sample.input_ids)
-                tokens["input_ids"][row, start:end] = sample.input_ids
-                tokens["labels"][row, start:end] = sample.labels
-                tokens["labels"][row, start] = IGNORE_INDEX  # nothing before a sample may predict its first token
-                tokens["position_ids"][row, start:end] = sample.position_ids
+                start, end = end, end + sample.num_inputs
+                tokens["input_ids"][row, start:end] = sample.input_ids[sample.is_input]
+                tokens["targets"][row, start:end] = sample.targets[sample.is_input]
+                tokens["position_ids"][row, start:end] = sample.position_ids[sample.is_input]
                 tokens["document_ids"][row, start:end] = number
                 if sample.branch_ids is not None:
-                    tokens["branch_ids"][row, start:end] = sample.branch_ids
+                    tokens["branch_ids"][row, start:end] = sample.branch_ids[sample.is_input]
                 label = label_of(sample.index)
                 places.append(Place(label, sample.name, row, start, end, sample.pictures, sample.num_tiles))
         return {**tokens, "places": places}
@@ -290,7 +289,7 @@ class PackedBatches(IterableDataset):
         """What stands where no sample is; padding is a document of its own."""
         return {
             "input_ids": self.pad_token_id,
-            "labels": IGNORE_INDEX,
+            "targets": IGNORE_INDEX,
             "position_ids": 0,
             "document_ids": -1,
             "branch_ids": 0,
@@ -317,7 +316,7 @@ class PackedBatches(IterableDataset):
         # Joined with none, tiles would lose their order in memory; a batch without pictures still has their shape.
         pixel_values = [tiles for tiles in pixel_values if len(tiles)] or [self.maker.load_pixels("none", [], [])]
         batch = {
-            **{name: tokens[name] for name in ("input_ids", "labels", "position_ids")},
+            **{name: tokens[name] for name in ("input_ids", "targets", "position_ids")},
             "is_sample": is_sample,
             "pixel_values": torch.cat(pixel_values),
             "names": names,

@@ -60,7 +60,7 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> dict:
     ids = torch.randint(model.text_config.vocab_size - 1, shape, generator=generator)
     batch = {
         "input_ids": ids + (ids >= model.image_token_id),  # any token but the placeholder
-        "labels": torch.full(shape, IGNORE_INDEX),
+        "targets": torch.full(shape, IGNORE_INDEX),
         "position_ids": torch.zeros(shape, dtype=torch.long),
         "is_sample": torch.zeros(shape, dtype=torch.bool),
     }
@@ -72,7 +72,7 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> dict:
         while end + length <= config.row_length:
             start, end = end, end + length
             batch["input_ids"][row, start : start + tiles_of_next * model.image_seq_length] = model.image_token_id
-            batch["labels"][row, end - num_supervised : end] = batch["input_ids"][row, end - num_supervised : end]
+            batch["targets"][row, end - num_supervised : end] = batch["input_ids"][row, end - num_supervised : end]
             batch["position_ids"][row, start:end] = torch.arange(length)
             batch["is_sample"][row, start:end] = True
             num_tiles, num_samples = num_tiles + tiles_of_next, num_samples + 1

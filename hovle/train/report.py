@@ -101,7 +101,7 @@ def describe(
     samples = len(batch["names"])
     ends = (batch["position_ids"][0, 1:] == 0).nonzero().flatten() + 1
     end = int(ends[0]) if len(ends) else config.row_length
-    supervised = int((batch["labels"] != IGNORE_INDEX).sum())
+    supervised = int((batch["targets"] != IGNORE_INDEX).sum())
     lines = [
         f"objective       {config.objective.name}",
         f"trains          {', '.join(config.trainable) or 'adapters'}: {trained:,} of {total:,} parameters",

@@ -6,6 +6,7 @@ these are read for a whole batch at once (`load_pixels`).
 
 import bisect
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,30 @@ class Sample:
     """0 where conversations share their beginning, then 1, 2, ... for the rest of each; None for one conversation."""
     part: int = 0
     """Counts the samples of a conversation that was cut between turns."""
+
+    @functools.cached_property
+    def is_input(self) -> torch.Tensor:
+        """Tokens that take a place in a row, shape `(T,)`: all but a last one that is there to be predicted only."""
+        return ~(self._is_last & (self.labels != IGNORE_INDEX))
+
+    @property
+    def num_inputs(self) -> int:
+        """Places the sample takes in a row."""
+        return int(self.is_input.sum())
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """Id each token has to predict, -100 for none, shape `(T,)`."""
+        following = torch.cat([self.labels[1:], self.labels.new_tensor([IGNORE_INDEX])])
+        return following.masked_fill(self._is_last, IGNORE_INDEX)
+
+    @property
+    def _is_last(self) -> torch.Tensor:
+        """Where a conversation ends, shape `(T,)`."""
+        if self.branch_ids is None:
+            return torch.arange(len(self.input_ids)) == len(self.input_ids) - 1
+        following = torch.cat([self.branch_ids[1:], self.branch_ids.new_tensor([0])])
+        return (self.branch_ids > 0) & (self.branch_ids != following)
 
     @property
     def position_ids(self) -> torch.Tensor:
@@ -108,7 +133,7 @@ class SampleMaker:
             sample = self.make(record, index)
         except SkipSampleError as error:
             return error
-        num_tokens, num_tiles = len(sample.input_ids), sum(sample.num_tiles)
+        num_tokens, num_tiles = sample.num_inputs, sum(sample.num_tiles)
         if num_tokens > max_tokens:
             detail = (
                 f"has {num_tokens} tokens, more than row_length ({max_tokens}); pictures and turns are never cut: "

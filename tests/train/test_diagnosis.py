@@ -167,7 +167,7 @@ def test_no_alarm_is_raised_during_warm_up_or_when_switched_off(examiner):
 def test_without_pictures_there_is_nothing_to_alarm_about(examiner):
     examine, entries = examiner("min_picture_gap=9")
     for batch in examine.batches:
-        batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
+        batch["targets"] = torch.full_like(batch["targets"], IGNORE_INDEX)
     assert examine.examine(4) is None
     assert entries[-1] == {"event": "blind_check", "step": 4, "num_pictures": 0, "num_shuffled": 0}
 
@@ -175,15 +175,15 @@ def test_without_pictures_there_is_nothing_to_alarm_about(examiner):
 # --- variants of a batch ---------------------------------------------------------------------------------------------
 
 
-def test_only_replies_after_a_picture_of_the_same_sample_keep_their_labels(batches, parts):
+def test_only_replies_after_a_picture_of_the_same_sample_keep_their_targets(batches, parts):
     token = parts[0].config.image_token_id
     lost = kept = 0
     for batch in batches("chat", 3):
-        found = only_after_pictures(batch, token)["labels"]
+        found = only_after_pictures(batch, token)["targets"]
         for row in range(len(found)):
             starts = [*(batch["position_ids"][row] == 0).nonzero().flatten().tolist(), found.shape[1]]
             for start, end in itertools.pairwise(starts):
-                ids, before = batch["input_ids"][row, start:end], batch["labels"][row, start:end]
+                ids, before = batch["input_ids"][row, start:end], batch["targets"][row, start:end]
                 if token in ids:
                     assert torch.equal(found[row, start:end], before)
                     kept += int((before != IGNORE_INDEX).sum())

@@ -64,7 +64,7 @@ def samples_alone(batch: dict, tokens_per_tile: int, image_token_id: int) -> lis
         starts = [*(batch["position_ids"][row, :length] == 0).nonzero().flatten().tolist(), length]
         for start, end in itertools.pairwise(starts):
             place = slice(start, end)
-            single = {name: batch[name][row : row + 1, place] for name in ("input_ids", "labels", "position_ids")}
+            single = {name: batch[name][row : row + 1, place] for name in ("input_ids", "targets", "position_ids")}
             num_tiles = int((single["input_ids"] == image_token_id).sum()) // tokens_per_tile
             single["is_sample"] = torch.ones_like(single["input_ids"], dtype=torch.bool)
             single["pixel_values"] = batch["pixel_values"][tile : tile + num_tiles]
@@ -189,7 +189,7 @@ def as_batch(maker: SampleMaker, sample: Sample) -> dict:
     length = len(sample.input_ids)
     return {
         "input_ids": sample.input_ids[None],
-        "labels": sample.labels[None],
+        "targets": sample.targets[None],
         "position_ids": torch.arange(length)[None],
         "is_sample": torch.ones(1, length, dtype=torch.bool),
         "pixel_values": maker.load_pixels(sample.name, sample.pictures, sample.num_tiles),
@@ -197,14 +197,14 @@ def as_batch(maker: SampleMaker, sample: Sample) -> dict:
     }
 
 
-def test_logits_exist_only_where_there_are_labels(parts, batches):
+def test_logits_exist_only_where_there_are_targets(parts, batches):
     model, _ = parts
     shapes = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
     [batch] = batches("chat")
-    count = int((batch["labels"][:, 1:] != -100).sum())
+    count = int((batch["targets"] != -100).sum())
     NextTokenObjective(model)(batch)
-    assert 0 < count < batch["labels"].numel() / 2
+    assert 0 < count < batch["targets"].numel() / 2
     assert shapes == [(count, model.config.text_config.vocab_size)]
 
 

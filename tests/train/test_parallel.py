@@ -78,7 +78,7 @@ def alone(folder):
 def join(batches: list[dict]) -> dict:
     """One batch of all rows."""
     names = [name for batch in batches for name in batch["names"]]
-    tensors = ("input_ids", "labels", "position_ids", "is_sample", "pixel_values")
+    tensors = ("input_ids", "targets", "position_ids", "is_sample", "pixel_values")
     return {"names": names, **{name: torch.cat([batch[name] for batch in batches]) for name in tensors}}
 
 
@@ -88,7 +88,7 @@ def test_two_processes_with_two_micro_batches_each_do_what_one_does_with_one_or_
     folder, alone, sharding, num_micro_batches
 ):
     objective, micro_batches, _ = alone
-    assert len({int((batch["labels"] != -100).sum()) for batch in micro_batches}) > 1  # a mean of means would differ
+    assert len({int((batch["targets"] != -100).sum()) for batch in micro_batches}) > 1  # a mean of means would differ
     if num_micro_batches == 1:
         micro_batches = [join(micro_batches)]
     # Not Adam: it divides by the gradient's size, so where a gradient is all rounding, the step would be too.

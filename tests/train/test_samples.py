@@ -221,6 +221,28 @@ def test_conversations_about_one_picture_share_its_tokens(processor, questions):
         assert sample.position_ids[chosen].tolist() == list(range(len(alone.input_ids)))
 
 
+def test_a_last_token_that_is_only_predicted_takes_no_place(processor, questions):
+    sampler = ReplySamples(processor)
+    end_of_turn = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    alone = sampler.make(Record("alone", questions.messages), 0)
+    assert alone.is_input.tolist() == [True] * (len(alone.input_ids) - 1) + [False]
+    assert alone.targets[:-1].tolist() == alone.labels[1:].tolist()
+    shared = sampler.make(questions, 0)
+    assert shared.input_ids[~shared.is_input].tolist() == [end_of_turn] * (1 + len(questions.others))
+    # What is predicted is what each conversation predicts alone.
+    conversations = [Record("alone", messages) for messages in (questions.messages, *questions.others)]
+    expected = [target for record in conversations for target in sampler.make(record, 0).targets.tolist()]
+    found = shared.targets[shared.is_input].tolist()
+    assert [target for target in found if target != -100] == [target for target in expected if target != -100]
+
+
+def test_an_unsupervised_last_token_keeps_its_place():
+    ids = torch.arange(4)
+    sample = Sample("distilled", 0, ids, torch.full_like(ids, -100))
+    assert sample.is_input.all()
+    assert (sample.targets == -100).all()
+
+
 def test_no_branch_predicts_the_first_token_of_the_next():
     # Two conversations that differ in a reply only: they part one token before it.
     ids, labels, branches = share_beginning([([1, 2, 3, 9], [-100, -100, 3, 9]), ([1, 2, 4, 9], [-100, -100, 4, 9])])
@@ -297,7 +319,7 @@ def test_a_long_conversation_is_cut_between_turns_and_every_part_sees_the_pictur
     messages[1] = {"role": "user", "content": [picture, {"type": "text", "text": turns[0]}]}
     sampler = ReplySamples(processor)
     whole = sampler.make(Record("long", messages), 7)
-    parts = sampler.make_all(Record("long", messages), 7, max_tokens=len(whole.input_ids) - 1)
+    parts = sampler.make_all(Record("long", messages), 7, max_tokens=whole.num_inputs - 1)
     assert [part.name for part in parts] == ["long (1 of 2)", "long (2 of 2)"]
     assert [(part.index, part.part) for part in parts] == [(7, 0), (7, 1)]
     text = [processor.tokenizer.decode(part.input_ids) for part in parts]
@@ -307,7 +329,7 @@ def test_a_long_conversation_is_cut_between_turns_and_every_part_sees_the_pictur
     assert text[1].startswith("<|im_start|>system\nDescribe<|im_end|>\n<|im_start|>user\n<img>")
     assert all(part.num_tiles == [3] for part in parts)
     assert all((part.input_ids == processor.image_token_id).sum() == 12 for part in parts)
-    shortest = sampler.make_all(Record("long", messages), 7, max_tokens=len(parts[1].input_ids))
+    shortest = sampler.make_all(Record("long", messages), 7, max_tokens=parts[1].num_inputs)
     assert [supervised_spans(part, processor.tokenizer) for part in shortest] == [
         [f"{reply}<|im_end|>"] for reply in "13579"
     ]
@@ -327,7 +349,7 @@ def test_only_the_turn_that_fits_no_row_is_left_out(processor):
 def test_questions_about_one_picture_are_shared_out_between_samples_when_they_are_too_many(processor, questions):
     sampler = ReplySamples(processor)
     whole = sampler.make(questions, 0)
-    parts = sampler.make_all(questions, 0, max_tokens=len(whole.input_ids) - 1)
+    parts = sampler.make_all(questions, 0, max_tokens=whole.num_inputs - 1)
     assert [int(part.branch_ids.max()) if part.branch_ids is not None else 0 for part in parts] == [2, 0]
     spans = [span for part in parts for span in supervised_spans(part, processor.tokenizer)]
     assert spans == supervised_spans(whole, processor.tokenizer)
