@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..pictures import picture_size
 from .config import DataConfig
 from .skips import SkipSampleError
 from .sources import PICTURE_MARK, PICTURE_SUFFIXES, ROLES, Record, conversation, inside, messages_from_turns
@@ -24,6 +25,9 @@ TEXT_SUFFIXES = ("json", "txt")
 
 CAPTIONS = ("text", "caption", "txt")
 """Columns that hold a caption."""
+
+PICTURES = ("image", "images")
+"""Columns that hold pictures, beside members with a picture's suffix."""
 
 
 def open_dataset(config: DataConfig) -> Any:
@@ -50,11 +54,25 @@ def open_dataset(config: DataConfig) -> Any:
         builder.download_and_prepare()
         dataset = builder.as_dataset(split=config.split)
     for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
+        is_list = isinstance(feature, List)
+        if not isinstance(feature.feature if is_list else feature, Image):
+            continue
+        if not _is_picture_column(name):
+            raise ValueError(
+                f"{config.label}: its column {name!r} holds pictures, but only {_known_columns()} are read. Rename "
+                "it, or write the data set without it."
+            )
+        encoded = Image(decode=False)
+        dataset = dataset.cast_column(name, List(encoded) if is_list else encoded)
     return dataset
+
+
+def _is_picture_column(name: str) -> bool:
+    return name in PICTURES or f".{name.rpartition('.')[2].lower()}" in PICTURE_SUFFIXES
+
+
+def _known_columns() -> str:
+    return f"{', '.join(PICTURES)} and members of a tar named {', '.join(PICTURE_SUFFIXES)}"
 
 
 def _layout(config: DataConfig) -> str:
@@ -162,6 +180,8 @@ def record_from_row(row: dict, name: str, config: DataConfig) -> Record:
         row = {**member, **{key: value for key, value in row.items() if key != "json"}}
     name = f"{name} ({row['__key__']})" if "__key__" in row else name
     pictures = _pictures(row, name, config)
+    if not pictures:
+        _check_no_picture_is_missing(row, name)
     turns = _turns(row, name, len(pictures), config)
     if turns is None and len(pictures) == 1:
         return Record(name, conversation(pictures[0], "", ""))
@@ -177,9 +197,12 @@ def _pictures(row: dict, name: str, config: DataConfig) -> list[str | bytes]:
     """Encoded pictures of a row, or paths of files that stay inside the data set's folder."""
     given: list = []
     for key, value in row.items():
-        is_picture = key in ("image", "images") or f".{key.rpartition('.')[2].lower()}" in PICTURE_SUFFIXES
-        if is_picture and value is not None and not isinstance(value, str):
-            given += value if isinstance(value, list) else [value]
+        if _is_picture_column(key):
+            if value is not None and not isinstance(value, str):
+                given += value if isinstance(value, list) else [value]
+        elif _shows_a_picture(value):
+            detail = f"its column {key!r} holds a picture, but only {_known_columns()} are read; rename it."
+            raise SkipSampleError(name, "picture in an unknown column", detail)
     pictures: list[str | bytes] = []
     for picture in given:
         if isinstance(picture, bytes):
@@ -196,6 +219,34 @@ def _pictures(row: dict, name: str, config: DataConfig) -> list[str | bytes]:
                 name, "missing file", f"a picture without bytes and without a file: {picture!r:.80}."
             )
     return pictures
+
+
+def _shows_a_picture(value: Any) -> bool:
+    """Whether a column holds a picture's bytes, its own or those of its first item."""
+    value = value[0] if isinstance(value, list) and value else value
+    value = value.get("bytes") if isinstance(value, Mapping) else value
+    if not isinstance(value, bytes):
+        return False
+    try:
+        picture_size(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_no_picture_is_missing(row: dict, name: str) -> None:
+    """Raise where a row without pictures tells that it should have one; an empty list says that it has none.
+
+    Where turns have marks for their pictures, the marks say how many there should be.
+    """
+    named = {key: value for key, value in row.items() if _is_picture_column(key)}
+    for key, value in named.items():
+        if isinstance(value, str) and value:
+            detail = f"its {key} is the text {value!r:.80}; the data set must hold the pictures themselves."
+            raise SkipSampleError(name, "missing file", detail)
+    has_marks = row.get("messages") or row.get("conversations")
+    if not has_marks and any(not value and value != [] for value in named.values()):
+        raise SkipSampleError(name, "missing file", f"its {', '.join(named)} is empty.")
 
 
 def _turns(row: dict, name: str, num_pictures: int, config: DataConfig) -> list[tuple[str, str]] | None:

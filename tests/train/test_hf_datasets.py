@@ -148,7 +148,15 @@ def row(**columns) -> dict:
         ({"images": [{"bytes": png(1), "path": None}]}, "malformed", "found image, images"),
         ({"image": {"bytes": None, "path": "/etc/passwd"}}, "picture outside its folder", "lies outside"),
         ({"image": {"bytes": None, "path": None}}, "missing file", "without bytes"),
-        ({"image": None}, "malformed", "expected a conversation, a caption or one picture"),
+        ({"image": None}, "missing file", "its image is empty"),
+        ({"image": None, "text": "a red car"}, "missing file", "its image is empty"),
+        ({"image": None, "jpg": None, "txt": "a red car"}, "missing file", "its image, jpg is empty"),
+        ({"image": "pic.png", "text": "a red car"}, "missing file", "its image is the text 'pic.png'"),
+        ({"image": "pic.png", "texts": [{"user": "What?", "assistant": "A car"}]}, "missing file", "the text 'pic"),
+        ({"image": "pic.png", "conversations": [{"from": "human", "value": "?"}]}, "missing file", "the text 'pic"),
+        ({"picture": png(1), "text": "a red car"}, "picture in an unknown column", "its column 'picture' holds a pic"),
+        ({"shots": [{"bytes": png(1)}], "text": "a red car"}, "picture in an unknown column", "its column 'shots'"),
+        ({"image": [], "count": 3}, "malformed", "expected a conversation, a caption or one picture, found image, co"),
     ],
 )
 def test_rows_that_are_not_usable_say_why(columns, reason, detail, tmp_path):
@@ -157,6 +165,39 @@ def test_rows_that_are_not_usable_say_why(columns, reason, detail, tmp_path):
     with pytest.raises(SkipSampleError, match=f"a row: .*{detail}") as caught:
         record_from_row(row(**columns), "a row", config_of(tmp_path))
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"images": [], "texts": [{"user": "What is it?", "assistant": "A car"}]},
+        {"image": None, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "A car"}]},
+        {"text": "A car", "pth": b"\x80bad"},
+    ],
+)
+def test_rows_that_say_they_have_no_picture_are_text(columns, tmp_path):
+    from hovle.train.hf_datasets import record_from_row
+
+    record = record_from_row(columns, "a row", config_of(tmp_path))
+    assert replies(record) == ["A car"]
+    assert all(isinstance(message["content"], str) for message in record.messages)
+
+
+@pytest.mark.parametrize("kind", ["one", "list"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_in_a_column_nobody_reads_are_refused(kind, streaming, tmp_path):
+    import datasets
+
+    picture = {"bytes": png(0), "path": None}
+    feature = datasets.Image() if kind == "one" else datasets.List(datasets.Image())
+    features = datasets.Features({"photo": feature, "text": datasets.Value("string")})
+    rows = [{"photo": picture if kind == "one" else [picture], "text": "a red car"}]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
+    with pytest.raises(
+        ValueError, match=r"huggingface:set: its column 'photo' holds pictures, but only image, images"
+    ):
+        load_records(config_of(tmp_path / "set", streaming=streaming))
 
 
 def test_messages_of_a_row_keep_their_pictures_where_they_stand(tmp_path):
