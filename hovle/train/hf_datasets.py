@@ -11,7 +11,8 @@ Pictures stay encoded until their batch is packed. Of a tar, pictures, JSON and 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,13 @@ CAPTIONS = ("text", "caption", "txt")
 PICTURES = ("image", "images")
 """Columns that hold pictures, beside members with a picture's suffix."""
 
+FAULT = "__fault__"
+"""Column of a tar's rows that says which member cannot be decoded, empty where all can."""
+
 
 def open_dataset(config: DataConfig) -> Any:
     """Open a data set, map-style or as a stream, with its pictures left encoded."""
-    from datasets import Image, List, load_dataset_builder  # an extra: other sources do without it
+    from datasets import load_dataset_builder  # an extra: other sources do without it
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     path = Path(str(config.path))
@@ -43,16 +47,27 @@ def open_dataset(config: DataConfig) -> Any:
         options["data_files"] = str(path)
     builder = load_dataset_builder(_layout(config) if options else str(path), config.subset, **options)
     if isinstance(builder, WebDataset):
-
-        class PictureTars(WebDataset):
-            DECODERS = {suffix: WebDataset.DECODERS[suffix] for suffix in TEXT_SUFFIXES}  # noqa: RUF012 - as its base
-
-        builder = PictureTars(data_files=builder.config.data_files)
+        builder = _picture_tars(WebDataset)(data_files=builder.config.data_files)
     if config.streaming:
-        dataset = builder.as_streaming_dataset(split=config.split)
-    else:
+        return _with_encoded_pictures(builder.as_streaming_dataset(split=config.split), config)
+    _prepare(builder, config)
+    return _with_encoded_pictures(builder.as_dataset(split=config.split), config)
+
+
+def _prepare(builder: Any, config: DataConfig) -> None:
+    """Write the rows to the cache of `datasets`."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
         builder.download_and_prepare()
-        dataset = builder.as_dataset(split=config.split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{config.label}: `datasets` cannot prepare its rows ({error.__cause__!r:.300}).") from error
+
+
+def _with_encoded_pictures(dataset: Any, config: DataConfig) -> Any:
+    """The data set with its pictures left encoded; ValueError where a column of pictures has a name nobody reads."""
+    from datasets import Image, List
+
     for name, feature in (dataset.features or {}).items():
         is_list = isinstance(feature, List)
         if not isinstance(feature.feature if is_list else feature, Image):
@@ -65,6 +80,41 @@ def open_dataset(config: DataConfig) -> Any:
         encoded = Image(decode=False)
         dataset = dataset.cast_column(name, List(encoded) if is_list else encoded)
     return dataset
+
+
+def _picture_tars(base: Any) -> Any:
+    """Reader of tars that decodes nothing but JSON and text, and tells of a member that is neither."""
+
+    def decode_or_tell(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        def decoded(data: bytes) -> Any:
+            try:
+                return decode(data)
+            except (ValueError, RecursionError) as error:
+                return _BrokenMember(str(error))
+
+        return decoded
+
+    class PictureTars(base):
+        DECODERS = {suffix: decode_or_tell(base.DECODERS[suffix]) for suffix in TEXT_SUFFIXES}  # noqa: RUF012
+
+        @classmethod
+        def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Any) -> Iterator[dict]:
+            for example in super()._get_pipeline_from_tar(tar_path, tar_iterator):
+                broken = {key: value for key, value in example.items() if isinstance(value, _BrokenMember)}
+                faults = [
+                    f"{example['__key__']}.{key} of {tar_path.rpartition('/')[2]} cannot be decoded ({value.error})"
+                    for key, value in broken.items()
+                ]
+                yield {**example, **dict.fromkeys(broken), FAULT: "; ".join(faults)}
+
+    return PictureTars
+
+
+@dataclass(frozen=True)
+class _BrokenMember:
+    """Stands for a member of a tar that cannot be decoded."""
+
+    error: str
 
 
 def _is_picture_column(name: str) -> bool:
@@ -179,6 +229,8 @@ def record_from_row(row: dict, name: str, config: DataConfig) -> Record:
     if isinstance(member, Mapping):
         row = {**member, **{key: value for key, value in row.items() if key != "json"}}
     name = f"{name} ({row['__key__']})" if "__key__" in row else name
+    if row.get(FAULT):
+        raise SkipSampleError(name, "malformed", f"{row[FAULT]}.")
     pictures = _pictures(row, name, config)
     if not pictures:
         _check_no_picture_is_missing(row, name)

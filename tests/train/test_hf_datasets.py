@@ -39,6 +39,12 @@ def cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
 @pytest.fixture
 def tars(tmp_path) -> Path:
     """Four tars of six conversations each, with a member that only unpickling could read."""
@@ -54,9 +60,7 @@ def tars(tmp_path) -> Path:
                     "pth": b"\x80bad",
                 }
                 for suffix, data in members.items():
-                    entry = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
+                    add_member(tar, f"{number:04d}.{suffix}", data)
     return folder
 
 
@@ -108,6 +112,38 @@ def test_tars_are_read_and_what_would_need_unpickling_is_left_alone(tars):
     ]
     assert replies(record) == ["answer 7"]
     assert records.dataset[7]["pth"] == b"\x80bad"  # bytes, as they lay there
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("member", [b'{"conversations": [', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("place", [0, 5])  # among the rows from which `datasets` infers the columns, and after them
+def test_a_broken_member_of_a_tar_is_a_skip_that_names_it(tmp_path, streaming, member, place):
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A car"}]
+    members = [json.dumps({"conversations": turns}).encode()] * 8
+    members[place] = member
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number, data in enumerate(members):
+            add_member(tar, f"{number:04d}.png", png(number))
+            add_member(tar, f"{number:04d}.json", data)
+    reader = MixtureReader(Mixture([load_records(config_of(tmp_path, streaming=streaming))], seed=0), 0, 1, {})
+    skips, read_well = [], 0
+    for index in range(8):
+        try:
+            read_well += replies(reader.record_at(index)) == ["A car"]
+        except SkipSampleError as error:
+            skips.append(error)
+    assert read_well == 7
+    [skip] = skips
+    assert skip.reason == "malformed"
+    assert f"({place:04d}): {place:04d}.json of shard.tar cannot be decoded" in str(skip)
+
+
+def test_a_data_set_that_cannot_be_prepared_is_named(tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number in range(6):  # columns are inferred from five rows, whose text is none
+            add_member(tar, f"{number}.json", b"{" if number < 5 else b'{"text": "A car"}')
+    with pytest.raises(ValueError, match=r"huggingface:.*: `datasets` cannot prepare its rows \(.*null"):
+        load_records(config_of(tmp_path))
 
 
 def test_parquet_rows_become_conversations_with_the_picture_first(parquet):
