@@ -28,8 +28,9 @@ from .config import StageConfig, load_stage
 from .data import Mixture, PackedBatches, RandomTextSamples, Sample, SampleMaker, SkipSampleError, open_mixture
 from .mixture import MixtureReader
 from .packing import StreamPosition
+from .samples import was_split
 from .setup import make_sampler, start_processor
-from .skips import FEWEST_DRAWN, NO_PICTURE, NUM_WORST, SkipBudgetError
+from .skips import FEWEST_DRAWN, NO_FAULTS, NUM_WORST, SkipBudgetError
 
 NUM_SHOWN = 5
 """Samples the report decodes."""
@@ -61,7 +62,7 @@ class SourceReport:
     @property
     def num_charged(self) -> int:
         """Skips that count against the budget."""
-        return sum(count for reason, count in self.reasons.items() if reason != NO_PICTURE)
+        return sum(count for reason, count in self.reasons.items() if reason not in NO_FAULTS)
 
 
 @dataclass
@@ -89,7 +90,7 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
         except SkipSampleError as error:
             made = [error]
         report.num_scanned += 1
-        report.num_split += len(made) > 1
+        report.num_split += was_split(made)
         for item in made:
             _count(report, item, maker)
     return report

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..modeling_hovle import IGNORE_INDEX
 from .config import StageConfig
 from .mixture import Mixture, MixtureReader
-from .samples import ReplySamples, Sample, SampleMaker
+from .samples import ReplySamples, Sample, SampleMaker, was_split
 from .skips import MOST_IN_A_ROW, Skip, SkipBudgetError, SkipSampleError, count_skips, describe_skips
 from .sources import Records
 
@@ -169,7 +169,7 @@ class Lane:
         label = self.label_of(self.next_index)
         self.next_index += self.num_lanes
         self.num_drawn += 1
-        self.num_split += len(made) > 1
+        self.num_split += was_split(made)
         faults = [item for item in made if isinstance(item, SkipSampleError)]
         self.window += [item for item in made if isinstance(item, Sample)]
         self.skips += [Skip(label, fault.reason, fault.name, fault.detail) for fault in faults]

@@ -64,7 +64,7 @@ from .setup import (
     start_model,
     store_parameters,
 )
-from .skips import NO_PICTURE, Skip
+from .skips import NO_FAULTS, Skip
 from .teachers import ImageTeacher, Targets
 
 RECIPE = "recipe.yaml"
@@ -157,7 +157,7 @@ class Stage:
     def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
         """Count the skips of all processes, log each new one, and give the counts for the step's own entry."""
         for skip in self.skips.share(gather):
-            if skip.reason != NO_PICTURE:  # no fault, and there may be millions: counted is enough
+            if skip.reason not in NO_FAULTS:  # no fault, and there may be millions: counted is enough
                 log({"event": "skip", "step": step, **skip._asdict()})
         self.skips.check()
         return self.skips.summary()
