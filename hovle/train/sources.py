@@ -25,6 +25,10 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 """Names of the speakers in LLaVA's format and ours -> role of a chat message."""
 
 
+CHAT_ROLES = ("system", "user", "assistant")
+"""Roles of chat messages."""
+
+
 @dataclass(frozen=True)
 class Record:
     """One conversation as the source holds it, and others about the same pictures."""
@@ -161,19 +165,37 @@ def _chat_records(config: DataConfig) -> list[Record]:
             name = f"{path.name}:{number}"
             try:
                 messages = json.loads(line)["messages"]
-                for message in messages:
-                    for item in message["content"] if isinstance(message["content"], list) else ():
-                        if item["type"] == "image":
-                            item["path"] = str(inside(path.parent, item["path"]))
+                fault = _message_fault(messages)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
+                fault = repr(error)
+            if fault:
                 raise ValueError(
                     f'{name}: expected {{"messages": [{{"role": ..., "content": [{{"type": "image", "path": ...}}, '
-                    f'{{"type": "text", "text": ...}}]}}]}}, found {line[:80]!r} ({error!r}).'
-                ) from error
+                    f'{{"type": "text", "text": ...}}]}}]}}, found {line[:80]!r} ({fault}).'
+                )
+            for item in picture_items(messages):
+                item["path"] = str(inside(path.parent, item["path"]))
             records.append(Record(name, messages))
     if not records:
         raise ValueError(f"{path} holds no conversations.")
     return records
+
+
+def _message_fault(messages: object) -> str | None:
+    """What is wrong with the messages of a chat file, None where nothing is."""
+    if not isinstance(messages, list) or not messages:
+        return "messages is no list with a message in it"
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role not in CHAT_ROLES:
+            return f"role {role!r} is none of {', '.join(CHAT_ROLES)}"
+        for item in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            if item["type"] not in ("image", "text"):
+                return f"an item's type {item['type']!r} is neither image nor text"
+            field = "path" if item["type"] == "image" else "text"
+            if not isinstance(item[field], str):
+                return f"{field} {item[field]!r:.40} is no text"
+    return None
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -288,12 +310,17 @@ READERS: dict[str, Callable[[DataConfig], Records | RecordStream]] = {
 """Kind of source -> what opens it."""
 
 
-def picture_sources(messages: list[dict]) -> list[str | bytes]:
-    """Paths, or bytes of the files, of a conversation's pictures in their order."""
+def picture_items(messages: list[dict]) -> list[dict]:
+    """Items of a conversation that stand for pictures, in their order."""
     return [
-        item["path"] if "path" in item else item["image"]
+        item
         for message in messages
         if isinstance(message["content"], list)
         for item in message["content"]
         if item["type"] == "image"
     ]
+
+
+def picture_sources(messages: list[dict]) -> list[str | bytes]:
+    """Paths, or bytes of the files, of a conversation's pictures in their order."""
+    return [item["path"] if "path" in item else item["image"] for item in picture_items(messages)]

@@ -36,6 +36,16 @@ def test_pictures_of_a_chat_are_found_beside_the_file(chat_records, data):
         '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}',
         '{"messages": [{"role": "user", "content": ["text"]}]}',
+        '{"messages": []}',
+        '{"messages": "Hello"}',
+        '{"messages": [{"content": "Hello"}]}',
+        '{"messages": [{"role": "human", "content": "Hello"}]}',
+        '{"messages": [{"role": "user", "content": "Hello"}, {"role": "robot", "content": "Hi"}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image", "path": 3}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}',
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line):
