@@ -48,6 +48,8 @@ class SourceReport:
     """Of the samples of the mix."""
     num_records: int | None
     """None for a stream."""
+    left_aside: list[str] = field(default_factory=list)
+    """What of its folder is not read."""
     num_scanned: int = 0
     num_split: int = 0
     num_tiles: int = 0
@@ -82,7 +84,8 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
     if size is None and limit == 0:
         raise ValueError(f"{mixture.labels[number]} is a stream without a known end: bound the scan with --samples.")
     share = float(mixture.weights[number] / sum(mixture.weights))
-    report = SourceReport(mixture.labels[number], share, size)
+    left_aside = list(getattr(mixture.sources[number], "left_aside", ()))
+    report = SourceReport(mixture.labels[number], share, size, left_aside)
     reader = MixtureReader(Mixture([mixture.sources[number]], mixture.seed), 0, 1, {})
     for index in range(min(limit or size or 0, size or limit)):
         try:
@@ -163,6 +166,7 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
     lines = [f"{source.label}: {size}, {source.share:.1%} of the samples"]
     if is_bounded:
         lines.append(f"  scanned        {source.num_scanned:,} records only; --samples 0 reads all")
+    lines += [f"  {_printable(line)}" for line in source.left_aside]
     lines.append(
         f"  samples        {len(source.lengths):,}, {tokens:,} tokens, {source.num_tiles:,} tiles"
         + (f"; {source.num_split:,} conversations cut between turns" if source.num_split else "")

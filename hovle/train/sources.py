@@ -6,6 +6,7 @@ conversation is drawn (see `skips.py`).
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,9 @@ from typing import Protocol, runtime_checkable
 from ..assets import easy_vqa
 from ..eval.vqa import Question, draw_weighted, load_questions, wording_weights
 from .config import DataConfig
-from .skips import SkipSampleError
+from .skips import NUM_WORST, SkipSampleError
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 PICTURE_MARK = "<image>"
 """Where a picture stands in a human turn of LLaVA's format."""
@@ -284,15 +285,44 @@ def _llava_records(config: DataConfig) -> LlavaRecords:
     return LlavaRecords(path, Path(config.picture_folder) if config.picture_folder else path.parent)
 
 
-def _picture_records(config: DataConfig) -> list[Record]:
-    folder = Path(str(config.path))
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+class PictureRecords(list[Record]):
+    """The pictures of a folder and its subfolders; other files and linked subfolders are left aside and told of.
+
+    A link to a folder is not followed: what it leads to lies outside, which is refused, or is read anyway.
+    """
+
+    def __init__(self, folder: Path):
+        linked, pictures, others = [], [], []
+        for path in sorted(folder.rglob("*")):
+            if path.is_symlink():
+                inside(folder, str(path.relative_to(folder)))
+            if path.is_dir():
+                linked += [path] if path.is_symlink() else []
+            elif path.suffix.lower() in PICTURE_SUFFIXES:
+                pictures.append(path)
+            else:
+                others.append(path)
+        if not pictures:
+            raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).")
+        super().__init__(Record(path.name, conversation(path, "", "")) for path in pictures)
+        self.left_aside = _describe_left(others, "files that are no pictures by their names")
+        self.left_aside += _describe_left(linked, "links to folders, which are read where they lie")
+
+
+def _describe_left(paths: list[Path], what: str) -> list[str]:
     if not paths:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).")
-    for path in paths:
-        if path.is_symlink():
-            inside(folder, str(path.relative_to(folder)))
-    return [Record(path.name, conversation(path, "", "")) for path in paths]
+        return []
+    suffixes = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    shown = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(NUM_WORST)]
+    names = [path.name for path in paths[:NUM_WORST]]
+    return [
+        f"left aside {len(paths):,} {what} ({', '.join(shown)}): {', '.join(names)}"
+        + ", ..." * (len(paths) > NUM_WORST)
+    ]
+
+
+def _picture_records(config: DataConfig) -> PictureRecords:
+    return PictureRecords(Path(str(config.path)))
 
 
 def _dataset_records(config: DataConfig) -> Records | RecordStream:

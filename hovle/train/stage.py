@@ -331,6 +331,9 @@ def train_and_examine(
     meter = Meter(stage.objective, on_device, stage.autocast, stage.dtype, accelerator.num_processes)
     forecast = Forecast(config, stage.model.config, stage.dtype, first_batch, accelerator)
     facts = {**run_environment(stage.dtype, is_compiled, accelerator), **meter.facts(), "handoff": stage.handoff}
+    for line in stage.mixture.left_aside:
+        accelerator.print(line)
+    facts["left_aside"] = stage.mixture.left_aside
     facts["keeps_freed_memory"] = keep_freed_memory(accelerator.device)
     log({"event": "start", "step": stage.first_step, **facts, "predicted": forecast.predicted})
     examiner = stage.examiner(wrapped, log)

@@ -107,6 +107,16 @@ def test_distillation_data_counts_every_token_as_supervised(distillation_config,
     assert "supervised     100.0% of the tokens" in shown
 
 
+def test_files_a_picture_folder_leaves_aside_are_named(distillation_config, data, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(data / "pictures", folder)
+    (folder / "odd\x1b.heic").touch()
+    distillation_config()
+    code, shown = report_of(capsys, tmp_path, tmp_path / "distillation.yaml", f"data.path={folder}")
+    assert code == 0
+    assert r"  left aside 1 files that are no pictures by their names (1 .heic): odd\x1b.heic" in shown
+
+
 def test_a_mix_that_cannot_be_packed_at_all_is_reported(next_token_config, tmp_path, capsys):
     next_token_config()
     code, shown = report_of(capsys, tmp_path, tmp_path / "next_token.yaml", "row_length=4")

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from hovle.train.config import DataConfig
-from hovle.train.data import Record, SkipSampleError, conversation, load_records
+from hovle.train.data import Mixture, Record, SkipSampleError, conversation, load_records
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +208,33 @@ def test_a_picture_folder_with_a_link_that_leads_out_is_refused(tmp_path):
     (tmp_path / "pictures" / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match=r"link\.png.* lies outside"):
         load_records(DataConfig(source="pictures", path=str(tmp_path / "pictures")))
+
+
+def test_what_a_picture_folder_leaves_aside_is_counted_and_named(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "real").mkdir(parents=True)
+    for name in ("a.PNG", "real/b.tif", "real/c.avif", "real/notes.txt", "d.heic", "e.heic", "LICENSE"):
+        (folder / name).touch()
+    (folder / "link").symlink_to(folder / "real", target_is_directory=True)
+    records = load_records(DataConfig(source="pictures", path=str(folder)))
+    assert [record.name for record in records] == ["a.PNG", "b.tif", "c.avif"]
+    mixture = Mixture([records], 0, labels=["photos"])
+    assert mixture.describe()[1:] == [
+        "photos: left aside 4 files that are no pictures by their names (2 .heic, 1 no suffix, 1 .txt): "
+        "LICENSE, d.heic, e.heic, notes.txt",
+        "photos: left aside 1 links to folders, which are read where they lie (1 no suffix): link",
+    ]
+
+
+def test_a_picture_folder_with_a_linked_folder_outside_is_refused(tmp_path):
+    for name in ("pictures", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").touch()
+    (tmp_path / "pictures" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(ValueError, match=r"'link' lies outside"):
+        load_records(DataConfig(source="pictures", path=str(tmp_path / "pictures")))
+    (tmp_path / "all").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # the source itself may be a link
+    assert len(load_records(DataConfig(source="pictures", path=str(tmp_path / "all")))) == 1
 
 
 def test_a_field_of_another_kind_of_source_is_refused():
