@@ -123,7 +123,18 @@ def load_training_state(checkpoint: Path) -> dict:
 
 def changed_fields(old: dict, new: dict) -> list[str]:
     """Fields in which two recipes would train differently."""
+    old, new = _without_revisions(old), _without_revisions(new)
     return [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
+
+
+def _without_revisions(recipe: dict) -> dict:
+    """A recipe without the commits of its data, which the fingerprint of the data holds."""
+    given = recipe.get("data") or []
+    sources = [given] if isinstance(given, dict) else given
+    return {
+        **recipe,
+        "data": [{key: value for key, value in source.items() if key != "revision"} for source in sources],
+    }
 
 
 def check_same_recipe(config: StageConfig, old: dict) -> None:
@@ -142,7 +153,9 @@ def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> N
     check_same_recipe(config, state["config"])
     if state["data_fingerprint"] != data_fingerprint:
         raise ValueError(
-            f"Cannot resume: the data changed (fingerprint {state['data_fingerprint']} -> {data_fingerprint})."
+            f"Cannot resume: the data changed (fingerprint {state['data_fingerprint']} -> {data_fingerprint}). "
+            "Restore names and contents of its files (their place and times do not matter); for a Hub id, set its "
+            "`revision` to the commit after the @."
         )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..pictures import picture_size
 from .config import DataConfig
+from .fingerprints import fingerprint_files
 from .skips import SkipSampleError
 from .sources import PICTURE_MARK, PICTURE_SUFFIXES, ROLES, Record, conversation, inside, messages_from_turns
 
@@ -34,8 +35,12 @@ FAULT = "__fault__"
 """Column of a tar's rows that says which member cannot be decoded, empty where all can."""
 
 
-def open_dataset(config: DataConfig) -> Any:
-    """Open a data set, map-style or as a stream, with its pictures left encoded."""
+def open_dataset(config: DataConfig) -> tuple[Any, str]:
+    """Open a data set, map-style or as a stream, with its pictures left encoded.
+
+    Returns:
+        The data set, and a fingerprint of what it is made of.
+    """
     from datasets import load_dataset_builder  # an extra: other sources do without it
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
@@ -45,13 +50,17 @@ def open_dataset(config: DataConfig) -> Any:
         options["data_dir"] = str(path)
     elif path.exists() or "*" in path.name:
         options["data_files"] = str(path)
-    builder = load_dataset_builder(_layout(config) if options else str(path), config.subset, **options)
+    builder = load_dataset_builder(
+        _layout(config) if options else str(path), config.subset, revision=config.revision, **options
+    )
+    commit = None if options else builder.hash
     if isinstance(builder, WebDataset):
         builder = _picture_tars(WebDataset)(data_files=builder.config.data_files)
-    if config.streaming:
-        return _with_encoded_pictures(builder.as_streaming_dataset(split=config.split), config)
-    _prepare(builder, config)
-    return _with_encoded_pictures(builder.as_dataset(split=config.split), config)
+    if not config.streaming:
+        _prepare(builder, config)
+    opened = builder.as_streaming_dataset if config.streaming else builder.as_dataset
+    dataset = _with_encoded_pictures(opened(split=config.split), config)
+    return dataset, _fingerprint(config, dataset, commit)
 
 
 def _prepare(builder: Any, config: DataConfig) -> None:
@@ -141,14 +150,17 @@ def _layout(config: DataConfig) -> str:
     )
 
 
-def _fingerprint(config: DataConfig, dataset: Any) -> str:
-    """Short hash of what the data set is made of: names and sizes of local files, columns, rows if known."""
+def _fingerprint(config: DataConfig, dataset: Any, commit: str | None) -> str:
+    """Short hash of local files, or of a Hub id with its commit; of columns, and of rows if known."""
     path = Path(str(config.path))
     files = sorted(path.rglob("*")) if path.is_dir() else sorted(path.parent.glob(path.name))
-    sizes = [(file.name, file.stat().st_size) for file in files if file.is_file()]
+    if commit is None:
+        made_of = fingerprint_files([file for file in files if file.is_file()], path if path.is_dir() else path.parent)
+    else:
+        made_of = str(config.path)
     rows = None if config.streaming else len(dataset)
-    parts = (str(path), config.subset, config.split, sizes, sorted(dataset.features or {}), rows)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    parts = (made_of, config.subset, config.split, sorted(dataset.features or {}), rows)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16] + (f"@{commit}" if commit else "")
 
 
 class DatasetRecords:
@@ -156,8 +168,7 @@ class DatasetRecords:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.dataset = open_dataset(config)
-        self.fingerprint = _fingerprint(config, self.dataset)
+        self.dataset, self.fingerprint = open_dataset(config)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -175,8 +186,7 @@ class DatasetStream:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.dataset = open_dataset(config)
-        self.fingerprint = _fingerprint(config, self.dataset)
+        self.dataset, self.fingerprint = open_dataset(config)
 
     def open_lane(self, lane: int, num_lanes: int, seed: int, state: dict | None) -> "LaneStream":
         """Read a lane's share, from its beginning or from where `LaneStream.state` was taken."""

@@ -4,10 +4,13 @@ What is wrong with a whole file is refused when it is opened; what is wrong with
 conversation is drawn (see `skips.py`).
 """
 
+import contextlib
+import functools
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -15,6 +18,7 @@ from typing import Protocol, runtime_checkable
 from ..assets import easy_vqa
 from ..eval.vqa import Question, draw_weighted, load_questions, wording_weights
 from .config import DataConfig
+from .fingerprints import at_even_distances, fingerprint_files
 from .skips import NUM_WORST, SkipSampleError
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
@@ -107,10 +111,19 @@ def fingerprint_records(records: Records | RecordStream) -> str:
     if hasattr(records, "fingerprint"):
         return records.fingerprint
     assert not isinstance(records, RecordStream)  # streams have one
-    digest = hashlib.sha256()
-    for place in range(len(records)):
-        digest.update(repr(records[place]).encode())
+    everything = [records[place] for place in range(len(records))]
+    pictures = _picture_paths(everything)
+    root = os.path.commonpath([os.path.dirname(path) for path in pictures]) if pictures else "/"
+    digest = hashlib.sha256(fingerprint_files(pictures, root).encode())
+    for record in everything:
+        digest.update(repr(record).replace(os.path.join(root, ""), "").encode())  # the folder may have moved
     return digest.hexdigest()[:16]
+
+
+def _picture_paths(records: Iterable[Record]) -> list[str]:
+    """Files of all pictures, each once, in the order in which they come."""
+    sources = (source for record in records for source in picture_sources(record.messages))
+    return list(dict.fromkeys(source for source in sources if isinstance(source, str)))
 
 
 def _question_records(questions: list[Question], questions_per_sample: int) -> list[Record]:
@@ -218,7 +231,7 @@ class LlavaRecords:
     def __init__(self, path: Path, folder: Path):
         self.name, self.folder = path.name, folder
         text = path.read_text(encoding="utf-8")
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._text_digest = hashlib.sha256(text.encode())
         if path.suffix == ".jsonl":
             self.entries = [line for line in text.splitlines() if line.strip()]
         else:
@@ -228,6 +241,18 @@ class LlavaRecords:
                 raise ValueError(f"{path} is no JSON ({error}); JSON lines are named .jsonl.") from error
         if not isinstance(self.entries, list) or not self.entries:
             raise ValueError(f"{path} must hold a list of conversations, found {text[:40]!r}.")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Short hash of the text and of the pictures of so many conversations as are looked into."""
+        digest = self._text_digest.copy()
+        digest.update(fingerprint_files(_picture_paths(self._readable()), self.folder.resolve()).encode())
+        return digest.hexdigest()[:16]
+
+    def _readable(self) -> Iterator[Record]:
+        for place in at_even_distances(range(len(self.entries))):
+            with contextlib.suppress(SkipSampleError):
+                yield self[place]
 
     def __len__(self) -> int:
         return len(self.entries)

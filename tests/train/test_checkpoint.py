@@ -105,6 +105,15 @@ def test_what_moves_no_number_may_change(next_token_config):
     assert {field.name for field in dataclasses.fields(moved)} >= set(checkpoints.RESUMABLE_CHANGES)
 
 
+def test_pinning_the_commit_of_a_data_set_is_no_other_recipe(next_token_config):
+    hub = next_token_config("data.source=huggingface", "data.path=owner/name")
+    pinned = next_token_config("data.source=huggingface", "data.path=owner/name", "data.revision=abc")
+    state = {"config": hub.to_dict(), "data_fingerprint": "0123@abc"}
+    checkpoints.check_same_run(pinned, state, "0123@abc")
+    with pytest.raises(ValueError, match=r"0123@abc -> 0123@def.* set its `revision` to the commit after the @"):
+        checkpoints.check_same_run(hub, state, "0123@def")
+
+
 # --- hand-off --------------------------------------------------------------------------------------------------------
 
 

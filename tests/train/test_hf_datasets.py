@@ -1,8 +1,10 @@
 """Sources read by `datasets`: rows of every layout become records, streams continue where they stopped."""
 
+import dataclasses
 import io
 import itertools
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -249,6 +251,41 @@ def test_a_folder_without_known_files_is_refused(tmp_path):
     (tmp_path / "notes.md").touch()
     with pytest.raises(ValueError, match=r"no parquet files, tars or pictures \(\.md\)"):
         load_records(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_rewritten_file_of_the_same_size_is_noticed_and_a_copied_folder_is_not(parquet, tmp_path, streaming):
+    before = load_records(config_of(parquet, streaming=streaming)).fingerprint
+    copy = tmp_path / "copy" / "elsewhere"
+    shutil.copytree(parquet, copy)
+    assert load_records(config_of(copy, streaming=streaming)).fingerprint == before
+    file = copy / "train-1.parquet"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes().replace(b"parquet-cpp", b"parquet-cpq"))  # who wrote it
+    assert file.stat().st_size == size
+    assert load_records(config_of(copy, streaming=streaming)).fingerprint != before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_commit_of_a_hub_id_is_part_of_its_fingerprint(parquet, monkeypatch, streaming):
+    import datasets
+
+    load, asked = datasets.load_dataset_builder, []
+
+    def from_the_hub(path, subset, revision):
+        asked.append((path, revision))
+        builder = load("parquet", data_dir=str(parquet))
+        builder.hash = revision or "newest"
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", from_the_hub)
+    config = config_of(Path("owner/set"), streaming=streaming)
+    newest, pinned, again = (
+        load_records(dataclasses.replace(config, revision=revision)).fingerprint for revision in (None, "abc", "abc")
+    )
+    assert asked == [("owner/set", None), ("owner/set", "abc"), ("owner/set", "abc")]
+    assert (newest.partition("@")[2], pinned.partition("@")[2]) == ("newest", "abc")
+    assert pinned == again != newest
 
 
 def read(mixture: Mixture, indices, lane=0, num_lanes=1, states=None) -> tuple[list[str], MixtureReader]:

@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from collections import Counter
 
 import pytest
 
 from hovle.train.config import DataConfig
-from hovle.train.data import Mixture, Record, SkipSampleError, conversation, load_records
+from hovle.train.data import Mixture, Record, SkipSampleError, conversation, fingerprint_records, load_records
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,33 @@ def test_a_picture_folder_with_a_linked_folder_outside_is_refused(tmp_path):
         load_records(DataConfig(source="pictures", path=str(tmp_path / "pictures")))
     (tmp_path / "all").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # the source itself may be a link
     assert len(load_records(DataConfig(source="pictures", path=str(tmp_path / "all")))) == 1
+
+
+@pytest.mark.parametrize("source", ["chat", "pictures", "llava"])
+def test_a_changed_picture_is_noticed_and_a_copied_folder_is_not(data, tmp_path, source):
+    def fingerprint(folder) -> str:
+        path = folder / {"chat": "chat.jsonl", "pictures": "pictures", "llava": "llava.json"}[source]
+        return fingerprint_records(load_records(DataConfig(source=source, path=str(path))))
+
+    first = tmp_path / "first"
+    shutil.copytree(data, first)
+    entry = {"image": "pictures/01.png", "conversations": turns_of("<image>", "A bus")}
+    (first / "llava.json").write_text(json.dumps([entry, {"conversations": []}]))
+    before = fingerprint(first)
+    second = tmp_path / "elsewhere" / "second"
+    shutil.copytree(first, second)
+    assert fingerprint(second) == before
+    picture = bytearray((second / "pictures" / "01.png").read_bytes())
+    picture[-20] ^= 1  # as long as before
+    (second / "pictures" / "01.png").write_bytes(picture)
+    assert fingerprint(second) != before
+
+
+def test_a_revision_belongs_to_a_hub_id(tmp_path):
+    with pytest.raises(ValueError, match="revision belongs to the source huggingface"):
+        DataConfig(source="chat", path="x", revision="main")
+    with pytest.raises(ValueError, match="revision belongs to a Hub id"):
+        DataConfig(source="huggingface", path=str(tmp_path), revision="main")
 
 
 def test_a_field_of_another_kind_of_source_is_refused():
