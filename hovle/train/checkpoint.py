@@ -68,7 +68,7 @@ def save_checkpoint(
         best_step: Step of the checkpoint that the link `best` names, and that stays too.
 
     Raises:
-        SaveError: When it cannot be written, for instance on a full disk.
+        SaveError: When it cannot be written, for instance on a full disk, or older ones cannot be dropped.
     """
 
     def fill(temporary: Path) -> None:
@@ -81,6 +81,16 @@ def save_checkpoint(
         newest = find_checkpoint(output)
         advice = "There is no earlier one." if newest is None else f"{newest} is complete: continue it with --resume."
         raise SaveError(f"Checkpoint of step {step} could not be written ({error}). {advice}") from error
+    try:
+        _drop_older(output, keep_last, best_step)
+    except OSError as error:
+        raise SaveError(
+            f"Checkpoint of step {step} is complete, but the link to the best one or the removal of older ones failed "
+            f"({error}). Put {output} right and continue with --resume."
+        ) from error
+
+
+def _drop_older(output: Path, keep_last: int, best_step: int | None) -> None:
     kept = sorted_checkpoints(output)[-keep_last:]
     if best_step is not None:
         link_best(output, best_step)

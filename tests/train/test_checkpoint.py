@@ -64,6 +64,21 @@ def test_an_interrupted_save_leaves_the_older_checkpoint_usable(tmp_path, monkey
     assert checkpoints.load_training_state(newest) == {"step": 2}
 
 
+@pytest.mark.parametrize("action", ["link", "removal"])
+def test_a_link_or_removal_that_fails_ends_the_run_with_the_new_checkpoint_complete(tmp_path, monkeypatch, action):
+    checkpoints.save_checkpoint(tmp_path, 2, write("two"), {"step": 2})
+
+    def fail(*args, **kwargs):
+        raise PermissionError("Read-only file system")
+
+    monkeypatch.setattr(checkpoints, "link_best" if action == "link" else "remove_folder", fail)
+    with pytest.raises(checkpoints.SaveError, match=r"step 4 is complete, but .*Read-only.*continue with --resume"):
+        checkpoints.save_checkpoint(tmp_path, 4, write("four"), {"step": 4}, best_step=4)
+    newest = checkpoints.find_checkpoint(tmp_path)
+    assert newest is not None
+    assert checkpoints.load_training_state(newest) == {"step": 4}
+
+
 def test_a_folder_left_by_a_killed_process_is_no_checkpoint(tmp_path):
     killed = tmp_path / ".checkpoint-000004.writing"
     killed.mkdir()
