@@ -16,7 +16,7 @@ from torch import nn
 from ..durable import remove_folder, write_folder
 from ..errors import StopRunError
 from ..modeling_hovle import HoVLEForConditionalGeneration
-from .config import StageConfig
+from .config import StageConfig, with_new_fields
 from .parallel import whole
 from .pixels import PixelNormalization
 
@@ -132,8 +132,8 @@ def load_training_state(checkpoint: Path) -> dict:
 
 
 def changed_fields(old: dict, new: dict) -> list[str]:
-    """Fields in which two recipes would train differently."""
-    old, new = _without_revisions(old), _without_revisions(new)
+    """Fields in which two recipes would train differently; a field that the old one lacks had its default."""
+    old, new = _without_revisions(with_new_fields(old)), _without_revisions(new)
     return [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
 
 

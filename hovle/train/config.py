@@ -428,6 +428,17 @@ def load_stage(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Stage
     return _build(StageConfig, values, str(path))
 
 
+def with_new_fields(values: dict) -> dict:
+    """A recipe that an older version wrote, with the defaults of fields that are new since.
+
+    One that this version cannot read stays as it is.
+    """
+    try:
+        return _build(StageConfig, values, "recipe of a run").to_dict()
+    except ValueError:
+        return values
+
+
 def _read_yaml(text: str, where: str):
     try:
         return yaml.safe_load(text)

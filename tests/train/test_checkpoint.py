@@ -120,6 +120,23 @@ def test_what_moves_no_number_may_change(next_token_config):
     assert {field.name for field in dataclasses.fields(moved)} >= set(checkpoints.RESUMABLE_CHANGES)
 
 
+def test_a_field_that_is_new_since_the_checkpoint_had_its_default(next_token_config):
+    old = next_token_config().to_dict()
+    for name in ("adam_betas", "max_tiles_per_picture", "quantize_frozen"):
+        del old[name]
+    del old["objective"]["tiles_per_set"]
+    del old["data"][0]["prompt"]
+    checkpoints.check_same_run(next_token_config(), {"config": old, "data_fingerprint": "abc"}, "abc")
+    other = next_token_config("objective.tiles_per_set=4", "max_tiles_per_picture=1")
+    assert checkpoints.changed_fields(old, other.to_dict()) == ["objective", "max_tiles_per_picture"]
+
+
+def test_a_recipe_that_cannot_be_read_any_more_is_compared_as_it_stands(next_token_config):
+    old = {**next_token_config().to_dict(), "seed": 1, "field_of_old": 3}
+    del old["compile"]
+    assert checkpoints.changed_fields(old, next_token_config().to_dict()) == ["seed", "compile"]
+
+
 def test_pinning_the_commit_of_a_data_set_is_no_other_recipe(next_token_config):
     hub = next_token_config("data.source=huggingface", "data.path=owner/name")
     pinned = next_token_config("data.source=huggingface", "data.path=owner/name", "data.revision=abc")
