@@ -1,7 +1,9 @@
 """`hovle data doctor`: what the report says of small sources, sound and broken."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,41 @@ def test_every_fault_is_counted_by_reason_and_named(recipe, tmp_path, capsys):
     assert "samples        2," in shown
     assert "A run would stop: mixed skips more than 0.10%." in shown
     assert main(["data", "doctor", str(recipe), "max_skip_fraction=0.9", "--out", str(tmp_path / "x.png")]) == 0
+
+
+def test_faults_of_data_set_rows_and_unanswered_turns_are_counted_and_named(
+    recipe, data, tmp_path, capsys, monkeypatch
+):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    picture = (data / "pictures" / "01.png").read_bytes()
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A bus"}]
+    members = {f"{number}.json": json.dumps({"conversations": turns, "image": f"{number}.png"}) for number in range(5)}
+    members |= {f"{number}.png": picture for number in range(5)}
+    members["1.json"] = '{"conversations": ['
+    members["3.json"] = json.dumps({"conversations": [*turns, {"from": "human", "value": "And?"}]})
+    members["5.json"] = json.dumps({"conversations": turns, "image": "gone.png"})  # and no 5.png
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "shard.tar", "w") as tar:
+        for name, content in sorted(members.items()):
+            entry = tarfile.TarInfo(name)
+            content = content.encode() if isinstance(content, str) else content
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    source = f"{{source: huggingface, path: {tmp_path / 'tars'}, name: tars}}"
+    code, shown = report_of(capsys, tmp_path, recipe, f"data.1={source}")
+    assert code == 1
+    for reason in ("malformed", "missing file", "unanswered turn"):
+        assert f"skipped        1 (14.29%): {reason}" in shown  # of six rows, one of which lost a turn
+    for detail in (
+        "1.json of shard.tar cannot",
+        "its image is the text 'gone.png'",
+        "1 messages after its last reply",
+    ):
+        assert detail in shown
+    assert "samples        4," in shown
 
 
 def test_data_cannot_send_codes_to_the_terminal(recipe, tmp_path, capsys):
