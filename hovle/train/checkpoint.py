@@ -16,7 +16,7 @@ from torch import nn
 from ..durable import remove_folder, write_folder
 from ..errors import StopRunError
 from ..modeling_hovle import HoVLEForConditionalGeneration
-from .config import StageConfig
+from .config import StageConfig, with_new_fields
 from .parallel import whole
 from .pixels import PixelNormalization
 
@@ -68,7 +68,7 @@ def save_checkpoint(
         best_step: Step of the checkpoint that the link `best` names, and that stays too.
 
     Raises:
-        SaveError: When it cannot be written, for instance on a full disk.
+        SaveError: When it cannot be written, for instance on a full disk, or older ones cannot be dropped.
     """
 
     def fill(temporary: Path) -> None:
@@ -81,6 +81,16 @@ def save_checkpoint(
         newest = find_checkpoint(output)
         advice = "There is no earlier one." if newest is None else f"{newest} is complete: continue it with --resume."
         raise SaveError(f"Checkpoint of step {step} could not be written ({error}). {advice}") from error
+    try:
+        _drop_older(output, keep_last, best_step)
+    except OSError as error:
+        raise SaveError(
+            f"Checkpoint of step {step} is complete, but the link to the best one or the removal of older ones failed "
+            f"({error}). Put {output} right and continue with --resume."
+        ) from error
+
+
+def _drop_older(output: Path, keep_last: int, best_step: int | None) -> None:
     kept = sorted_checkpoints(output)[-keep_last:]
     if best_step is not None:
         link_best(output, best_step)
@@ -122,8 +132,19 @@ def load_training_state(checkpoint: Path) -> dict:
 
 
 def changed_fields(old: dict, new: dict) -> list[str]:
-    """Fields in which two recipes would train differently."""
+    """Fields in which two recipes would train differently; a field that the old one lacks had its default."""
+    old, new = _without_revisions(with_new_fields(old)), _without_revisions(new)
     return [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
+
+
+def _without_revisions(recipe: dict) -> dict:
+    """A recipe without the commits of its data, which the fingerprint of the data holds."""
+    given = recipe.get("data") or []
+    sources = [given] if isinstance(given, dict) else given
+    return {
+        **recipe,
+        "data": [{key: value for key, value in source.items() if key != "revision"} for source in sources],
+    }
 
 
 def check_same_recipe(config: StageConfig, old: dict) -> None:
@@ -142,7 +163,9 @@ def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> N
     check_same_recipe(config, state["config"])
     if state["data_fingerprint"] != data_fingerprint:
         raise ValueError(
-            f"Cannot resume: the data changed (fingerprint {state['data_fingerprint']} -> {data_fingerprint})."
+            f"Cannot resume: the data changed (fingerprint {state['data_fingerprint']} -> {data_fingerprint}). "
+            "Restore names and contents of its files (their place and times do not matter); for a Hub id, set its "
+            "`revision` to the commit after the @."
         )
 
 

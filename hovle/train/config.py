@@ -82,6 +82,8 @@ class DataConfig:
     """How local files are laid out (huggingface); `auto` goes by their names, and by the card of a Hub id."""
     subset: str | None = None
     """Which of a data set's configurations to read (huggingface)."""
+    revision: str | None = None
+    """Commit, branch or tag of a Hub id (huggingface); a commit keeps a run resumable when the data set moves on."""
     streaming: bool = False
     """Read shards one after another instead of preparing all of them on disk first (huggingface)."""
     prompt: str = ""
@@ -98,10 +100,12 @@ class DataConfig:
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"weight must be a number above 0, got {self.weight}; leave a source out to mute it.")
         only_for = {"picture_folder": "llava", "format": "huggingface", "subset": "huggingface"}
-        only_for |= {"streaming": "huggingface", "prompt": "huggingface"}
+        only_for |= {"streaming": "huggingface", "prompt": "huggingface", "revision": "huggingface"}
         for field, source in only_for.items():
             if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.source != source:
                 raise ValueError(f"{field} belongs to the source {source}; {self.source!r} does not read it.")
+        if self.revision is not None and Path(str(self.path)).exists():
+            raise ValueError(f"revision belongs to a Hub id; {self.path} is a local path.")
         if self.balance_answers and self.source != "easy_vqa":
             raise ValueError(f"balance_answers balances the questions of easy_vqa; {self.source!r} has none.")
 
@@ -422,6 +426,17 @@ def load_stage(name_or_path: str, overrides: typing.Sequence[str] = ()) -> Stage
     for override in overrides:
         _override(values, override)
     return _build(StageConfig, values, str(path))
+
+
+def with_new_fields(values: dict) -> dict:
+    """A recipe that an older version wrote, with the defaults of fields that are new since.
+
+    One that this version cannot read stays as it is.
+    """
+    try:
+        return _build(StageConfig, values, "recipe of a run").to_dict()
+    except ValueError:
+        return values
 
 
 def _read_yaml(text: str, where: str):

@@ -28,8 +28,9 @@ from .config import StageConfig, load_stage
 from .data import Mixture, PackedBatches, RandomTextSamples, Sample, SampleMaker, SkipSampleError, open_mixture
 from .mixture import MixtureReader
 from .packing import StreamPosition
+from .samples import was_split
 from .setup import make_sampler, start_processor
-from .skips import FEWEST_DRAWN, NO_PICTURE, NUM_WORST, SkipBudgetError
+from .skips import FEWEST_DRAWN, NO_FAULTS, NUM_WORST, SkipBudgetError
 
 NUM_SHOWN = 5
 """Samples the report decodes."""
@@ -47,6 +48,8 @@ class SourceReport:
     """Of the samples of the mix."""
     num_records: int | None
     """None for a stream."""
+    left_aside: list[str] = field(default_factory=list)
+    """What of its folder is not read."""
     num_scanned: int = 0
     num_split: int = 0
     num_tiles: int = 0
@@ -61,7 +64,7 @@ class SourceReport:
     @property
     def num_charged(self) -> int:
         """Skips that count against the budget."""
-        return sum(count for reason, count in self.reasons.items() if reason != NO_PICTURE)
+        return sum(count for reason, count in self.reasons.items() if reason not in NO_FAULTS)
 
 
 @dataclass
@@ -81,7 +84,8 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
     if size is None and limit == 0:
         raise ValueError(f"{mixture.labels[number]} is a stream without a known end: bound the scan with --samples.")
     share = float(mixture.weights[number] / sum(mixture.weights))
-    report = SourceReport(mixture.labels[number], share, size)
+    left_aside = list(getattr(mixture.sources[number], "left_aside", ()))
+    report = SourceReport(mixture.labels[number], share, size, left_aside)
     reader = MixtureReader(Mixture([mixture.sources[number]], mixture.seed), 0, 1, {})
     for index in range(min(limit or size or 0, size or limit)):
         try:
@@ -89,7 +93,7 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
         except SkipSampleError as error:
             made = [error]
         report.num_scanned += 1
-        report.num_split += len(made) > 1
+        report.num_split += was_split(made)
         for item in made:
             _count(report, item, maker)
     return report
@@ -162,6 +166,7 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
     lines = [f"{source.label}: {size}, {source.share:.1%} of the samples"]
     if is_bounded:
         lines.append(f"  scanned        {source.num_scanned:,} records only; --samples 0 reads all")
+    lines += [f"  {_printable(line)}" for line in source.left_aside]
     lines.append(
         f"  samples        {len(source.lengths):,}, {tokens:,} tokens, {source.num_tiles:,} tiles"
         + (f"; {source.num_split:,} conversations cut between turns" if source.num_split else "")

@@ -11,11 +11,14 @@ Pictures stay encoded until their batch is packed. Of a tar, pictures, JSON and 
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..pictures import picture_size
 from .config import DataConfig
+from .fingerprints import fingerprint_files
 from .skips import SkipSampleError
 from .sources import PICTURE_MARK, PICTURE_SUFFIXES, ROLES, Record, conversation, inside, messages_from_turns
 
@@ -25,10 +28,20 @@ TEXT_SUFFIXES = ("json", "txt")
 CAPTIONS = ("text", "caption", "txt")
 """Columns that hold a caption."""
 
+PICTURES = ("image", "images")
+"""Columns that hold pictures, beside members with a picture's suffix."""
 
-def open_dataset(config: DataConfig) -> Any:
-    """Open a data set, map-style or as a stream, with its pictures left encoded."""
-    from datasets import Image, List, load_dataset_builder  # an extra: other sources do without it
+FAULT = "__fault__"
+"""Column of a tar's rows that says which member cannot be decoded, empty where all can."""
+
+
+def open_dataset(config: DataConfig) -> tuple[Any, str]:
+    """Open a data set, map-style or as a stream, with its pictures left encoded.
+
+    Returns:
+        The data set, and a fingerprint of what it is made of.
+    """
+    from datasets import load_dataset_builder  # an extra: other sources do without it
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
     path = Path(str(config.path))
@@ -37,24 +50,88 @@ def open_dataset(config: DataConfig) -> Any:
         options["data_dir"] = str(path)
     elif path.exists() or "*" in path.name:
         options["data_files"] = str(path)
-    builder = load_dataset_builder(_layout(config) if options else str(path), config.subset, **options)
+    builder = load_dataset_builder(
+        _layout(config) if options else str(path), config.subset, revision=config.revision, **options
+    )
+    commit = None if options else builder.hash
     if isinstance(builder, WebDataset):
+        builder = _picture_tars(WebDataset)(data_files=builder.config.data_files)
+    if not config.streaming:
+        _prepare(builder, config)
+    opened = builder.as_streaming_dataset if config.streaming else builder.as_dataset
+    dataset = _with_encoded_pictures(opened(split=config.split), config)
+    return dataset, _fingerprint(config, dataset, commit)
 
-        class PictureTars(WebDataset):
-            DECODERS = {suffix: WebDataset.DECODERS[suffix] for suffix in TEXT_SUFFIXES}  # noqa: RUF012 - as its base
 
-        builder = PictureTars(data_files=builder.config.data_files)
-    if config.streaming:
-        dataset = builder.as_streaming_dataset(split=config.split)
-    else:
+def _prepare(builder: Any, config: DataConfig) -> None:
+    """Write the rows to the cache of `datasets`."""
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
         builder.download_and_prepare()
-        dataset = builder.as_dataset(split=config.split)
+    except DatasetGenerationError as error:
+        raise ValueError(f"{config.label}: `datasets` cannot prepare its rows ({error.__cause__!r:.300}).") from error
+
+
+def _with_encoded_pictures(dataset: Any, config: DataConfig) -> Any:
+    """The data set with its pictures left encoded; ValueError where a column of pictures has a name nobody reads."""
+    from datasets import Image, List
+
     for name, feature in (dataset.features or {}).items():
-        if isinstance(feature, Image):
-            dataset = dataset.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            dataset = dataset.cast_column(name, List(Image(decode=False)))
+        is_list = isinstance(feature, List)
+        if not isinstance(feature.feature if is_list else feature, Image):
+            continue
+        if not _is_picture_column(name):
+            raise ValueError(
+                f"{config.label}: its column {name!r} holds pictures, but only {_known_columns()} are read. Rename "
+                "it, or write the data set without it."
+            )
+        encoded = Image(decode=False)
+        dataset = dataset.cast_column(name, List(encoded) if is_list else encoded)
     return dataset
+
+
+def _picture_tars(base: Any) -> Any:
+    """Reader of tars that decodes nothing but JSON and text, and tells of a member that is neither."""
+
+    def decode_or_tell(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+        def decoded(data: bytes) -> Any:
+            try:
+                return decode(data)
+            except (ValueError, RecursionError) as error:
+                return _BrokenMember(str(error))
+
+        return decoded
+
+    class PictureTars(base):
+        DECODERS = {suffix: decode_or_tell(base.DECODERS[suffix]) for suffix in TEXT_SUFFIXES}  # noqa: RUF012
+
+        @classmethod
+        def _get_pipeline_from_tar(cls, tar_path: str, tar_iterator: Any) -> Iterator[dict]:
+            for example in super()._get_pipeline_from_tar(tar_path, tar_iterator):
+                broken = {key: value for key, value in example.items() if isinstance(value, _BrokenMember)}
+                faults = [
+                    f"{example['__key__']}.{key} of {tar_path.rpartition('/')[2]} cannot be decoded ({value.error})"
+                    for key, value in broken.items()
+                ]
+                yield {**example, **dict.fromkeys(broken), FAULT: "; ".join(faults)}
+
+    return PictureTars
+
+
+@dataclass(frozen=True)
+class _BrokenMember:
+    """Stands for a member of a tar that cannot be decoded."""
+
+    error: str
+
+
+def _is_picture_column(name: str) -> bool:
+    return name in PICTURES or f".{name.rpartition('.')[2].lower()}" in PICTURE_SUFFIXES
+
+
+def _known_columns() -> str:
+    return f"{', '.join(PICTURES)} and members of a tar named {', '.join(PICTURE_SUFFIXES)}"
 
 
 def _layout(config: DataConfig) -> str:
@@ -73,14 +150,17 @@ def _layout(config: DataConfig) -> str:
     )
 
 
-def _fingerprint(config: DataConfig, dataset: Any) -> str:
-    """Short hash of what the data set is made of: names and sizes of local files, columns, rows if known."""
+def _fingerprint(config: DataConfig, dataset: Any, commit: str | None) -> str:
+    """Short hash of local files, or of a Hub id with its commit; of columns, and of rows if known."""
     path = Path(str(config.path))
     files = sorted(path.rglob("*")) if path.is_dir() else sorted(path.parent.glob(path.name))
-    sizes = [(file.name, file.stat().st_size) for file in files if file.is_file()]
+    if commit is None:
+        made_of = fingerprint_files([file for file in files if file.is_file()], path if path.is_dir() else path.parent)
+    else:
+        made_of = str(config.path)
     rows = None if config.streaming else len(dataset)
-    parts = (str(path), config.subset, config.split, sizes, sorted(dataset.features or {}), rows)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+    parts = (made_of, config.subset, config.split, sorted(dataset.features or {}), rows)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16] + (f"@{commit}" if commit else "")
 
 
 class DatasetRecords:
@@ -88,8 +168,7 @@ class DatasetRecords:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.dataset = open_dataset(config)
-        self.fingerprint = _fingerprint(config, self.dataset)
+        self.dataset, self.fingerprint = open_dataset(config)
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -107,8 +186,7 @@ class DatasetStream:
 
     def __init__(self, config: DataConfig):
         self.config = config
-        self.dataset = open_dataset(config)
-        self.fingerprint = _fingerprint(config, self.dataset)
+        self.dataset, self.fingerprint = open_dataset(config)
 
     def open_lane(self, lane: int, num_lanes: int, seed: int, state: dict | None) -> "LaneStream":
         """Read a lane's share, from its beginning or from where `LaneStream.state` was taken."""
@@ -161,7 +239,11 @@ def record_from_row(row: dict, name: str, config: DataConfig) -> Record:
     if isinstance(member, Mapping):
         row = {**member, **{key: value for key, value in row.items() if key != "json"}}
     name = f"{name} ({row['__key__']})" if "__key__" in row else name
+    if row.get(FAULT):
+        raise SkipSampleError(name, "malformed", f"{row[FAULT]}.")
     pictures = _pictures(row, name, config)
+    if not pictures:
+        _check_no_picture_is_missing(row, name)
     turns = _turns(row, name, len(pictures), config)
     if turns is None and len(pictures) == 1:
         return Record(name, conversation(pictures[0], "", ""))
@@ -177,9 +259,12 @@ def _pictures(row: dict, name: str, config: DataConfig) -> list[str | bytes]:
     """Encoded pictures of a row, or paths of files that stay inside the data set's folder."""
     given: list = []
     for key, value in row.items():
-        is_picture = key in ("image", "images") or f".{key.rpartition('.')[2].lower()}" in PICTURE_SUFFIXES
-        if is_picture and value is not None and not isinstance(value, str):
-            given += value if isinstance(value, list) else [value]
+        if _is_picture_column(key):
+            if value is not None and not isinstance(value, str):
+                given += value if isinstance(value, list) else [value]
+        elif _shows_a_picture(value):
+            detail = f"its column {key!r} holds a picture, but only {_known_columns()} are read; rename it."
+            raise SkipSampleError(name, "picture in an unknown column", detail)
     pictures: list[str | bytes] = []
     for picture in given:
         if isinstance(picture, bytes):
@@ -196,6 +281,34 @@ def _pictures(row: dict, name: str, config: DataConfig) -> list[str | bytes]:
                 name, "missing file", f"a picture without bytes and without a file: {picture!r:.80}."
             )
     return pictures
+
+
+def _shows_a_picture(value: Any) -> bool:
+    """Whether a column holds a picture's bytes, its own or those of its first item."""
+    value = value[0] if isinstance(value, list) and value else value
+    value = value.get("bytes") if isinstance(value, Mapping) else value
+    if not isinstance(value, bytes):
+        return False
+    try:
+        picture_size(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _check_no_picture_is_missing(row: dict, name: str) -> None:
+    """Raise where a row without pictures tells that it should have one; an empty list says that it has none.
+
+    Where turns have marks for their pictures, the marks say how many there should be.
+    """
+    named = {key: value for key, value in row.items() if _is_picture_column(key)}
+    for key, value in named.items():
+        if isinstance(value, str) and value:
+            detail = f"its {key} is the text {value!r:.80}; the data set must hold the pictures themselves."
+            raise SkipSampleError(name, "missing file", detail)
+    has_marks = row.get("messages") or row.get("conversations")
+    if not has_marks and any(not value and value != [] for value in named.values()):
+        raise SkipSampleError(name, "missing file", f"its {', '.join(named)} is empty.")
 
 
 def _turns(row: dict, name: str, num_pictures: int, config: DataConfig) -> list[tuple[str, str]] | None:

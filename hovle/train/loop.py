@@ -29,6 +29,8 @@ class StepResult:
     """Norm before clipping."""
     part_norms: dict[str, float]
     """The same of each part of the model that learns."""
+    is_empty: bool = False
+    """Whether the step held nothing to learn from: then the weights stay, and so do the optimizer's averages."""
 
 
 class NonFiniteLossError(StopRunError):
@@ -66,7 +68,8 @@ def train_step(
     inner = unwrap(objective)
     weights = inner.weights
     counts = [inner.counts(batch) for batch in micro_batches]
-    totals = {name: reduce_sum(torch.stack([count[name] for count in counts]).sum()).clamp(min=1) for name in weights}
+    found = {name: reduce_sum(torch.stack([count[name] for count in counts]).sum()) for name in weights}
+    totals = {name: count.clamp(min=1) for name, count in found.items()}
     losses, sums = [], torch.zeros(len(weights), device=totals[next(iter(weights))].device)
     for number, batch in enumerate(micro_batches, 1):
         with gradient_exchange(objective, is_last=number == len(micro_batches)):
@@ -82,11 +85,14 @@ def train_step(
     nn.utils.clip_grads_with_norm_(parameters, max_gradient_norm, gradient_norm)
     means = {name: float(total / totals[name]) for name, total in zip(weights, reduce_sum(sums), strict=True)}
     total = sum(weights[name] * means[name] for name in weights)
-    result = StepResult(total, means, float(gradient_norm), {part: float(norm) for part, norm in part_norms.items()})
-    # Every process knows these two numbers, so all of them stop or none does.
+    norms = {part: float(norm) for part, norm in part_norms.items()}
+    is_empty = not any(weights[name] and float(count) for name, count in found.items())
+    result = StepResult(total, means, float(gradient_norm), norms, is_empty)
+    # Every process knows these numbers, so all of them stop, or keep their weights, or none does.
     if not (math.isfinite(result.loss) and math.isfinite(result.gradient_norm)):
         raise _non_finite(result, micro_batches, losses)
-    optimizer.step()
+    if not is_empty:  # without gradients AdamW would still decay weights and move along old averages
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return result
 
@@ -165,6 +171,7 @@ def train(
         total=config.num_steps, initial=first_step, desc=name, unit="step", disable=not accelerator.is_main_process
     )
     meter.start()
+    num_empty = 0
     for step in range(first_step, config.num_steps):
         with meter.waiting_for_data():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
@@ -181,11 +188,13 @@ def train(
             num_processes=accelerator.num_processes,
         )
         meter.add(micro_batches)
+        num_empty += result.is_empty
         progress.update()
         finished = step + 1
         is_last = finished == config.num_steps
         if finished % config.log_every == 0 or is_last:
-            entry = log_entry(finished, result, optimizer.param_groups[0]["lr"], meter)
+            entry = log_entry(finished, result, optimizer.param_groups[0]["lr"], num_empty, meter)
+            num_empty = 0
             log(entry)
             progress.set_postfix_str(f"loss {result.loss:.3f}, {entry['tokens_per_second']:.0f} tokens/s")
         with meter.paused():
@@ -196,8 +205,8 @@ def train(
     progress.close()
 
 
-def log_entry(step: int, result: StepResult, learning_rate: float, meter: Meter) -> dict[str, float]:
-    """What is logged of a step, and of the speed since the last logged one."""
+def log_entry(step: int, result: StepResult, learning_rate: float, num_empty: int, meter: Meter) -> dict[str, float]:
+    """What is logged of a step, and of speed and steps without anything to learn from since the last logged one."""
     return {
         "step": step,
         "loss": round(result.loss, 5),
@@ -205,6 +214,7 @@ def log_entry(step: int, result: StepResult, learning_rate: float, meter: Meter)
         "gradient_norm": round(result.gradient_norm, 4),
         **{f"gradient_norm_{part}": round(norm, 4) for part, norm in result.part_norms.items()},
         "learning_rate": learning_rate,
+        "steps_without_loss": num_empty,
         **meter.read(),
     }
 

@@ -91,15 +91,25 @@ class Mixture:
         return None if self.streams else sum(len(records) for records in self.lists.values())
 
     def describe(self) -> list[str]:
-        """One line per source: its name, size and share."""
+        """One line per source: its name, size and share; then what they leave aside."""
         sizes = [
             "a stream" if isinstance(records, RecordStream) else f"{len(records):,} records"
             for records in self.sources
         ]
         shares = [float(weight / sum(self.weights)) for weight in self.weights]
-        return [
+        lines = [
             f"{label}: {size}" + (f", {share:.1%} of the samples" if len(shares) > 1 else "")
             for label, size, share in zip(self.labels, sizes, shares, strict=True)
+        ]
+        return lines + self.left_aside
+
+    @property
+    def left_aside(self) -> list[str]:
+        """One line for each kind of file that a source does not read."""
+        return [
+            f"{label}: {line}"
+            for label, records in zip(self.labels, self.sources, strict=True)
+            for line in getattr(records, "left_aside", ())
         ]
 
     def first_records(self, count: int) -> Iterator[Record]:

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..modeling_hovle import IGNORE_INDEX
 from .config import StageConfig
 from .mixture import Mixture, MixtureReader
-from .samples import ReplySamples, Sample, SampleMaker
-from .skips import MOST_IN_A_ROW, Skip, SkipBudgetError, SkipSampleError, count_skips, describe_skips
+from .samples import ReplySamples, Sample, SampleMaker, was_split
+from .skips import MOST_IN_A_ROW, NO_FAULTS, Skip, SkipBudgetError, SkipSampleError, count_skips, describe_skips
 from .sources import Records
 
 
@@ -126,20 +126,38 @@ class Lane:
         self.reader = MixtureReader(mixture, number, num_lanes, start.streams)
         self.next_index = start.next_index
         self.window: list[Sample] = []
+        self.lost: list[Skip] = []
         self._restore(start)
         self._forget_counts()
 
     def _restore(self, start: LanePosition) -> None:
-        """Make the pending samples again; streams are read again from the oldest of them on."""
-        pending = {tuple(entry) for entry in start.pending}
-        indices = {index for index, _ in pending}
-        for index in range(min(indices, default=start.next_index), start.next_index, self.num_lanes):
-            if index in indices:
-                made = [item for item in self._make(index) if isinstance(item, Sample)]
-                self.window += [sample for sample in made if (index, sample.part) in pending]
+        """Make the pending samples again; streams are read again from the oldest of them on.
+
+        What cannot be made any more is counted with the next batch.
+        """
+        parts: dict[int, list[int]] = {}
+        for index, part in start.pending:
+            parts.setdefault(index, []).append(part)
+        for index in range(min(parts, default=start.next_index), start.next_index, self.num_lanes):
+            if index in parts:
+                made = self._make(index)
+                for part in parts[index]:
+                    item = made[part] if part < len(made) else made[-1]
+                    self._take_pending(item, index, part)
             elif self.reader.reads_stream(index):
                 with contextlib.suppress(SkipSampleError):
                     self.reader.record_at(index)
+
+    def _take_pending(self, item: Sample | SkipSampleError, index: int, part: int) -> None:
+        """Put a pending sample that was made again into the window, or note why it was not."""
+        if isinstance(item, Sample) and item.part == part:
+            self.window.append(item)
+            return
+        reason, detail = "changed data", f"it has no part {part + 1} now."
+        if isinstance(item, SkipSampleError) and item.reason not in NO_FAULTS:
+            reason, detail = item.reason, item.detail
+        detail = f"drawn before the run was resumed, lost since: {detail}"
+        self.lost.append(Skip(self.label_of(index), reason, item.name, detail))
 
     def _forget_counts(self) -> None:
         self.num_drawn = self.num_split = self.num_skipped_in_a_row = 0
@@ -155,6 +173,7 @@ class Lane:
     def next_rows(self) -> list[list[Sample]]:
         """Draw until there is enough to choose from, and pack one batch."""
         self._forget_counts()
+        self.skips, self.lost = self.lost, []
         config = self.config
         wanted = config.rows_per_batch * config.row_length
         while len(self.window) < config.packing_window or sum(item.num_inputs for item in self.window) < wanted:
@@ -169,7 +188,7 @@ class Lane:
         label = self.label_of(self.next_index)
         self.next_index += self.num_lanes
         self.num_drawn += 1
-        self.num_split += len(made) > 1
+        self.num_split += was_split(made)
         faults = [item for item in made if isinstance(item, SkipSampleError)]
         self.window += [item for item in made if isinstance(item, Sample)]
         self.skips += [Skip(label, fault.reason, fault.name, fault.detail) for fault in faults]

@@ -60,8 +60,9 @@ def tracking(config: StageConfig, accelerator) -> Iterator[None]:
     if config.tracking:
         accelerator.log_with = list(config.tracking)
         accelerator.project_configuration.set_directories(config.output)
-        own_name = {name: {"name": Path(config.output).name} for name in ("wandb", "trackio")}
-        accelerator.init_trackers("hovle", config=flatten(config.to_dict()), init_kwargs=own_name)
+        name = Path(config.output).name
+        options = {"wandb": {"name": name, "dir": config.output}, "trackio": {"name": name}}
+        accelerator.init_trackers("hovle", config=flatten(config.to_dict()), init_kwargs=options)
     try:
         yield
     finally:

@@ -138,6 +138,8 @@ def warnings_of(shown: Run) -> list[str]:
             )
     for reason, count in (shown.steps[-1].get("samples_skipped", {}) if shown.steps else {}).items():
         found.append(f"{count:,} of {shown.steps[-1]['samples_drawn']:,} samples were skipped: {reason}.")
+    if num_empty := sum(entry.get("steps_without_loss", 0) for entry in shown.steps):
+        found.append(f"{num_empty:,} steps held nothing to learn from and left the weights as they were.")
     return found + shown.remarks
 
 

@@ -18,7 +18,7 @@ from ..modeling_hovle import IGNORE_INDEX
 from ..pictures import picture_size
 from ..processing_hovle import HoVLEProcessor
 from .pixels import picture_key, read_tiles
-from .skips import NO_PICTURE, SkipSampleError
+from .skips import NO_PICTURE, UNANSWERED, SkipSampleError
 from .sources import Record, conversation, picture_item, picture_sources
 
 
@@ -108,7 +108,11 @@ class SampleMaker:
             for part, item in enumerate(made):
                 if isinstance(item, Sample):
                     item.name, item.part = f"{record.name} ({part + 1} of {len(made)})", part
-        return made
+        return [*made, *self.remarks(record)]
+
+    def remarks(self, record: Record) -> list[SkipSampleError]:
+        """What of a record is left out although the rest of it is used; nothing by default."""
+        return []
 
     def _make_fitting(
         self, record: Record, index: int, max_tokens: int, max_tiles: int | None
@@ -187,6 +191,11 @@ def _is_over_long(made: Sample | SkipSampleError) -> bool:
     return isinstance(made, SkipSampleError) and made.reason == OVER_LONG
 
 
+def was_split(made: list[Sample | SkipSampleError]) -> bool:
+    """Whether a record, of which `make_all` made this, was cut between turns."""
+    return sum(isinstance(item, Sample) or item.reason != UNANSWERED for item in made) > 1
+
+
 def _picture_fault(pictures: list[str | bytes]) -> str:
     is_missing = any(isinstance(picture, str) and not Path(picture).exists() for picture in pictures)
     return "missing file" if is_missing else "unreadable picture"
@@ -197,17 +206,26 @@ class ReplySamples(SampleMaker):
 
     def make(self, record: Record, index: int) -> Sample:
         """Tokenise a record; its replies, end-of-turn tokens included, are supervised."""
-        pictures = picture_sources(record.messages)
+        first, *rest = [until_last_reply(messages) for messages in (record.messages, *record.others)]
+        pictures = picture_sources(first)
         num_tiles = self.count_tiles(record.name, pictures)
-        input_ids, labels = self._encode(record.name, record.messages, num_tiles)
+        input_ids, labels = self._encode(record.name, first, num_tiles)
         branch_ids = None
-        if record.others:
-            others = [self._encode(record.name, messages, num_tiles) for messages in record.others]
+        if rest:
+            others = [self._encode(record.name, messages, num_tiles) for messages in rest]
             input_ids, labels, branches = share_beginning([(input_ids, labels), *others])
             branch_ids = torch.tensor(branches)
         return Sample(
             record.name, index, torch.tensor(input_ids), torch.tensor(labels), pictures, num_tiles, branch_ids
         )
+
+    def remarks(self, record: Record) -> list[SkipSampleError]:
+        """Turns behind the last reply."""
+        conversations = [record.messages, *record.others]
+        lengths = [(len(until_last_reply(messages)), len(messages)) for messages in conversations]
+        num_dropped = sum(length - end for end, length in lengths if end)
+        detail = f"{num_dropped} messages after its last reply teach nothing and are left out."
+        return [SkipSampleError(record.name, UNANSWERED, detail)] if num_dropped else []
 
     def cuts(self, record: Record) -> Iterator[tuple[Record, Record]]:
         """Cut between conversations about the same pictures, or between the turns of a single one."""
@@ -231,7 +249,7 @@ class ReplySamples(SampleMaker):
         answered = [messages[: number + 1] for number in replies]
         starts = self.encode(name, prompts, num_tiles, add_generation_prompt=True)
         ends = self.encode(name, answered, num_tiles)
-        input_ids = ends[-1]  # what follows the last reply teaches nothing
+        input_ids = ends[-1]
         labels = [IGNORE_INDEX] * len(input_ids)
         special = special_ids(self.processor.tokenizer)
         for start, end in zip(starts, ends, strict=True):
@@ -242,6 +260,12 @@ class ReplySamples(SampleMaker):
         if not self.processor.tokenizer.decode(input_ids[stop + 1 :]).strip():  # a line break teaches nothing
             input_ids, labels = input_ids[: stop + 1], labels[: stop + 1]
         return input_ids, labels
+
+
+def until_last_reply(messages: list[dict]) -> list[dict]:
+    """The messages without those behind the last reply, which teach nothing; none where there is no reply."""
+    ends = [number + 1 for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: ends[-1]] if ends else []
 
 
 def _has_text(message: dict) -> bool:

@@ -11,7 +11,13 @@ from typing import NamedTuple
 from ..errors import StopRunError
 
 NO_PICTURE = "no picture"
-"""Reason of a text-only conversation in distillation: counted, but no fault, so the budget does not see it."""
+"""Reason of a text-only conversation in distillation."""
+
+UNANSWERED = "unanswered turn"
+"""Reason of what follows the last reply of a conversation, which is used without it."""
+
+NO_FAULTS = frozenset({NO_PICTURE, UNANSWERED})
+"""Reasons that are counted, but no fault, so the budget does not see them."""
 
 FEWEST_DRAWN = 1000
 """The share of skipped samples is taken of at least so many: one bad file among the first ten is no trend."""
@@ -85,12 +91,12 @@ class SkipLedger:
         self.num_drawn += sum(drawn for drawn, _, _ in noted)
         self.num_split += sum(split for _, split, _ in noted)
         self.reasons.update((skip.source, skip.reason) for skip in skips)
-        self.worst.update((skip.name, skip.detail) for skip in skips if skip.reason != NO_PICTURE)
+        self.worst.update((skip.name, skip.detail) for skip in skips if skip.reason not in NO_FAULTS)
         return skips
 
     def check(self) -> None:
         """Raise SkipBudgetError, on every process alike, when too many samples are skipped."""
-        charged = sum(count for (_, reason), count in self.reasons.items() if reason != NO_PICTURE)
+        charged = sum(count for (_, reason), count in self.reasons.items() if reason not in NO_FAULTS)
         if charged > self.max_fraction * max(self.num_drawn, FEWEST_DRAWN):
             raise SkipBudgetError(
                 f"{charged} of {self.num_drawn} samples were skipped, more than max_skip_fraction "

@@ -4,9 +4,13 @@ What is wrong with a whole file is refused when it is opened; what is wrong with
 conversation is drawn (see `skips.py`).
 """
 
+import contextlib
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,15 +18,20 @@ from typing import Protocol, runtime_checkable
 from ..assets import easy_vqa
 from ..eval.vqa import Question, draw_weighted, load_questions, wording_weights
 from .config import DataConfig
-from .skips import SkipSampleError
+from .fingerprints import at_even_distances, fingerprint_files
+from .skips import NUM_WORST, SkipSampleError
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 
 PICTURE_MARK = "<image>"
 """Where a picture stands in a human turn of LLaVA's format."""
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 """Names of the speakers in LLaVA's format and ours -> role of a chat message."""
+
+
+CHAT_ROLES = ("system", "user", "assistant")
+"""Roles of chat messages."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +111,19 @@ def fingerprint_records(records: Records | RecordStream) -> str:
     if hasattr(records, "fingerprint"):
         return records.fingerprint
     assert not isinstance(records, RecordStream)  # streams have one
-    digest = hashlib.sha256()
-    for place in range(len(records)):
-        digest.update(repr(records[place]).encode())
+    everything = [records[place] for place in range(len(records))]
+    pictures = _picture_paths(everything)
+    root = os.path.commonpath([os.path.dirname(path) for path in pictures]) if pictures else "/"
+    digest = hashlib.sha256(fingerprint_files(pictures, root).encode())
+    for record in everything:
+        digest.update(repr(record).replace(os.path.join(root, ""), "").encode())  # the folder may have moved
     return digest.hexdigest()[:16]
+
+
+def _picture_paths(records: Iterable[Record]) -> list[str]:
+    """Files of all pictures, each once, in the order in which they come."""
+    sources = (source for record in records for source in picture_sources(record.messages))
+    return list(dict.fromkeys(source for source in sources if isinstance(source, str)))
 
 
 def _question_records(questions: list[Question], questions_per_sample: int) -> list[Record]:
@@ -161,19 +179,37 @@ def _chat_records(config: DataConfig) -> list[Record]:
             name = f"{path.name}:{number}"
             try:
                 messages = json.loads(line)["messages"]
-                for message in messages:
-                    for item in message["content"] if isinstance(message["content"], list) else ():
-                        if item["type"] == "image":
-                            item["path"] = str(inside(path.parent, item["path"]))
+                fault = _message_fault(messages)
             except (json.JSONDecodeError, KeyError, TypeError) as error:
+                fault = repr(error)
+            if fault:
                 raise ValueError(
                     f'{name}: expected {{"messages": [{{"role": ..., "content": [{{"type": "image", "path": ...}}, '
-                    f'{{"type": "text", "text": ...}}]}}]}}, found {line[:80]!r} ({error!r}).'
-                ) from error
+                    f'{{"type": "text", "text": ...}}]}}]}}, found {line[:80]!r} ({fault}).'
+                )
+            for item in picture_items(messages):
+                item["path"] = str(inside(path.parent, item["path"]))
             records.append(Record(name, messages))
     if not records:
         raise ValueError(f"{path} holds no conversations.")
     return records
+
+
+def _message_fault(messages: object) -> str | None:
+    """What is wrong with the messages of a chat file, None where nothing is."""
+    if not isinstance(messages, list) or not messages:
+        return "messages is no list with a message in it"
+    for message in messages:
+        role, content = message["role"], message["content"]
+        if role not in CHAT_ROLES:
+            return f"role {role!r} is none of {', '.join(CHAT_ROLES)}"
+        for item in content if isinstance(content, list) else [{"type": "text", "text": content}]:
+            if item["type"] not in ("image", "text"):
+                return f"an item's type {item['type']!r} is neither image nor text"
+            field = "path" if item["type"] == "image" else "text"
+            if not isinstance(item[field], str):
+                return f"{field} {item[field]!r:.40} is no text"
+    return None
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -195,7 +231,7 @@ class LlavaRecords:
     def __init__(self, path: Path, folder: Path):
         self.name, self.folder = path.name, folder
         text = path.read_text(encoding="utf-8")
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+        self._text_digest = hashlib.sha256(text.encode())
         if path.suffix == ".jsonl":
             self.entries = [line for line in text.splitlines() if line.strip()]
         else:
@@ -205,6 +241,18 @@ class LlavaRecords:
                 raise ValueError(f"{path} is no JSON ({error}); JSON lines are named .jsonl.") from error
         if not isinstance(self.entries, list) or not self.entries:
             raise ValueError(f"{path} must hold a list of conversations, found {text[:40]!r}.")
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Short hash of the text and of the pictures of so many conversations as are looked into."""
+        digest = self._text_digest.copy()
+        digest.update(fingerprint_files(_picture_paths(self._readable()), self.folder.resolve()).encode())
+        return digest.hexdigest()[:16]
+
+    def _readable(self) -> Iterator[Record]:
+        for place in at_even_distances(range(len(self.entries))):
+            with contextlib.suppress(SkipSampleError):
+                yield self[place]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -262,15 +310,44 @@ def _llava_records(config: DataConfig) -> LlavaRecords:
     return LlavaRecords(path, Path(config.picture_folder) if config.picture_folder else path.parent)
 
 
-def _picture_records(config: DataConfig) -> list[Record]:
-    folder = Path(str(config.path))
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+class PictureRecords(list[Record]):
+    """The pictures of a folder and its subfolders; other files and linked subfolders are left aside and told of.
+
+    A link to a folder is not followed: what it leads to lies outside, which is refused, or is read anyway.
+    """
+
+    def __init__(self, folder: Path):
+        linked, pictures, others = [], [], []
+        for path in sorted(folder.rglob("*")):
+            if path.is_symlink():
+                inside(folder, str(path.relative_to(folder)))
+            if path.is_dir():
+                linked += [path] if path.is_symlink() else []
+            elif path.suffix.lower() in PICTURE_SUFFIXES:
+                pictures.append(path)
+            else:
+                others.append(path)
+        if not pictures:
+            raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).")
+        super().__init__(Record(path.name, conversation(path, "", "")) for path in pictures)
+        self.left_aside = _describe_left(others, "files that are no pictures by their names")
+        self.left_aside += _describe_left(linked, "links to folders, which are read where they lie")
+
+
+def _describe_left(paths: list[Path], what: str) -> list[str]:
     if not paths:
-        raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).")
-    for path in paths:
-        if path.is_symlink():
-            inside(folder, str(path.relative_to(folder)))
-    return [Record(path.name, conversation(path, "", "")) for path in paths]
+        return []
+    suffixes = Counter(path.suffix.lower() or "no suffix" for path in paths)
+    shown = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(NUM_WORST)]
+    names = [path.name for path in paths[:NUM_WORST]]
+    return [
+        f"left aside {len(paths):,} {what} ({', '.join(shown)}): {', '.join(names)}"
+        + ", ..." * (len(paths) > NUM_WORST)
+    ]
+
+
+def _picture_records(config: DataConfig) -> PictureRecords:
+    return PictureRecords(Path(str(config.path)))
 
 
 def _dataset_records(config: DataConfig) -> Records | RecordStream:
@@ -288,12 +365,17 @@ READERS: dict[str, Callable[[DataConfig], Records | RecordStream]] = {
 """Kind of source -> what opens it."""
 
 
-def picture_sources(messages: list[dict]) -> list[str | bytes]:
-    """Paths, or bytes of the files, of a conversation's pictures in their order."""
+def picture_items(messages: list[dict]) -> list[dict]:
+    """Items of a conversation that stand for pictures, in their order."""
     return [
-        item["path"] if "path" in item else item["image"]
+        item
         for message in messages
         if isinstance(message["content"], list)
         for item in message["content"]
         if item["type"] == "image"
     ]
+
+
+def picture_sources(messages: list[dict]) -> list[str | bytes]:
+    """Paths, or bytes of the files, of a conversation's pictures in their order."""
+    return [item["path"] if "path" in item else item["image"] for item in picture_items(messages)]

@@ -64,7 +64,7 @@ from .setup import (
     start_model,
     store_parameters,
 )
-from .skips import NO_PICTURE, Skip
+from .skips import NO_FAULTS, Skip
 from .teachers import ImageTeacher, Targets
 
 RECIPE = "recipe.yaml"
@@ -157,7 +157,7 @@ class Stage:
     def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
         """Count the skips of all processes, log each new one, and give the counts for the step's own entry."""
         for skip in self.skips.share(gather):
-            if skip.reason != NO_PICTURE:  # no fault, and there may be millions: counted is enough
+            if skip.reason not in NO_FAULTS:  # no fault, and there may be millions: counted is enough
                 log({"event": "skip", "step": step, **skip._asdict()})
         self.skips.check()
         return self.skips.summary()
@@ -331,6 +331,9 @@ def train_and_examine(
     meter = Meter(stage.objective, on_device, stage.autocast, stage.dtype, accelerator.num_processes)
     forecast = Forecast(config, stage.model.config, stage.dtype, first_batch, accelerator)
     facts = {**run_environment(stage.dtype, is_compiled, accelerator), **meter.facts(), "handoff": stage.handoff}
+    for line in stage.mixture.left_aside:
+        accelerator.print(line)
+    facts["left_aside"] = stage.mixture.left_aside
     facts["keeps_freed_memory"] = keep_freed_memory(accelerator.device)
     log({"event": "start", "step": stage.first_step, **facts, "predicted": forecast.predicted})
     examiner = stage.examiner(wrapped, log)

@@ -64,6 +64,21 @@ def test_an_interrupted_save_leaves_the_older_checkpoint_usable(tmp_path, monkey
     assert checkpoints.load_training_state(newest) == {"step": 2}
 
 
+@pytest.mark.parametrize("action", ["link", "removal"])
+def test_a_link_or_removal_that_fails_ends_the_run_with_the_new_checkpoint_complete(tmp_path, monkeypatch, action):
+    checkpoints.save_checkpoint(tmp_path, 2, write("two"), {"step": 2})
+
+    def fail(*args, **kwargs):
+        raise PermissionError("Read-only file system")
+
+    monkeypatch.setattr(checkpoints, "link_best" if action == "link" else "remove_folder", fail)
+    with pytest.raises(checkpoints.SaveError, match=r"step 4 is complete, but .*Read-only.*continue with --resume"):
+        checkpoints.save_checkpoint(tmp_path, 4, write("four"), {"step": 4}, best_step=4)
+    newest = checkpoints.find_checkpoint(tmp_path)
+    assert newest is not None
+    assert checkpoints.load_training_state(newest) == {"step": 4}
+
+
 def test_a_folder_left_by_a_killed_process_is_no_checkpoint(tmp_path):
     killed = tmp_path / ".checkpoint-000004.writing"
     killed.mkdir()
@@ -103,6 +118,32 @@ def test_what_moves_no_number_may_change(next_token_config):
     moved = next_token_config("num_workers=1", "log_every=7", "checkpoint_every=5", "output=elsewhere")
     checkpoints.check_same_run(moved, state, "abc")
     assert {field.name for field in dataclasses.fields(moved)} >= set(checkpoints.RESUMABLE_CHANGES)
+
+
+def test_a_field_that_is_new_since_the_checkpoint_had_its_default(next_token_config):
+    old = next_token_config().to_dict()
+    for name in ("adam_betas", "max_tiles_per_picture", "quantize_frozen"):
+        del old[name]
+    del old["objective"]["tiles_per_set"]
+    del old["data"][0]["prompt"]
+    checkpoints.check_same_run(next_token_config(), {"config": old, "data_fingerprint": "abc"}, "abc")
+    other = next_token_config("objective.tiles_per_set=4", "max_tiles_per_picture=1")
+    assert checkpoints.changed_fields(old, other.to_dict()) == ["objective", "max_tiles_per_picture"]
+
+
+def test_a_recipe_that_cannot_be_read_any_more_is_compared_as_it_stands(next_token_config):
+    old = {**next_token_config().to_dict(), "seed": 1, "field_of_old": 3}
+    del old["compile"]
+    assert checkpoints.changed_fields(old, next_token_config().to_dict()) == ["seed", "compile"]
+
+
+def test_pinning_the_commit_of_a_data_set_is_no_other_recipe(next_token_config):
+    hub = next_token_config("data.source=huggingface", "data.path=owner/name")
+    pinned = next_token_config("data.source=huggingface", "data.path=owner/name", "data.revision=abc")
+    state = {"config": hub.to_dict(), "data_fingerprint": "0123@abc"}
+    checkpoints.check_same_run(pinned, state, "0123@abc")
+    with pytest.raises(ValueError, match=r"0123@abc -> 0123@def.* set its `revision` to the commit after the @"):
+        checkpoints.check_same_run(hub, state, "0123@def")
 
 
 # --- hand-off --------------------------------------------------------------------------------------------------------

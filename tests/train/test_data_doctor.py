@@ -1,7 +1,9 @@
 """`hovle data doctor`: what the report says of small sources, sound and broken."""
 
+import io
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,41 @@ def test_every_fault_is_counted_by_reason_and_named(recipe, tmp_path, capsys):
     assert main(["data", "doctor", str(recipe), "max_skip_fraction=0.9", "--out", str(tmp_path / "x.png")]) == 0
 
 
+def test_faults_of_data_set_rows_and_unanswered_turns_are_counted_and_named(
+    recipe, data, tmp_path, capsys, monkeypatch
+):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+    picture = (data / "pictures" / "01.png").read_bytes()
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A bus"}]
+    members = {f"{number}.json": json.dumps({"conversations": turns, "image": f"{number}.png"}) for number in range(5)}
+    members |= {f"{number}.png": picture for number in range(5)}
+    members["1.json"] = '{"conversations": ['
+    members["3.json"] = json.dumps({"conversations": [*turns, {"from": "human", "value": "And?"}]})
+    members["5.json"] = json.dumps({"conversations": turns, "image": "gone.png"})  # and no 5.png
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "shard.tar", "w") as tar:
+        for name, content in sorted(members.items()):
+            entry = tarfile.TarInfo(name)
+            content = content.encode() if isinstance(content, str) else content
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    source = f"{{source: huggingface, path: {tmp_path / 'tars'}, name: tars}}"
+    code, shown = report_of(capsys, tmp_path, recipe, f"data.1={source}")
+    assert code == 1
+    for reason in ("malformed", "missing file", "unanswered turn"):
+        assert f"skipped        1 (14.29%): {reason}" in shown  # of six rows, one of which lost a turn
+    for detail in (
+        "1.json of shard.tar cannot",
+        "its image is the text 'gone.png'",
+        "1 messages after its last reply",
+    ):
+        assert detail in shown
+    assert "samples        4," in shown
+
+
 def test_data_cannot_send_codes_to_the_terminal(recipe, tmp_path, capsys):
     _, shown = report_of(capsys, tmp_path, recipe)
     assert "\x1b" not in shown
@@ -105,6 +142,16 @@ def test_distillation_data_counts_every_token_as_supervised(distillation_config,
     assert code == 0
     assert "pictures:pictures: 12 records" in shown
     assert "supervised     100.0% of the tokens" in shown
+
+
+def test_files_a_picture_folder_leaves_aside_are_named(distillation_config, data, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(data / "pictures", folder)
+    (folder / "odd\x1b.heic").touch()
+    distillation_config()
+    code, shown = report_of(capsys, tmp_path, tmp_path / "distillation.yaml", f"data.path={folder}")
+    assert code == 0
+    assert r"  left aside 1 files that are no pictures by their names (1 .heic): odd\x1b.heic" in shown
 
 
 def test_a_mix_that_cannot_be_packed_at_all_is_reported(next_token_config, tmp_path, capsys):

@@ -1,8 +1,10 @@
 """Sources read by `datasets`: rows of every layout become records, streams continue where they stopped."""
 
+import dataclasses
 import io
 import itertools
 import json
+import shutil
 import tarfile
 from pathlib import Path
 
@@ -39,6 +41,12 @@ def cache(tmp_path, monkeypatch):
     datasets.disable_progress_bars()
 
 
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
 @pytest.fixture
 def tars(tmp_path) -> Path:
     """Four tars of six conversations each, with a member that only unpickling could read."""
@@ -54,9 +62,7 @@ def tars(tmp_path) -> Path:
                     "pth": b"\x80bad",
                 }
                 for suffix, data in members.items():
-                    entry = tarfile.TarInfo(f"{number:04d}.{suffix}")
-                    entry.size = len(data)
-                    tar.addfile(entry, io.BytesIO(data))
+                    add_member(tar, f"{number:04d}.{suffix}", data)
     return folder
 
 
@@ -110,6 +116,38 @@ def test_tars_are_read_and_what_would_need_unpickling_is_left_alone(tars):
     assert records.dataset[7]["pth"] == b"\x80bad"  # bytes, as they lay there
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("member", [b'{"conversations": [', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("place", [0, 5])  # among the rows from which `datasets` infers the columns, and after them
+def test_a_broken_member_of_a_tar_is_a_skip_that_names_it(tmp_path, streaming, member, place):
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A car"}]
+    members = [json.dumps({"conversations": turns}).encode()] * 8
+    members[place] = member
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number, data in enumerate(members):
+            add_member(tar, f"{number:04d}.png", png(number))
+            add_member(tar, f"{number:04d}.json", data)
+    reader = MixtureReader(Mixture([load_records(config_of(tmp_path, streaming=streaming))], seed=0), 0, 1, {})
+    skips, read_well = [], 0
+    for index in range(8):
+        try:
+            read_well += replies(reader.record_at(index)) == ["A car"]
+        except SkipSampleError as error:
+            skips.append(error)
+    assert read_well == 7
+    [skip] = skips
+    assert skip.reason == "malformed"
+    assert f"({place:04d}): {place:04d}.json of shard.tar cannot be decoded" in str(skip)
+
+
+def test_a_data_set_that_cannot_be_prepared_is_named(tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number in range(6):  # columns are inferred from five rows, whose text is none
+            add_member(tar, f"{number}.json", b"{" if number < 5 else b'{"text": "A car"}')
+    with pytest.raises(ValueError, match=r"huggingface:.*: `datasets` cannot prepare its rows \(.*null"):
+        load_records(config_of(tmp_path))
+
+
 def test_parquet_rows_become_conversations_with_the_picture_first(parquet):
     records = load_records(config_of(parquet))
     assert len(records) == NUM_ROWS
@@ -148,7 +186,15 @@ def row(**columns) -> dict:
         ({"images": [{"bytes": png(1), "path": None}]}, "malformed", "found image, images"),
         ({"image": {"bytes": None, "path": "/etc/passwd"}}, "picture outside its folder", "lies outside"),
         ({"image": {"bytes": None, "path": None}}, "missing file", "without bytes"),
-        ({"image": None}, "malformed", "expected a conversation, a caption or one picture"),
+        ({"image": None}, "missing file", "its image is empty"),
+        ({"image": None, "text": "a red car"}, "missing file", "its image is empty"),
+        ({"image": None, "jpg": None, "txt": "a red car"}, "missing file", "its image, jpg is empty"),
+        ({"image": "pic.png", "text": "a red car"}, "missing file", "its image is the text 'pic.png'"),
+        ({"image": "pic.png", "texts": [{"user": "What?", "assistant": "A car"}]}, "missing file", "the text 'pic"),
+        ({"image": "pic.png", "conversations": [{"from": "human", "value": "?"}]}, "missing file", "the text 'pic"),
+        ({"picture": png(1), "text": "a red car"}, "picture in an unknown column", "its column 'picture' holds a pic"),
+        ({"shots": [{"bytes": png(1)}], "text": "a red car"}, "picture in an unknown column", "its column 'shots'"),
+        ({"image": [], "count": 3}, "malformed", "expected a conversation, a caption or one picture, found image, co"),
     ],
 )
 def test_rows_that_are_not_usable_say_why(columns, reason, detail, tmp_path):
@@ -157,6 +203,39 @@ def test_rows_that_are_not_usable_say_why(columns, reason, detail, tmp_path):
     with pytest.raises(SkipSampleError, match=f"a row: .*{detail}") as caught:
         record_from_row(row(**columns), "a row", config_of(tmp_path))
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"images": [], "texts": [{"user": "What is it?", "assistant": "A car"}]},
+        {"image": None, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "A car"}]},
+        {"text": "A car", "pth": b"\x80bad"},
+    ],
+)
+def test_rows_that_say_they_have_no_picture_are_text(columns, tmp_path):
+    from hovle.train.hf_datasets import record_from_row
+
+    record = record_from_row(columns, "a row", config_of(tmp_path))
+    assert replies(record) == ["A car"]
+    assert all(isinstance(message["content"], str) for message in record.messages)
+
+
+@pytest.mark.parametrize("kind", ["one", "list"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_in_a_column_nobody_reads_are_refused(kind, streaming, tmp_path):
+    import datasets
+
+    picture = {"bytes": png(0), "path": None}
+    feature = datasets.Image() if kind == "one" else datasets.List(datasets.Image())
+    features = datasets.Features({"photo": feature, "text": datasets.Value("string")})
+    rows = [{"photo": picture if kind == "one" else [picture], "text": "a red car"}]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
+    with pytest.raises(
+        ValueError, match=r"huggingface:set: its column 'photo' holds pictures, but only image, images"
+    ):
+        load_records(config_of(tmp_path / "set", streaming=streaming))
 
 
 def test_messages_of_a_row_keep_their_pictures_where_they_stand(tmp_path):
@@ -172,6 +251,41 @@ def test_a_folder_without_known_files_is_refused(tmp_path):
     (tmp_path / "notes.md").touch()
     with pytest.raises(ValueError, match=r"no parquet files, tars or pictures \(\.md\)"):
         load_records(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_rewritten_file_of_the_same_size_is_noticed_and_a_copied_folder_is_not(parquet, tmp_path, streaming):
+    before = load_records(config_of(parquet, streaming=streaming)).fingerprint
+    copy = tmp_path / "copy" / "elsewhere"
+    shutil.copytree(parquet, copy)
+    assert load_records(config_of(copy, streaming=streaming)).fingerprint == before
+    file = copy / "train-1.parquet"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes().replace(b"parquet-cpp", b"parquet-cpq"))  # who wrote it
+    assert file.stat().st_size == size
+    assert load_records(config_of(copy, streaming=streaming)).fingerprint != before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_commit_of_a_hub_id_is_part_of_its_fingerprint(parquet, monkeypatch, streaming):
+    import datasets
+
+    load, asked = datasets.load_dataset_builder, []
+
+    def from_the_hub(path, subset, revision):
+        asked.append((path, revision))
+        builder = load("parquet", data_dir=str(parquet))
+        builder.hash = revision or "newest"
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", from_the_hub)
+    config = config_of(Path("owner/set"), streaming=streaming)
+    newest, pinned, again = (
+        load_records(dataclasses.replace(config, revision=revision)).fingerprint for revision in (None, "abc", "abc")
+    )
+    assert asked == [("owner/set", None), ("owner/set", "abc"), ("owner/set", "abc")]
+    assert (newest.partition("@")[2], pinned.partition("@")[2]) == ("newest", "abc")
+    assert pinned == again != newest
 
 
 def read(mixture: Mixture, indices, lane=0, num_lanes=1, states=None) -> tuple[list[str], MixtureReader]:

@@ -1,6 +1,7 @@
 """One optimizer step, however it is cut; what stops it; what is logged."""
 
 import contextlib
+import dataclasses
 import itertools
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from hovle import HoVLEForConditionalGeneration
+from hovle.train import loop
 from hovle.train import meter as meters
 from hovle.train.config import StageConfig
 from hovle.train.loop import NonFiniteLossError, train, train_step, validate
@@ -82,6 +84,36 @@ def test_a_step_lowers_the_loss_and_leaves_no_gradient_behind(make_parts, batche
     found = [train_step(objective, optimizer, batches("chat"), 1.0, FLOAT32).loss for _ in range(5)]
     assert found[-1] < found[0] - 0.05
     assert all(parameter.grad is None for parameter in objective.parameters())
+
+
+def test_a_step_without_anything_to_learn_from_leaves_weights_and_averages(make_parts, batches):
+    objective, optimizer, config = make_parts("chat")
+    [batch] = batches("chat")
+    train_step(objective, optimizer, [batch], config.max_gradient_norm, FLOAT32)  # averages are not zero from here on
+    parameters = [item for item in objective.parameters() if item.requires_grad]
+    before = [item.detach().clone() for item in parameters]
+    averages = [optimizer.state[item]["exp_avg"].clone() for item in parameters]
+    mute = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    result = train_step(objective, optimizer, [mute, mute], config.max_gradient_norm, FLOAT32)
+    assert result.is_empty
+    assert all(torch.equal(item, old) for item, old in zip(parameters, before, strict=True))
+    for item, old in zip(parameters, averages, strict=True):
+        assert torch.equal(optimizer.state[item]["exp_avg"], old)
+    result = train_step(objective, optimizer, [mute, batch], config.max_gradient_norm, FLOAT32)
+    assert not result.is_empty
+    assert not any(torch.equal(item, old) for item, old in zip(parameters, before, strict=True))
+
+
+def test_steps_without_anything_to_learn_from_are_counted(run_loop, monkeypatch):
+    results = iter([True, True, False, True, False])
+    step = loop.train_step
+
+    def train_step(*args, **kwargs):
+        return dataclasses.replace(step(*args, **kwargs), is_empty=next(results))
+
+    monkeypatch.setattr(loop, "train_step", train_step)
+    entries, _ = run_loop("num_steps=5", "log_every=2")
+    assert [entry["steps_without_loss"] for entry in entries] == [2, 1, 0]
 
 
 def test_frozen_parts_build_neither_gradients_nor_optimizer_state(make_parts, batches):
@@ -221,6 +253,7 @@ def test_the_loop_logs_with_units_and_shows_a_progress_bar(run_loop, capsys):
         "gradient_norm_stem",
         "gradient_norm_holistic_layers",
         "learning_rate",
+        "steps_without_loss",
         "tokens_per_second",
         "samples_per_second",
         "gemm_peak_ratio",
@@ -234,6 +267,7 @@ def test_the_loop_logs_with_units_and_shows_a_progress_bar(run_loop, capsys):
         assert entry["tokens_per_second"] > entry["samples_per_second"] > 0
         assert 0 <= entry["padding_ratio"] < 0.5
         assert entry["teacher_ratio"] == 0
+        assert entry["steps_without_loss"] == 0
         squares = entry["gradient_norm_stem"] ** 2 + entry["gradient_norm_holistic_layers"] ** 2
         assert squares == pytest.approx(entry["gradient_norm"] ** 2, rel=1e-2)
     shown = capsys.readouterr().err

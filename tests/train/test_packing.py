@@ -225,6 +225,32 @@ def test_skips_are_counted_once_however_often_a_run_is_resumed(stream):
     assert sum(len(batch["skips"]) for step in found for batch in step) > 5
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_pending_sample_that_is_gone_when_the_run_resumes_is_counted(stream, num_workers):
+    lengths = [9, 7, 5, 3, 8, 6, 2, 7, 4, 3]
+    [batch] = itertools.islice(stream(lengths, packing_window=8), 1)
+    lost = [index for index, _ in batch["position"].lanes[0].pending][-1]
+    damaged = [None if place == lost else length for place, length in enumerate(lengths)]
+    resumed = load_batches(stream(damaged, batch["position"], packing_window=8), num_workers)
+    taken = list(itertools.islice(resumed, 6))
+    assert lost not in indices_of(taken)
+    [skip] = [skip for found in taken for skip in found["skips"] if skip.name == f"sample {lost}"]
+    assert skip in taken[0]["skips"]
+    assert (skip.source, skip.reason) == ("source 0", "no supervised token")
+    assert "drawn before the run was resumed, lost since: no reply" in skip.detail
+
+
+def test_a_pending_part_of_a_conversation_that_is_shorter_now_is_counted(stream):
+    [batch] = itertools.islice(stream([9, 7, 5, 3, 8]), 1)
+    lane = batch["position"].lanes[0]
+    pending = [*lane.pending[:-1], [lane.pending[-1][0], 1]]  # a second part, which no sample has here
+    position = StreamPosition({0: dataclasses.replace(lane, pending=pending)})
+    [resumed] = itertools.islice(stream([9, 7, 5, 3, 8], position), 1)
+    [skip] = resumed["skips"]
+    assert (skip.name, skip.reason) == (f"sample {pending[-1][0]}", "changed data")
+    assert "no part 2" in skip.detail
+
+
 def test_a_skipped_sample_moves_no_other(stream):
     places = {}
     for lengths in ([9, 7, 5, 3, 8], [9, 7, None, 3, 8]):

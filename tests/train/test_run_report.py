@@ -140,6 +140,13 @@ def test_what_was_not_checked_is_said(run_folder):
     assert "no held-out reply follows a picture" in found
 
 
+def test_steps_without_anything_to_learn_from_are_a_warning(run_folder):
+    steps = [step(1, 3.0, steps_without_loss=2), step(2, 2.0, steps_without_loss=1), step(3, 1.0)]
+    assert "3 steps held nothing to learn from and left the weights as they were." in warnings_of(
+        read_run(run_folder([START, *steps]))
+    )
+
+
 def test_a_run_that_goes_on_or_was_killed_while_writing_is_shown_as_far_as_it_got(run_folder, capsys):
     folder = run_folder(FINISHED[:5], tail='{"time": 1000000009, "step": 4, "lo')
     assert main(["train", "report", str(folder)]) == 0

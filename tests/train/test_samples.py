@@ -1,5 +1,6 @@
 """Samples: random text, replies, questions that share a picture, conversations cut between turns."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -21,6 +22,7 @@ from hovle.train.data import (
     special_ids,
 )
 from hovle.train.pixels import PixelNormalization
+from hovle.train.samples import was_split
 
 
 @pytest.fixture(scope="module")
@@ -166,6 +168,29 @@ def test_what_follows_the_last_reply_is_left_out(processor):
     messages = [*conversation_of("A tree?", "Yes"), {"role": "user", "content": "unanswered"}]
     sample = ReplySamples(processor).make(Record("open", messages), 0)
     assert "unanswered" not in processor.tokenizer.decode(sample.input_ids)
+
+
+def test_pictures_after_the_last_reply_are_left_out_and_counted(processor, data):
+    asked = conversation(data / "pictures" / "01.png", "What is it?", "A bus")
+    trailing = conversation(data / "pictures" / "00.png", "And this?", "")[:1]
+    sampler = ReplySamples(processor)
+    alone = sampler.make(Record("alone", asked), 0)
+    [sample, remark] = made = sampler.make_all(Record("open", [*asked, *trailing]), 0, max_tokens=192)
+    assert torch.equal(sample.input_ids, alone.input_ids)
+    assert (sample.name, sample.pictures, sample.num_tiles) == ("open", alone.pictures, [1])
+    assert isinstance(remark, SkipSampleError)
+    assert (remark.reason, "1 messages after its last reply" in str(remark)) == ("unanswered turn", True)
+    assert not was_split(made)
+    [silent] = sampler.make_all(Record("silent", trailing), 0, max_tokens=192)
+    assert silent.reason == "no supervised token"
+
+
+def test_a_question_without_a_reply_beside_answered_ones_is_left_out(processor, questions):
+    trailing = [{"role": "user", "content": "unanswered"}]
+    record = dataclasses.replace(questions, others=tuple([*other, *trailing] for other in questions.others))
+    made = ReplySamples(processor).make_all(record, 0, max_tokens=400)
+    assert torch.equal(made[0].input_ids, ReplySamples(processor).make(questions, 0).input_ids)
+    assert "2 messages after" in str(made[1])
 
 
 def test_a_template_without_end_of_turn_token_supervises_the_whole_reply(make_tokenizer):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hovle.train.skips import NO_PICTURE, Skip, SkipBudgetError, SkipLedger
+from hovle.train.skips import NO_PICTURE, UNANSWERED, Skip, SkipBudgetError, SkipLedger
 
 
 def batch_of(num_drawn: int, *reasons: str) -> dict:
@@ -53,10 +53,11 @@ def test_only_the_worst_names_are_listed():
         ledger.check()
 
 
-def test_a_conversation_without_a_picture_is_counted_but_no_fault():
-    ledger = counted(0, batch_of(10, *[NO_PICTURE] * 5))
+@pytest.mark.parametrize("reason", [NO_PICTURE, UNANSWERED])
+def test_a_conversation_without_a_picture_and_an_unanswered_turn_are_counted_but_no_faults(reason):
+    ledger = counted(0, batch_of(10, *[reason] * 5))
     ledger.check()
-    assert ledger.summary()["samples_skipped"] == {NO_PICTURE: 5}
+    assert ledger.summary()["samples_skipped"] == {reason: 5}
 
 
 def test_a_checkpoint_brings_the_counts_back():

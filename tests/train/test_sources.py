@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from collections import Counter
 
 import pytest
 
 from hovle.train.config import DataConfig
-from hovle.train.data import Record, SkipSampleError, conversation, load_records
+from hovle.train.data import Mixture, Record, SkipSampleError, conversation, fingerprint_records, load_records
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,16 @@ def test_pictures_of_a_chat_are_found_beside_the_file(chat_records, data):
         '{"messages": [{"role": "user"}]}',
         '{"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}',
         '{"messages": [{"role": "user", "content": ["text"]}]}',
+        '{"messages": []}',
+        '{"messages": "Hello"}',
+        '{"messages": [{"content": "Hello"}]}',
+        '{"messages": [{"role": "human", "content": "Hello"}]}',
+        '{"messages": [{"role": "user", "content": "Hello"}, {"role": "robot", "content": "Hi"}]}',
+        '{"messages": [{"role": "user", "content": null}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "image", "path": 3}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "text"}]}]}',
+        '{"messages": [{"role": "user", "content": [{"type": "text", "text": null}]}]}',
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, line):
@@ -198,6 +209,60 @@ def test_a_picture_folder_with_a_link_that_leads_out_is_refused(tmp_path):
     (tmp_path / "pictures" / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match=r"link\.png.* lies outside"):
         load_records(DataConfig(source="pictures", path=str(tmp_path / "pictures")))
+
+
+def test_what_a_picture_folder_leaves_aside_is_counted_and_named(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "real").mkdir(parents=True)
+    for name in ("a.PNG", "real/b.tif", "real/c.avif", "real/notes.txt", "d.heic", "e.heic", "LICENSE"):
+        (folder / name).touch()
+    (folder / "link").symlink_to(folder / "real", target_is_directory=True)
+    records = load_records(DataConfig(source="pictures", path=str(folder)))
+    assert [record.name for record in records] == ["a.PNG", "b.tif", "c.avif"]
+    mixture = Mixture([records], 0, labels=["photos"])
+    assert mixture.describe()[1:] == [
+        "photos: left aside 4 files that are no pictures by their names (2 .heic, 1 no suffix, 1 .txt): "
+        "LICENSE, d.heic, e.heic, notes.txt",
+        "photos: left aside 1 links to folders, which are read where they lie (1 no suffix): link",
+    ]
+
+
+def test_a_picture_folder_with_a_linked_folder_outside_is_refused(tmp_path):
+    for name in ("pictures", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").touch()
+    (tmp_path / "pictures" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    with pytest.raises(ValueError, match=r"'link' lies outside"):
+        load_records(DataConfig(source="pictures", path=str(tmp_path / "pictures")))
+    (tmp_path / "all").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # the source itself may be a link
+    assert len(load_records(DataConfig(source="pictures", path=str(tmp_path / "all")))) == 1
+
+
+@pytest.mark.parametrize("source", ["chat", "pictures", "llava"])
+def test_a_changed_picture_is_noticed_and_a_copied_folder_is_not(data, tmp_path, source):
+    def fingerprint(folder) -> str:
+        path = folder / {"chat": "chat.jsonl", "pictures": "pictures", "llava": "llava.json"}[source]
+        return fingerprint_records(load_records(DataConfig(source=source, path=str(path))))
+
+    first = tmp_path / "first"
+    shutil.copytree(data, first)
+    entry = {"image": "pictures/01.png", "conversations": turns_of("<image>", "A bus")}
+    (first / "llava.json").write_text(json.dumps([entry, {"conversations": []}]))
+    before = fingerprint(first)
+    second = tmp_path / "elsewhere" / "second"
+    shutil.copytree(first, second)
+    assert fingerprint(second) == before
+    picture = bytearray((second / "pictures" / "01.png").read_bytes())
+    picture[-20] ^= 1  # as long as before
+    (second / "pictures" / "01.png").write_bytes(picture)
+    assert fingerprint(second) != before
+
+
+def test_a_revision_belongs_to_a_hub_id(tmp_path):
+    with pytest.raises(ValueError, match="revision belongs to the source huggingface"):
+        DataConfig(source="chat", path="x", revision="main")
+    with pytest.raises(ValueError, match="revision belongs to a Hub id"):
+        DataConfig(source="huggingface", path=str(tmp_path), revision="main")
 
 
 def test_a_field_of_another_kind_of_source_is_refused():
