@@ -248,7 +248,8 @@ class StageConfig:
     validation: DataConfig | None = None
     """Held-out data, measured before the first step, every `validate_every` steps and after the last."""
     num_validation_batches: int = 4
-    """Packed batches of it."""
+    """Packed batches of it, all processes and micro-batches together, fewer where the source ends: the same samples
+    whatever their number, each once."""
     validate_every: int = 0
     """Steps between validations; 0: only before the first step and after the last."""
     blind_check: bool = True

@@ -138,6 +138,23 @@ def test_an_error_of_one_process_ends_the_others(folder):
     assert said.count("already holds a run") == 2  # the folder of a finished stage was asked for again
 
 
+@pytest.mark.parametrize("sharding", WAYS)
+def test_two_processes_share_the_held_out_samples_that_one_measures_alone(folder, tmp_path, sharding):
+    values = yaml.safe_load((folder / f"held-out-{sharding}" / "recipe.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "output": str(tmp_path / "run")}))
+    run_stage(load_stage(str(tmp_path / "recipe.yaml"), ["sharding=none"]))
+    shared, alone = (
+        [entry for entry in read_log(run) if entry.get("event") in ("validation", "blind_check")]
+        for run in (folder / f"held-out-{sharding}", tmp_path / "run")
+    )
+    assert [entry["event"] for entry in alone] == ["validation", "validation", "blind_check"]
+    assert alone[-1]["num_pictures"] == alone[-1]["num_shuffled"] > 4
+    for found, expected in zip(shared, alone, strict=True):
+        assert found.pop("event") == expected.pop("event")
+        del found["time"], expected["time"]
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
 def test_a_stage_on_two_processes_resumes_to_the_same_bits(folder, name):
     straight = load_file(folder / f"{name}-straight" / "model.safetensors")
