@@ -49,6 +49,19 @@ class Examiner:
     last: tuple[int, dict[str, float]] | None = None
     """Step and terms of the last validation; asked again after the same step, they are still right."""
 
+    def warn_where_blind(self) -> None:
+        """Show a warning where the recipe wants the effect of pictures checked and nothing held out tells it."""
+        if not self.config.blind_check or self.config.objective.name != "next_token":
+            return
+        token = self.model_config.image_token_id
+        if any((only_after_pictures(batch, token)["labels"] != IGNORE_INDEX).any() for batch in self.batches):
+            return
+        found = "no held-out reply follows a picture" if self.batches else "there is no validation source"
+        self._show(
+            f"WARNING: nothing will tell whether the model looks at its pictures: {found}. Name held-out "
+            "conversations about pictures as `validation`, or set blind_check to false."
+        )
+
     def examine(self, step: int) -> str | None:
         """Log the held-out terms after so many steps and, once training has begun, the effect of the pictures.
 
@@ -125,9 +138,12 @@ class Examiner:
             f"{found}; min_picture_gap is {self.config.min_picture_gap}. {CAUSES}"
         )
         self.log({"event": "warning", "step": step, "message": message})
-        if self.accelerator.is_main_process:
-            tqdm.write(f"WARNING after step {step}: {message}", file=sys.stderr)
+        self._show(f"WARNING after step {step}: {message}")
         return message
+
+    def _show(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message, file=sys.stderr)
 
 
 def only_after_pictures(batch: dict, image_token_id: int) -> dict:

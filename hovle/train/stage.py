@@ -353,6 +353,7 @@ def train_and_examine(
     facts["keeps_freed_memory"] = keep_freed_memory(accelerator.device)
     log({"event": "start", "step": stage.first_step, **facts, "predicted": forecast.predicted})
     examiner = stage.examiner(wrapped, log)
+    examiner.warn_where_blind()
     if retention:
         if accelerator.is_main_process:
             write_record(stage.output, retention.record)
