@@ -349,8 +349,6 @@ class StageConfig:
                 "be checked."
             )
         self._check_quantization()
-        if self.sharding == "full" and self.retention is not None:
-            raise ValueError("retention needs the whole model on each process: take it out, or set sharding to none.")
         if self.keep_best and (self.validation is None or not self.checkpoint_every):
             raise ValueError("keep_best compares checkpoints by validation loss: set validation and checkpoint_every.")
         for name, smallest in SMALLEST.items():

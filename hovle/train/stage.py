@@ -42,6 +42,7 @@ from .parallel import (
     load_optimizer_state,
     make_accelerator,
     optimizer_state,
+    outside_gathered,
     reshard,
     spread,
     together,
@@ -387,7 +388,8 @@ def train_and_examine(
     )
     alarm = examiner.examine(config.num_steps)
     if retention:
-        retention.measure(stage.model, stage.autocast)
+        with outside_gathered(stage.objective):
+            retention.measure(stage.model, stage.autocast)
         log(retention.entry(config.num_steps))
     return alarm, forecast
 

@@ -101,9 +101,18 @@ def run_stages(folder: Path, accelerator) -> None:
         "num_validation_batches=1",
         "validate_every=3",
     ]
+    bare = load_stage(distillation).model.language_model
+    retention = [f"retention={{num_tokens: 64, window: 32, language_model: {bare}}}"]
     for name, arguments in {
         "replicated": [distillation, "num_workers=1"],
-        "sharded": [next_token, *sharded, *validation, "trainable=[stem, language_model]", "keep_best=true"],
+        "sharded": [
+            next_token,
+            *sharded,
+            *validation,
+            *retention,
+            "trainable=[stem, language_model]",
+            "keep_best=true",
+        ],
     }.items():
         arguments += [f"output={folder / name}", "checkpoint_every=2"]
         assert main(["train", *arguments]) == 0
