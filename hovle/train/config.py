@@ -252,7 +252,8 @@ class StageConfig:
     validation: DataConfig | None = None
     """Held-out data, measured before the first step, every `validate_every` steps and after the last."""
     num_validation_batches: int = 4
-    """Packed batches of it."""
+    """Packed batches of it, all processes and micro-batches together, fewer where the source ends: the same samples
+    whatever their number, each once."""
     validate_every: int = 0
     """Steps between validations; 0: only before the first step and after the last."""
     blind_check: bool = True
@@ -352,8 +353,6 @@ class StageConfig:
                 "be checked."
             )
         self._check_quantization()
-        if self.sharding == "full" and self.retention is not None:
-            raise ValueError("retention needs the whole model on each process: take it out, or set sharding to none.")
         if self.keep_best and (self.validation is None or not self.checkpoint_every):
             raise ValueError("keep_best compares checkpoints by validation loss: set validation and checkpoint_every.")
         for name, smallest in SMALLEST.items():

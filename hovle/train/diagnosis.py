@@ -41,13 +41,26 @@ class Examiner:
     """Possibly wrapped for data parallelism."""
     model_config: HoVLEConfig
     batches: list[dict]
-    """Held-out batches of this process; empty: nothing is measured."""
+    """Held-out batches, the same ones on every process; empty: nothing is measured."""
     config: StageConfig
     autocast: contextlib.AbstractContextManager
     accelerator: Any
     log: Callable[[dict], None]
     last: tuple[int, dict[str, float]] | None = None
     """Step and terms of the last validation; asked again after the same step, they are still right."""
+
+    def warn_where_blind(self) -> None:
+        """Show a warning where the recipe wants the effect of pictures checked and nothing held out tells it."""
+        if not self.config.blind_check or self.config.objective.name != "next_token":
+            return
+        token = self.model_config.image_token_id
+        if any((only_after_pictures(batch, token)["targets"] != IGNORE_INDEX).any() for batch in self.batches):
+            return
+        found = "no held-out reply follows a picture" if self.batches else "there is no validation source"
+        self._show(
+            f"WARNING: nothing will tell whether the model looks at its pictures: {found}. Name held-out "
+            "conversations about pictures as `validation`, or set blind_check to false."
+        )
 
     def examine(self, step: int) -> str | None:
         """Log the held-out terms after so many steps and, once training has begun, the effect of the pictures.
@@ -92,16 +105,10 @@ class Examiner:
             torch.equal(old["targets"], new["targets"]) for old, new in zip(self.batches, batches, strict=True)
         )
         shuffled, num_pictures, num_shuffled = shuffle_pictures(batches, self.model_config)
-        num_tokens, num_pictures, num_shuffled, num_changed = self._sum(
-            sum(int((batch["targets"] != IGNORE_INDEX).sum()) for batch in batches),
-            num_pictures,
-            num_shuffled,
-            int(not same_targets),
-        )
-        if num_changed and num_tokens:
-            nats = self._measure(batches)["reply_nats"]
-        if not num_tokens:
+        if all((batch["targets"] == IGNORE_INDEX).all() for batch in batches):
             return {"num_pictures": 0, "num_shuffled": 0}
+        if not same_targets:
+            nats = self._measure(batches)["reply_nats"]
         blank = self._measure(blank_pictures(batches))["reply_nats"]
         moved = self._measure(shuffled)["reply_nats"]
         return {
@@ -113,11 +120,6 @@ class Examiner:
             "num_pictures": num_pictures,
             "num_shuffled": num_shuffled,
         }
-
-    def _sum(self, *counts: int) -> list[int]:
-        """Sum numbers over all processes."""
-        device = self.accelerator.device
-        return self.accelerator.reduce(torch.tensor(counts, device=device), "sum").tolist()
 
     def _alarm(self, step: int, effect: dict[str, float]) -> str | None:
         """Log and show a warning where pictures hardly matter, once warm-up is over."""
@@ -136,9 +138,12 @@ class Examiner:
             f"{found}; min_picture_gap is {self.config.min_picture_gap}. {CAUSES}"
         )
         self.log({"event": "warning", "step": step, "message": message})
-        if self.accelerator.is_main_process:
-            tqdm.write(f"WARNING after step {step}: {message}", file=sys.stderr)
+        self._show(f"WARNING after step {step}: {message}")
         return message
+
+    def _show(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message, file=sys.stderr)
 
 
 def only_after_pictures(batch: dict, image_token_id: int) -> dict:

@@ -119,14 +119,26 @@ def unwrap(objective: nn.Module) -> Objective:
 def validate(
     objective: nn.Module, batches: list[dict], autocast: contextlib.AbstractContextManager, accelerator
 ) -> dict[str, float]:
-    """Mean of every term over some batches of each process, without training."""
+    """Mean of every term over some batches, without training (together).
+
+    Args:
+        objective: Maps a batch to summed terms, possibly wrapped for data parallelism.
+        batches: The same ones on every process: they are dealt out, and each counts once.
+        autocast: Reusable context of the number format.
+        accelerator: Knows processes and devices.
+    """
     inner = unwrap(objective)
     sums = torch.zeros(2, len(inner.weights), device=accelerator.device)  # terms, counts
     inner.eval()
-    for batch in batches:
+    num_rounds = math.ceil(len(batches) / accelerator.num_processes)
+    for number in range(num_rounds):
+        place = number * accelerator.num_processes + accelerator.process_index
+        # A process without a batch in the last round repeats one uncounted: shards can only be run together.
         # Uncompiled: a graph without gradients would be built for a handful of batches.
         with autocast, torch.compiler.set_stance("force_eager"):
-            output = inner(to_device(batch, accelerator.device))
+            output = inner(to_device(batches[place % len(batches)], accelerator.device))
+        if place >= len(batches):
+            continue
         for column, name in enumerate(inner.weights):
             sums[0, column] += output.terms[name]
             sums[1, column] += output.counts[name]

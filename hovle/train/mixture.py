@@ -160,6 +160,13 @@ class MixtureReader:
         """Whether the record of an index comes from a stream, which must be read in order."""
         return self.mixture.place(index)[0] in self.streams
 
+    def begins_again(self, index: int) -> bool:
+        """Whether the record of an index, which has just been read, is of a second epoch of its source."""
+        number, place = self.mixture.place(index)
+        if number in self.streams:
+            return self.streams[number].epoch > 0
+        return place >= len(self.mixture.lists[number])
+
     def record_at(self, index: int) -> Record:
         """Record of an index; indices must rise where they fall on streams."""
         number, _ = self.mixture.place(index)

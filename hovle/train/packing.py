@@ -11,8 +11,8 @@ Invariants, which tests hold:
 - A skipped sample leaves its index empty; no other one moves.
 """
 
+import collections
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -83,9 +83,8 @@ def pack_rows(
     rows: list[list[Sample]] = [[] for _ in range(num_rows)]
     free = [row_length] * num_rows
     free_tiles = float("inf") if max_tiles is None else max_tiles
-    oldest, *others = window
     left = []
-    for sample in [oldest, *sorted(others, key=lambda item: -item.num_inputs)]:
+    for sample in [*window[:1], *sorted(window[1:], key=lambda item: -item.num_inputs)]:
         length, num_tiles = sample.num_inputs, sum(sample.num_tiles)
         fitting = [row for row in range(num_rows) if free[row] >= length]
         if not fitting or num_tiles > free_tiles:
@@ -108,6 +107,7 @@ class Lane:
         maker: Turns a record and its stream index into samples.
         config: Row count, row length and window.
         start: Where it continues.
+        once: Whether it ends where a source would begin again.
     """
 
     def __init__(
@@ -118,11 +118,14 @@ class Lane:
         maker: SampleMaker,
         config: StageConfig,
         start: LanePosition,
+        once: bool = False,
     ):
         self.num_lanes = num_lanes
         self.mixture = mixture
         self.maker = maker
         self.config = config
+        self.once = once
+        self.is_over = False
         self.reader = MixtureReader(mixture, number, num_lanes, start.streams)
         self.next_index = start.next_index
         self.window: list[Sample] = []
@@ -171,12 +174,14 @@ class Lane:
         return LanePosition(self.next_index, pending, self.reader.states(oldest))
 
     def next_rows(self) -> list[list[Sample]]:
-        """Draw until there is enough to choose from, and pack one batch."""
+        """Draw until there is enough to choose from, and pack one batch; rows stay empty once it is over."""
         self._forget_counts()
         self.skips, self.lost = self.lost, []
         config = self.config
         wanted = config.rows_per_batch * config.row_length
-        while len(self.window) < config.packing_window or sum(item.num_inputs for item in self.window) < wanted:
+        while not self.is_over and (
+            len(self.window) < config.packing_window or sum(item.num_inputs for item in self.window) < wanted
+        ):
             self._draw()
         rows, self.window = pack_rows(
             self.window, config.rows_per_batch, config.row_length, config.max_tiles_per_batch
@@ -185,6 +190,9 @@ class Lane:
 
     def _draw(self) -> None:
         made = self._make(self.next_index)
+        if self.once and self.reader.begins_again(self.next_index):
+            self.is_over = True
+            return
         label = self.label_of(self.next_index)
         self.next_index += self.num_lanes
         self.num_drawn += 1
@@ -212,7 +220,7 @@ class Lane:
 
 
 class PackedBatches(IterableDataset):
-    """Endless packed batches of one process.
+    """Packed batches of one process, endless or once through the records.
 
     Args:
         records: A mixture, or the records of a single source.
@@ -222,6 +230,7 @@ class PackedBatches(IterableDataset):
         rank: This process.
         world_size: Processes that share the lanes.
         pad_token_id: Fills row ends.
+        once: Whether a lane ends where a source would begin again; its last batch may hold skips only.
     """
 
     def __init__(
@@ -233,7 +242,9 @@ class PackedBatches(IterableDataset):
         rank: int,
         world_size: int,
         pad_token_id: int,
+        once: bool = False,
     ):
+        self.once = once
         self.mixture = records if isinstance(records, Mixture) else Mixture([records], config.seed)
         self.maker = maker
         self.config = config
@@ -264,13 +275,19 @@ class PackedBatches(IterableDataset):
                 self.maker,
                 self.config,
                 self.start.lanes.get(number, LanePosition(number)),
+                self.once,
             )
             for number in self.lane_numbers
         }
         positions = {number: lane.position for number, lane in lanes.items()}
-        for number in itertools.cycle(lanes):
+        turns = collections.deque(lanes)
+        while turns:
+            number = turns.popleft()
             lane = lanes[number]
             rows = lane.next_rows()
+            if not (any(rows) or lane.skips):
+                continue
+            turns.append(number)
             positions = {**positions, number: lane.position}
             yield {
                 **self.lay_out(rows, lane.label_of),

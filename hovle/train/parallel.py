@@ -74,6 +74,19 @@ def reshard(objective: nn.Module) -> None:
         objective.reshard()
 
 
+@contextlib.contextmanager
+def outside_gathered(objective: nn.Module) -> Iterator[None]:
+    """Hold whole what lies in no layer, so that the model runs without its objective around it (together)."""
+    from torch.distributed.fsdp import FSDPModule
+
+    if isinstance(objective, FSDPModule):
+        objective.unshard()
+    try:
+        yield
+    finally:
+        reshard(objective)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or the one its pieces make (together)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

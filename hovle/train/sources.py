@@ -74,6 +74,9 @@ class Records(Protocol):
 class RecordCursor(Protocol):
     """Reads a lane's share of a stream in order."""
 
+    epoch: int
+    """How often it has begun again."""
+
     def next_record(self) -> Record:
         """Read on; SkipSampleError where a row is not usable."""
 

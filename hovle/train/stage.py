@@ -42,6 +42,7 @@ from .parallel import (
     load_optimizer_state,
     make_accelerator,
     optimizer_state,
+    outside_gathered,
     reshard,
     spread,
     together,
@@ -64,7 +65,7 @@ from .setup import (
     start_model,
     store_parameters,
 )
-from .skips import NO_FAULTS, Skip
+from .skips import NO_FAULTS, NO_PICTURE, Skip, describe_skips
 from .teachers import ImageTeacher, Targets
 
 RECIPE = "recipe.yaml"
@@ -134,24 +135,43 @@ class Stage:
 
     @functools.cached_property
     def held_out(self) -> list[dict]:
-        """The first batches of the validation source."""
+        """The first batches of the validation source, no record twice: the same on every process (together).
+
+        They are packed as one process with one micro-batch in a step would, so that neither number changes them.
+        """
         if self.config.validation is None:
             return []
-        stream = iter(self.batches(open_mixture([self.config.validation], self.config.seed)))
-        batches = [next(stream) for _ in range(self.config.num_validation_batches)]
-        skips = SkipLedger(self.config.max_skip_fraction)
-        for batch in batches:
-            skips.add(batch)
-        skips.share(gather)
-        skips.check()
+        with together():
+            mixture = open_mixture([self.config.validation], self.config.seed)
+            stream = PackedBatches(
+                mixture,
+                make_sampler(self.config, self.processor),
+                dataclasses.replace(self.config, gradient_accumulation_steps=1),
+                StreamPosition(),
+                rank=0,
+                world_size=1,
+                pad_token_id=self.processor.tokenizer.pad_token_id or 0,
+                once=True,
+            )
+            batches = list(itertools.islice(stream, self.config.num_validation_batches))
+            skips = SkipLedger(self.config.max_skip_fraction)
+            for batch in batches:
+                skips.add(batch)
+            skips.share()
+            skips.check()
+            if not any(batch["names"] for batch in batches):
+                raise ValueError(
+                    f"The validation source {self.config.validation.label} has no sample that can be used.\n"
+                    + describe_skips(skips.reasons, skips.worst)
+                )
         return batches
 
     def examiner(self, wrapped: nn.Module, log: Callable[[dict], None]) -> Examiner:
         """What looks at held-out data during the run; what of that was skipped is logged."""
-        own = [list(skip) for batch in self.held_out for skip in batch["skips"]]
-        for skip in gather(own):
-            log({"event": "skip", "step": self.first_step, **Skip(*skip)._asdict()})
-        parts = (self.model.config, self.held_out, self.config)
+        for skip in (skip for batch in self.held_out for skip in batch["skips"]):
+            log({"event": "skip", "step": self.first_step, **skip._asdict()})
+        usable = [batch for batch in self.held_out if batch["names"]]
+        parts = (self.model.config, usable, self.config)
         return Examiner(wrapped, *parts, self.autocast, self.accelerator, log)
 
     def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
@@ -337,6 +357,7 @@ def train_and_examine(
     facts["keeps_freed_memory"] = keep_freed_memory(accelerator.device)
     log({"event": "start", "step": stage.first_step, **facts, "predicted": forecast.predicted})
     examiner = stage.examiner(wrapped, log)
+    examiner.warn_where_blind()
     if retention:
         if accelerator.is_main_process:
             write_record(stage.output, retention.record)
@@ -370,7 +391,8 @@ def train_and_examine(
     )
     alarm = examiner.examine(config.num_steps)
     if retention:
-        retention.measure(stage.model, stage.autocast)
+        with outside_gathered(stage.objective):
+            retention.measure(stage.model, stage.autocast)
         log(retention.entry(config.num_steps))
     return alarm, forecast
 

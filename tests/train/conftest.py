@@ -150,6 +150,7 @@ def one_process():
     class OneProcess:
         device = torch.device("cpu")
         num_processes = 1
+        process_index = 0
         is_main_process = True
 
         def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:

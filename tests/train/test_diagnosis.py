@@ -104,6 +104,26 @@ def test_stopping_in_the_middle_leaves_no_model_and_stopping_at_the_end_does(col
     assert (tmp_path / "b" / "model" / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["validation=null"], "there is no validation source"),
+        (["validation.path={questions}"], "no held-out reply follows a picture"),
+        (["validation=null", "blind_check=false"], None),
+        ([], None),
+    ],
+    ids=["nothing held out", "no pictures", "switched off", "pictures"],
+)
+def test_a_run_whose_pictures_cannot_be_checked_says_so_at_its_start(color_config, tmp_path, capsys, overrides, found):
+    message = {"messages": [{"role": "user", "content": "A tree?"}, {"role": "assistant", "content": "A bus."}]}
+    (tmp_path / "questions.jsonl").write_text(json.dumps(message))
+    overrides = [override.format(questions=tmp_path / "questions.jsonl") for override in overrides]
+    config = color_config(True, *overrides, "num_steps=1", "min_picture_gap=-9")
+    run_stage(config)
+    shown = [line for line in capsys.readouterr().err.splitlines() if "WARNING" in line]
+    assert [line.split("pictures: ")[1].split(". Name")[0] for line in shown] == ([found] if found else [])
+
+
 # --- the examination -------------------------------------------------------------------------------------------------
 
 

@@ -325,6 +325,14 @@ def test_a_stream_with_fewer_rows_than_lanes_is_refused(tars):
         read(mixture, [30], lane=30, num_lanes=40)
 
 
+def test_once_takes_every_row_of_a_stream_once(tars, checkpoints, next_token_config):
+    mixture = Mixture([load_records(config_of(tars, streaming=True))], 0)
+    maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
+    batches = PackedBatches(mixture, maker, next_token_config(), StreamPosition(), 0, 1, 0, once=True)
+    names = [name for batch in batches for name in batch["names"]]
+    assert len(names) == len(set(names)) == NUM_ROWS
+
+
 def test_a_mixture_with_a_stream_is_packed_and_resumed_exactly(tars, data, checkpoints, next_token_config):
     def batches(rank=0, world_size=1, start=None) -> PackedBatches:
         sources = [config_of(tars, streaming=True), DataConfig(source="chat", path=str(data / "chat.jsonl"))]

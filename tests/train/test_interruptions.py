@@ -45,23 +45,27 @@ def num_log_lines(run: Path) -> int:
     return (run / "log.jsonl").read_bytes().count(b"\n") if (run / "log.jsonl").exists() else 0
 
 
-def kill_somewhere(process, run: Path, number: int, chance: random.Random) -> tuple[bool, bool]:
-    """Kill a training process during a save (every other time) or at any moment after its start.
+def kill_somewhere(process, run: Path, number: int, chance: random.Random) -> tuple[bool, bool, bool]:
+    """Kill a training process before its first log line, during a save, or at any moment after its start: by turns.
 
     Returns:
-        Whether it was still running, and whether it left a half-written checkpoint.
+        Whether it was still running, whether it had logged nothing yet, and whether it left a half-written checkpoint.
     """
-    if number % 2:
+    before = num_log_lines(run)
+    if number % 3 == 1:
+        deadline = time.monotonic() + chance.uniform(0, 0.1 * number)  # later and later in its set-up
+        wait_until(process, lambda: time.monotonic() > deadline or num_log_lines(run) > before)
+    elif number % 3 == 2:
         wait_until(process, lambda: any(run.glob(".checkpoint-*.writing")))
         time.sleep(chance.uniform(0, 0.02))
     else:
-        before = num_log_lines(run) + chance.randrange(4)  # the first line says that training starts
-        wait_until(process, lambda: num_log_lines(run) >= before)
-        time.sleep(chance.uniform(0, 0.5))
+        wanted = before + 1 + chance.randrange(4)  # the first line says that training starts
+        wait_until(process, lambda: num_log_lines(run) >= wanted)
+        time.sleep(chance.uniform(0, 0.2))
     was_running = process.is_alive()
     process.kill()
     process.join()
-    return was_running, any(run.glob(".checkpoint-*.writing"))
+    return was_running, num_log_lines(run) == before, any(run.glob(".checkpoint-*.writing"))
 
 
 @pytest.mark.parametrize("num_kills", [3, pytest.param(20, marks=[pytest.mark.slow, pytest.mark.timeout(1500)])])
@@ -69,22 +73,25 @@ def test_killed_runs_end_with_the_weights_of_an_unbroken_one(
     next_token_config, server, monkeypatch, tmp_path, num_kills
 ):
     next_token_config()
-    recipe = [str(tmp_path / "next_token.yaml"), f"num_steps={3 * num_kills}", "row_length=96", "rows_per_batch=1"]
+    recipe = [str(tmp_path / "next_token.yaml"), f"num_steps={15 * num_kills}", "row_length=96", "rows_per_batch=1"]
     run, straight = tmp_path / "run", tmp_path / "straight"
     process = launch(server, monkeypatch, *recipe, f"output={straight}")
     process.join()
     assert process.exitcode == 0
 
-    chance, kills, half_written = random.Random(num_kills), 0, 0
+    chance, kills, silent, half_written = random.Random(num_kills), 0, 0, 0
     broken = [*recipe, "checkpoint_every=1", "keep_last=2", "--resume"]
     while kills < num_kills and not (run / "model").exists():
         process = launch(server, monkeypatch, *broken)
-        was_running, is_half_written = kill_somewhere(process, run, kills + 1, chance)
+        was_running, is_silent, is_half_written = kill_somewhere(process, run, kills + 1, chance)
         kills += was_running
+        silent += is_silent
         half_written += is_half_written
         for folder in sorted_checkpoints(run)[-1:]:
             HoVLEForConditionalGeneration.from_pretrained(folder)
-    assert kills >= num_kills * 2 // 3  # the others came after the last step
+    assert kills == num_kills
+    assert not (run / "model").exists()
+    assert silent > 0
     assert half_written > 0
     process = launch(server, monkeypatch, *broken)
     process.join()

@@ -93,7 +93,7 @@ def test_a_step_without_anything_to_learn_from_leaves_weights_and_averages(make_
     parameters = [item for item in objective.parameters() if item.requires_grad]
     before = [item.detach().clone() for item in parameters]
     averages = [optimizer.state[item]["exp_avg"].clone() for item in parameters]
-    mute = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    mute = {**batch, "targets": torch.full_like(batch["targets"], -100)}
     result = train_step(objective, optimizer, [mute, mute], config.max_gradient_norm, FLOAT32)
     assert result.is_empty
     assert all(torch.equal(item, old) for item, old in zip(parameters, before, strict=True))

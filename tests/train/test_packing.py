@@ -62,7 +62,7 @@ def stream(next_token_config):
     """`stream(lengths, position, rank, world_size, **fields)`: packed batches of samples of these lengths."""
 
     def build(
-        lengths, position=None, rank=0, world_size=1, num_records=10, damaged=(), num_tiles=1, **fields
+        lengths, position=None, rank=0, world_size=1, num_records=10, damaged=(), num_tiles=1, once=False, **fields
     ) -> PackedBatches:
         fields = {"rows_per_batch": 2, "row_length": 20, "packing_window": 4, **fields}
         return PackedBatches(
@@ -73,6 +73,7 @@ def stream(next_token_config):
             rank,
             world_size,
             pad_token_id=0,
+            once=once,
         )
 
     return build
@@ -110,6 +111,20 @@ def test_no_sample_is_lost_repeated_or_kept_waiting(stream):
     until = 100
     assert set(range(until)) <= set(taken)
     assert max(abs(index - place) for place, index in enumerate(taken)) <= 8  # twice the window
+
+
+def test_once_takes_every_record_once_and_ends(stream):
+    lengths = [18, 3, 11, 6, 20, 2, 9]
+    found = list(stream(lengths, num_records=17, damaged=(4, 9), once=True))
+    taken = [int(name.split()[1]) for batch in found for name in batch["names"]]
+    assert sorted(taken) == [index for index in range(17) if index not in (4, 9)]
+    assert [batch["names"] for batch in found[:2]] == [
+        batch["names"] for batch in itertools.islice(stream(lengths, num_records=17, damaged=(4, 9)), 2)
+    ]
+    assert sum(batch["num_drawn"] for batch in found) == 17
+    assert len([skip for batch in found for skip in batch["skips"]]) == 2
+    [only_skips] = stream(lengths, num_records=3, damaged=(0, 1, 2), once=True)
+    assert (only_skips["names"], len(only_skips["skips"]), bool(only_skips["is_sample"].any())) == ([], 3, False)
 
 
 def test_the_window_grows_until_it_can_fill_the_batch(stream):

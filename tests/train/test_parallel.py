@@ -19,9 +19,10 @@ from safetensors.torch import load_file
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train import loop, parallel
 from hovle.train.checkpoint import check_handoff, load_trainable
-from hovle.train.config import StageConfig, load_stage
+from hovle.train.config import RetentionConfig, StageConfig, load_stage
 from hovle.train.data import PackedBatches, ReplySamples, StreamPosition, load_records
 from hovle.train.objectives import NextTokenObjective
+from hovle.train.retention import TextRetention
 from hovle.train.setup import make_optimizer, select_trainable
 from hovle.train.stage import run_stage
 
@@ -138,6 +139,23 @@ def test_an_error_of_one_process_ends_the_others(folder):
     assert said.count("already holds a run") == 2  # the folder of a finished stage was asked for again
 
 
+@pytest.mark.parametrize("sharding", WAYS)
+def test_two_processes_share_the_held_out_samples_that_one_measures_alone(folder, tmp_path, sharding):
+    values = yaml.safe_load((folder / f"held-out-{sharding}" / "recipe.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "output": str(tmp_path / "run")}))
+    run_stage(load_stage(str(tmp_path / "recipe.yaml"), ["sharding=none"]))
+    shared, alone = (
+        [entry for entry in read_log(run) if entry.get("event") in ("validation", "blind_check")]
+        for run in (folder / f"held-out-{sharding}", tmp_path / "run")
+    )
+    assert [entry["event"] for entry in alone] == ["validation", "validation", "blind_check"]
+    assert alone[-1]["num_pictures"] == alone[-1]["num_shuffled"] > 4
+    for found, expected in zip(shared, alone, strict=True):
+        assert found.pop("event") == expected.pop("event")
+        del found["time"], expected["time"]
+        assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
 def test_a_stage_on_two_processes_resumes_to_the_same_bits(folder, name):
     straight = load_file(folder / f"{name}-straight" / "model.safetensors")
@@ -176,6 +194,18 @@ def test_a_sharded_stage_leaves_models_that_load(folder, checkpoints):
         assert changed == {"2", "3"}  # the language model's; the holistic layers were frozen
         assert all(torch.equal(model.state_dict()[key], tensor) for key, tensor in saved.items())
     assert check_handoff(model, folder / "sharded" / "model") == pytest.approx(0, abs=1e-6)
+
+
+def test_text_perplexity_is_measured_in_pieces_too(folder, language_models):
+    entries = [entry for entry in read_log(folder / "sharded") if entry.get("event") == "text_retention"]
+    assert [entry["step"] for entry in entries] == [0, 4, 2, 4]
+    model = HoVLEForConditionalGeneration.from_pretrained(folder / "sharded" / "model", dtype=torch.float32)
+    processor = HoVLEProcessor.from_pretrained(folder / "sharded" / "model")
+    retention = TextRetention(RetentionConfig(num_tokens=64, window=32), processor)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = retention.perplexity(model, FLOAT32)
+    assert entries[1]["text_perplexity"] == entries[3]["text_perplexity"] == pytest.approx(expected, rel=1e-3)
+    assert abs(entries[0]["text_perplexity"] / expected - 1) > 3e-3
 
 
 def test_adapters_that_were_trained_in_pieces_are_saved_alone_and_merged(folder, checkpoints):

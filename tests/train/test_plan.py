@@ -230,3 +230,7 @@ def test_sharding_lets_a_plan_fit_more_rows(next_token_config):
     assert shared.memory.optimizer == alone.memory.optimizer / 8
     assert shared.memory.joined > 0 == alone.memory.joined
     assert shared.tokens_per_second > alone.tokens_per_second  # each changes an eighth of the weights
+    large = [
+        plan_stage("", *paper_stage(2, *change), GPUS["A100-80G"], count=64) for change in ([], ["sharding=full"])
+    ]
+    assert large[1].largest_rows_per_batch > large[0].largest_rows_per_batch > 0

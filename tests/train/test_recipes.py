@@ -4,6 +4,9 @@ What runs is the recipe's own objective, trained parts, optimizer and data pipel
 workers are replaced. That the real parts exist and fit is for `hovle plan` and a machine with a network to say.
 """
 
+import itertools
+import re
+
 import pytest
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
@@ -57,6 +60,18 @@ def test_later_recipes_run_dry_with_stand_ins(folder, stage, starts, data, capsy
     assert ("language_model" in printed.split("trains")[1].splitlines()[0]) == (stage == "instruction_tuning")
 
 
+@pytest.mark.parametrize("stage", ["distillation", "alignment", "instruction_tuning"])
+@pytest.mark.parametrize("folder", [*FOLDERS, "demo"])
+def test_every_recipe_holds_data_out_that_it_does_not_learn_from(folder, stage):
+    config = load_stage(f"{folder}/{stage}")
+    assert config.validation is not None
+    sets = [(data.source, data.path, data.subset, data.split) for data in (*config.data, config.validation)]
+    assert sets[-1] not in sets[:-1]
+    assert config.blind_check
+    assert (config.retention is not None) == (folder != "demo")  # there it would cost more than a validation
+    assert config.validate_every == config.checkpoint_every
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_each_stage_starts_where_the_one_before_it_ends(folder):
     first, second, third = (
@@ -83,10 +98,14 @@ def test_the_papers_values_are_the_papers(folder):
 @pytest.mark.parametrize("stage", ["distillation", "alignment", "instruction_tuning"])
 def test_every_number_of_the_papers_recipes_says_whose_it_is(folder, stage):
     body = (RECIPES / folder / f"{stage}.yaml").read_text()
-    for line in body.splitlines():
+    body = body.replace("[ours]: not published; our choice, with the reason", "")
+    for above, line in itertools.pairwise(body.splitlines()):
+        for reason in line.split("[ours]")[1:]:
+            assert len(re.findall("[A-Za-z]{2,}", reason.split("[paper]")[0])) > 1, line
         key, _, value = line.strip().partition(": ")
-        if key in ("output", "dtype") or line.startswith(("#", "  - ")) or not value or "checkpoint:" in line:
+        if key == "output" or line.startswith(("#", "  - ")) or not value or "checkpoint:" in line:
             continue
-        if any(mark in line for mark in ("[paper]", "[ours]")) or key in ("source", "path", "format", "streaming"):
+        marked = line + above if above.startswith("#") else line
+        if any(mark in marked for mark in ("[paper]", "[ours]")) or key in ("source", "path", "format", "streaming"):
             continue
         assert key in ("gradient_accumulation_steps",), line  # explained with rows_per_batch

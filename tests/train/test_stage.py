@@ -317,6 +317,27 @@ def test_skips_of_the_validation_data_are_logged(next_token_config, tmp_path, fa
     assert events
 
 
+def test_the_held_out_samples_do_not_depend_on_how_a_step_is_cut(next_token_config, data, tmp_path):
+    validation = ("validation.source=chat", f"validation.path={data / 'chat.jsonl'}", "num_validation_batches=3")
+    found = []
+    for number in (1, 2, 4):
+        shape = (f"gradient_accumulation_steps={number}", "num_steps=1", "learning_rate=1e-20", "rows_per_batch=1")
+        run_stage(next_token_config(*validation, *shape, f"output={tmp_path / str(number)}"))
+        entries = [entry for entry in read_log(tmp_path / str(number)) if "event" in entry]
+        numbers = [entry for entry in entries if entry["event"] in ("validation", "blind_check")]
+        assert [entry["event"] for entry in numbers] == ["validation", "validation", "blind_check"]
+        found.append([{key: value for key, value in entry.items() if key != "time"} for entry in numbers])
+    assert all(numbers == found[0] for numbers in found)
+
+
+def test_a_validation_source_without_a_usable_sample_is_refused(next_token_config, tmp_path):
+    lines = [json.dumps({"messages": [{"role": "user", "content": "A tree?"}]})] * 3
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    validation = ("validation.source=chat", f"validation.path={tmp_path / 'questions.jsonl'}")
+    with pytest.raises(ValueError, match=r"(?s)chat:questions\.jsonl has no sample that can be used.* no reply to"):
+        run_stage(next_token_config(*validation, "max_skip_fraction=1"))
+
+
 def test_distillation_takes_the_pictures_of_a_mixed_list_and_counts_what_has_none(distillation_config, data, tmp_path):
     sources = (
         f"[{{source: chat, path: {data / 'chat.jsonl'}, weight: 2}}, {{source: pictures, path: {data / 'pictures'}}}]"

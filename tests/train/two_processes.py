@@ -101,9 +101,18 @@ def run_stages(folder: Path, accelerator) -> None:
         "num_validation_batches=1",
         "validate_every=3",
     ]
+    bare = load_stage(distillation).model.language_model
+    retention = [f"retention={{num_tokens: 64, window: 32, language_model: {bare}}}"]
     for name, arguments in {
         "replicated": [distillation, "num_workers=1"],
-        "sharded": [next_token, *sharded, *validation, "trainable=[stem, language_model]", "keep_best=true"],
+        "sharded": [
+            next_token,
+            *sharded,
+            *validation,
+            *retention,
+            "trainable=[stem, language_model]",
+            "keep_best=true",
+        ],
     }.items():
         arguments += [f"output={folder / name}", "checkpoint_every=2"]
         assert main(["train", *arguments]) == 0
@@ -112,6 +121,15 @@ def run_stages(folder: Path, accelerator) -> None:
             os.rename(folder / name / "model", folder / f"{name}-straight")
         accelerator.wait_for_everyone()
         assert main(["train", *arguments, "--resume"]) == 0
+    for name in ("none", sharding):  # three held-out batches: one process has one more than the other
+        arguments = [*validation, "num_validation_batches=3", "rows_per_batch=1", "validate_every=0"]
+        arguments += [
+            "num_steps=1",
+            "learning_rate=1e-20",
+            f"sharding={name}",
+            f"output={folder / f'held-out-{name}'}",
+        ]
+        assert main(["train", next_token, *arguments]) == 0
     assert main(["train", next_token, *sharded, "lora.rank=4", "trainable=[]", f"output={folder / 'lora'}"]) == 0
     # The main process refuses an occupied folder; the other hears of it.
     assert main(["train", next_token, f"output={folder / 'lora'}"]) == 1
