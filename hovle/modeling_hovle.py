@@ -541,7 +541,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
     def _normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.config.normalize_encoder_output:
             return hidden_states
-        return hidden_states / hidden_states.norm(dim=-1, keepdim=True)
+        norm = hidden_states.norm(dim=-1, keepdim=True)
+        return hidden_states / norm.masked_fill(norm == 0, 1)  # padding is often a row of zeros
 
     def _run_holistic_layers(self, inputs, cache: Cache | None, **kwargs) -> HolisticEmbeddingOutput:
         """Run the holistic layers on the sequence the language model sees."""

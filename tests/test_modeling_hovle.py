@@ -1441,6 +1441,24 @@ def test_other_decoders_learn_with_the_language_model_frozen(name):
         assert torch.equal(value, frozen[key]), key
 
 
+@pytest.mark.parametrize("name", ["llama3-rope", "qwen2", "gemma3", "granite", "phi"])
+def test_normalised_output_survives_padding_whose_row_is_zero(name):
+    config_class, fields = BACKBONES[name]
+    bare = bare_language_model(config_class, **fields)
+    options = {"image_size": 56, "image_token_id": IMAGE, "normalize_encoder_output": True}
+    model = HoVLEForConditionalGeneration.from_language_model(bare, 2, **options).train()
+    table = model.get_input_embeddings().weight
+    table.data[0] = 0
+    found = gradients(model)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    with torch.no_grad():
+        logits = model(**batch()).logits
+        assert logits.isfinite().all()
+        for row in range(3):
+            alone = model(PROMPTS[row], PICTURES[row]).logits[0]
+            assert_close(logits[row, -len(alone) :], alone)
+
+
 def test_separate_rope_is_refused_where_each_pattern_has_its_own():
     text_config = Gemma3TextConfig(num_hidden_layers=3, hidden_size=32, intermediate_size=64, head_dim=8)
     config = HoVLEConfig(
