@@ -26,9 +26,9 @@ class HoVLEConfig(PreTrainedConfig):
         text_config: Configuration of the whole decoder, `num_hidden_layers` = holistic layers + language model layers.
             A dict is turned into the class its `model_type` names.
         num_embedding_layers: Number of holistic layers (N), counted from the bottom of the decoder.
-        embedding_rope_parameters: Rotary parameters of the holistic layers where they differ from the language
-            model's (`rope_type`, `rope_theta`, `factor`, ...; `max_position_embeddings` for dynamic scaling).
-            `None`: the same as `text_config.rope_parameters`.
+        embedding_rope_parameters: Rotary parameters of the holistic layers where they differ from
+            `text_config.rope_parameters` (`rope_type`, `rope_theta`, `factor`, ...; `max_position_embeddings` for
+            dynamic scaling). Another `rope_type` keeps nothing of the language model's scaling.
         normalize_encoder_output: Divide what the holistic layers hand to the language model by its L2 norm.
         image_size: Side of one square picture tile in pixels.
         patch_size: Kernel and stride of the patch convolution in pixels.

@@ -11,7 +11,6 @@ Axis legend of this file (logical sizes, never a shard):
   layers see them (L = T unless HD)   N image tiles in the batch   S image tokens of one tile   D hidden size
 """
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -33,12 +32,12 @@ from .backbones import (
     attention_types,
     check_backbone,
     final_norm,
-    has_rotary_per_pattern,
     rotary_tables,
     scale_embeddings,
     scale_logits,
 )
 from .configuration_hovle import HoVLEConfig
+from .rotary import embedding_rope_config
 
 IGNORE_INDEX = -100
 """Label of a position without a loss."""
@@ -327,7 +326,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         self.attention_types = attention_types(config.text_config)
         check_backbone(self.language_model)
         # Dynamic rope keeps state, and HD's two sequences differ in length: each section has its own table.
-        self.embedding_rotary_emb = type(self.language_model.rotary_emb)(self._embedding_rope_config())
+        rope_config = embedding_rope_config(config.text_config, config.embedding_rope_parameters)
+        self.embedding_rotary_emb = type(self.language_model.rotary_emb)(rope_config)
         if self.is_hd:
             self._put_language_layers_first_in_cache()
         self.post_init()
@@ -363,22 +363,6 @@ class HoVLEModel(HoVLEPreTrainedModel):
         weight: torch.Tensor = table.weight  # type: ignore[assignment]
         embeds = table(torch.arange(len(weight), device=weight.device))
         return scale_embeddings(embeds, self.config.text_config)
-
-    def _embedding_rope_config(self):
-        """Text config with the rotary parameters of the holistic layers."""
-        rope_config = copy.deepcopy(self.config.text_config)
-        if self.config.embedding_rope_parameters is not None:
-            if has_rotary_per_pattern(self.language_model.rotary_emb):
-                raise ValueError(
-                    f"embedding_rope_parameters cannot be combined with {rope_config.model_type}, which has a rotary "
-                    "table for each attention pattern: leave them out."
-                )
-            rope_parameters = {"rope_type": "default", **self.config.embedding_rope_parameters}
-            rope_config.max_position_embeddings = rope_parameters.pop(
-                "max_position_embeddings", rope_config.max_position_embeddings
-            )
-            rope_config.rope_parameters = rope_parameters
-        return rope_config
 
     def _put_language_layers_first_in_cache(self) -> None:
         """Give the language model cache slots 0..M-1, so whoever asks a cache for its length hears the short one."""
@@ -666,7 +650,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             past_mask = embeds.new_ones((batch_size, past_length), dtype=torch.bool)
         if past_mask is not None:
             new_mask = torch.cat([past_mask, new_mask], dim=1)
-        # Looking at its values would break a graph, and so would making the mask up later, from a static cache's length.
+        # Looking at its values would break a graph; so would making the mask up later, from a static cache's length.
         if torch.compiler.is_compiling() or (view is not None and view.is_compileable):
             return new_mask
         return None if bool(new_mask.all()) else new_mask

@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
     StaticCache,
 )
@@ -1466,6 +1468,68 @@ def test_separate_rope_is_refused_where_each_pattern_has_its_own():
     )
     with pytest.raises(ValueError, match="embedding_rope_parameters cannot be combined with gemma3_text"):
         HoVLEForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields"),
+    [
+        (PhiConfig, {"partial_rotary_factor": 0.5}),
+        (StableLmConfig, {"partial_rotary_factor": 0.25}),
+        (Phi3Config, {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_separate_rope_rotates_what_the_language_model_rotates(config_class, fields):
+    bare = bare_language_model(config_class, **fields)
+    options = {"image_size": 56, "image_token_id": IMAGE, "embedding_rope_parameters": {"rope_theta": 100.0}}
+    model = HoVLEForConditionalGeneration.from_language_model(bare, 2, **options).eval()
+    own, language = model.model.embedding_rotary_emb.inv_freq, model.model.language_model.rotary_emb.inv_freq
+    assert own.shape == language.shape
+    assert_close(own, language ** (math.log(100.0) / math.log(1e4)))
+    with torch.no_grad():
+        assert shake(model)(**batch()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("language", "own", "expected"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e3}, {"rope_type": "linear", "factor": 4}, 5e3),
+        ({"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}, {"rope_theta": 7e3}, 7e3),
+        ({"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0}, {"factor": 4.0, "rope_theta": None}, 5e3),
+    ],
+)
+def test_separate_rope_says_only_what_differs(language, own, expected):
+    model = tiny_model("pre", {"rope_parameters": language}, embedding_rope_parameters=own)
+    reference = LlamaModel(
+        tiny_config(
+            text={"rope_parameters": {"rope_type": "linear", "rope_theta": expected, "factor": 4.0}}
+        ).text_config
+    )
+    assert torch.equal(model.model.embedding_rotary_emb.inv_freq, reference.rotary_emb.inv_freq)
+
+
+def test_another_rope_type_keeps_no_scaling_of_the_language_model():
+    text = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}}
+    model = tiny_model("pre", text, embedding_rope_parameters={"rope_type": "default"})
+    assert torch.equal(model.model.embedding_rotary_emb.inv_freq, model.model.language_model.rotary_emb.inv_freq * 4)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"rope_type": "spiral"}, "rope_type must be one of default, dynamic, linear.*, got 'spiral'"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
+        ({"rope_theta": "10"}, "rope_theta must be a positive number, got '10'"),
+        ({"rope_type": "linear", "factor": float("nan")}, "factor must be a positive number, got nan"),
+        ({"rope_type": "linear"}, "incomplete: Missing required keys .*'linear': {'factor'}"),
+        ({"rope_type": "longrope", "short_factor": 1.0}, "short_factor must be a list of positive numbers, got 1.0"),
+        ({"rope_type": "yarn", "truncate": 1}, "truncate"),
+        ({"rope_thet": 5.0}, "hold 'rope_thet', which is none of .*rope_theta"),
+        ({"partial_rotary_factor": 0.5}, "rotate 0.5 of each attention head, the language model 1.0"),
+    ],
+)
+def test_separate_rope_that_cannot_work_is_refused_by_name(own, message):
+    with pytest.raises(ValueError, match=f"embedding_rope_parameters.*{message}"):
+        tiny_model("pre", embedding_rope_parameters=own)
 
 
 def test_hd_runs_with_one_sliding_window_in_all_layers():
