@@ -45,6 +45,11 @@ def check_backbone(decoder: PreTrainedModel) -> None:
             f"{name} cannot be the backbone of HoVLE: it lacks {', '.join(missing)}. HoVLE needs a decoder built like "
             "Llama's."
         )
+    if differing := sorted(getattr(config, "per_layer_attributes", None) or ()):  # Gemma 4's global heads
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: its layers differ in {', '.join(differing)}, but the holistic "
+            "layers need one shape for all."
+        )
     unknown = sorted(set(attention_types(config)) - MASK_FUNCTIONS.keys())
     if unknown:
         raise ValueError(

@@ -1568,6 +1568,25 @@ def test_a_backbone_that_cannot_work_is_refused_by_name(config_class, fields, me
         HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"global_head_dim": 16}, "its layers differ in head_dim"),
+        (
+            {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64},
+            r"embed_tokens_per_layer.weight has shape \(64, 48\) instead of \(64, 32\)",
+        ),
+        ({"num_kv_shared_layers": 2}, "need more than Llama's"),
+    ],
+)
+def test_a_gemma_4_that_cannot_work_is_refused_with_the_reason(fields, message):
+    own = {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "sliding_window": 4}
+    own["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    bare = bare_language_model(CONFIG_MAPPING["gemma4_text"], **{**own, **fields})
+    with pytest.raises(ValueError, match=f"Gemma4.* cannot be the backbone of HoVLE.*{message}"):
+        HoVLEForConditionalGeneration.from_language_model(bare, 2, image_size=56)
+
+
 def test_hd_refuses_a_backbone_of_mixed_attention_patterns():
     bare = bare_language_model(Qwen2Config, use_sliding_window=True, sliding_window=4, max_window_layers=2)
     with pytest.raises(ValueError, match="qwen2 mixes full_attention and sliding_attention"):
