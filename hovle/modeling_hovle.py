@@ -148,11 +148,15 @@ class HolisticLayout:
     def from_image_mask(
         cls, image_mask: torch.Tensor, slots_per_placeholder: int, num_placeholders: int
     ) -> "HolisticLayout":
-        """Build the layout of a batch from its placeholders, shape `(B, T)`, bool, and their count."""
+        """Build the layout of a batch from its placeholders, shape `(B, T)`, bool, and their count.
+
+        torch.compile needs a length known in advance: there, several rows are padded as if one held all pictures.
+        """
         lengths = torch.where(image_mask, slots_per_placeholder, 1)
         ends = lengths.cumsum(dim=1)  # (B, T)
-        if len(image_mask) == 1:  # a length known in advance keeps the graph of torch.compile whole
-            long_length = image_mask.shape[1] + num_placeholders * (slots_per_placeholder - 1)
+        if len(image_mask) == 1 or torch.compiler.is_compiling():
+            short_length = image_mask.shape[1]
+            long_length = short_length + min(num_placeholders, short_length) * (slots_per_placeholder - 1)
         else:
             long_length = int(ends[:, -1].max())
         ends = ends + (long_length - ends[:, -1:])
@@ -661,6 +665,11 @@ class HoVLEModel(HoVLEPreTrainedModel):
         if long_mask is not None:
             # A later step may have lost its mask, which `generate` drops where the prompts were not padded.
             is_prefill = length > 1 and inputs.attention_mask is None
+            if is_prefill and torch.compiler.is_compiling():
+                raise ValueError(
+                    "HoVLE-HD compiled as one graph cannot tell whether a batch without attention_mask is packed: "
+                    "give one, of ones where nothing is padded, or pack into one row."
+                )
             if is_prefill and bool((inputs.position_ids == 0).sum(dim=1).max() > 1):
                 raise ValueError(
                     "Packed rows of HoVLE-HD must hold the same number of image tokens each: rows of different long "

@@ -66,13 +66,34 @@ def test_chunks_of_prompts_with_pictures_are_right_or_refused(model):
     assert not model.model.is_hd
 
 
-def test_the_forward_pass_compiles_as_one_graph(model, whole_graph):
+def padded_batch_of(model) -> dict[str, torch.Tensor]:
+    """A prompt with a picture of two tiles and one without a picture, padded on the left."""
     request = request_of(model)
+    length = request["input_ids"].shape[1]
+    ids, mask = torch.zeros(2, length, dtype=torch.long), torch.ones(2, length, dtype=torch.long)
+    ids[0], ids[1, 3:] = request["input_ids"][0], torch.arange(20, 17 + length)
+    mask[1, :3] = 0
+    return {**request, "input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("make", [request_of, padded_batch_of])
+def test_the_forward_pass_compiles_as_one_graph(model, make, whole_graph):
+    request = make(model)
     torch._dynamo.reset()
     with torch.no_grad(), whole_graph:
         expected = model(**request, use_cache=False).logits
         found = torch.compile(model, fullgraph=True, backend="aot_eager")(**request, use_cache=False).logits
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        is_token = request["attention_mask"].bool()
+        torch.testing.assert_close(found[is_token], expected[is_token], atol=1e-5, rtol=0)
+
+
+def test_a_compiled_batch_of_hd_asks_for_the_mask_it_needs(tiny_config, monkeypatch):
+    model = HoVLEForConditionalGeneration(tiny_config(pixel_shuffle_loc="post")).eval()
+    request = padded_batch_of(model)
+    del request["attention_mask"]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # the compiler wraps errors, each in its own way
+    with torch.no_grad(), pytest.raises(ValueError, match="cannot tell whether a batch without attention_mask"):
+        model(**request, use_cache=False)
 
 
 def test_outputs_per_layer_split_into_the_two_sections(model):
