@@ -637,8 +637,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             past_mask = None  # of what a static cache held before it was reset
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
             raise ValueError(
-                "HoVLE-HD builds its own masks and needs a 2-D attention_mask (batch, tokens); generate with a "
-                "dynamic cache."
+                "HoVLE-HD builds its own masks for two sequences: give a 2-D attention_mask (batch, tokens), or none."
             )
         if attention_mask is None and past_mask is None and (layout is None or batch_size == 1):
             return None

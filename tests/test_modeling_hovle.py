@@ -1000,6 +1000,13 @@ def test_packed_rows_of_one_length_may_share_a_batch(model):
     assert_close(logits[1], torch.cat([alone[8:], alone[:8]]))
 
 
+def test_hd_refuses_masks_it_would_have_to_guess_from():
+    length = PROMPTS[0].shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"two sequences: give a 2-D attention_mask \(batch, tokens\), or none\.$"):
+        shared_model("post")(PROMPTS[0], PICTURES[0], attention_mask=mask)
+
+
 def test_hd_refuses_packed_rows_of_different_long_lengths():
     rows = torch.cat([torch.cat([PROMPTS[0], PROMPTS[2]], dim=1), torch.arange(3, 16)[None]])
     position_ids = torch.cat([torch.arange(8), torch.arange(5)]).expand(2, -1)
