@@ -385,7 +385,7 @@ class HoVLEProcessor(ProcessorMixin):
             return_tensors: "pt" or "np".
             return_dict: Return everything the model needs instead of the ids alone.
             processor_kwargs: Arguments of a call (`min_tiles`, `max_tiles`, `max_image_tokens`, `tile_size`,
-                `padding`, ...); `images` gives the pictures of items that carry none.
+                `padding`, ...); `images` gives the pictures of items that carry none, in the items' order.
             label_pictures: Write "Image-1: " before the first picture of a conversation, "Image-2: " before the
                 second, ..., and a line break after each, so that a question can name them.
             **kwargs: The same arguments, and variables of the template.
@@ -614,7 +614,10 @@ def _flatten_pictures(images: Any) -> list:
 
 
 def _pictures_of(prompts: list[Prompt], images: Any) -> list:
-    """Collect the pictures of all chats in prompt order, from their items or, if these carry none, from `images`."""
+    """Collect the pictures of all chats in prompt order, from their items or, if these carry none, from `images`.
+
+    `images` come in the order of the items, which a template may change.
+    """
     items = [item for prompt in prompts for item in prompt.pictures]
     carried = [_picture_of(item) for item in items]
     if images is not None:
@@ -625,7 +628,9 @@ def _pictures_of(prompts: list[Prompt], images: Any) -> list:
                 f"The messages hold {len(items)} picture items, {num_carried} of them with a picture, and "
                 f"{len(given)} pictures are given besides. Give each picture once."
             )
-        return given
+        rest = iter(given)
+        of_prompts = [[next(rest) for _ in prompt.pictures] for prompt in prompts]
+        return [own[place] for prompt, own in zip(prompts, of_prompts, strict=True) for place in prompt.picture_order]
     missing = sum(source is None for source in carried)
     if missing:
         raise ValueError(

@@ -445,6 +445,20 @@ def test_tile_sizes_that_do_not_divide_into_tokens_are_refused(processor: HoVLEP
         encode(processor, [user(picture(20, 20))], min_tiles=9)
 
 
+def test_pictures_beside_the_messages_belong_to_their_items_whatever_the_template_does(processor: HoVLEProcessor):
+    backwards = CHATML.replace("for m in messages", "for m in messages | reverse")
+    first, second, third = (picture(50, 40, seed) for seed in range(3))
+    chats = [[user(first, second), user("and", third)], [user(third), user(first)]]
+    empty = copy.deepcopy(chats)
+    for chat in empty:
+        for message in chat:
+            message["content"] = [{"type": item["type"], "text": item.get("text")} for item in message["content"]]
+    expected = encode(processor, chats, chat_template=backwards)
+    found = encode(processor, empty, chat_template=backwards, images=[first, second, third, third, first])
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
 # --- lengths ---------------------------------------------------------------------------------------------------------
 
 
