@@ -617,6 +617,13 @@ def picture_item(picture: Image.Image) -> dict:
     return {"type": "image", "image": picture}
 
 
+def test_pipelines_may_label_pictures_too(processor: HoVLEProcessor):
+    chat = [user(picture(), picture(), "Which?")]
+    expected = encode(processor, chat, label_pictures=True)["input_ids"]
+    found = encode(processor, chat, processor_kwargs={"label_pictures": True, "max_image_tokens": 1000})["input_ids"]
+    assert torch.equal(found, expected)
+
+
 def test_pictures_are_labelled_over_all_turns(processor: HoVLEProcessor):
     picture = noise(56, 56)
     chat = [
