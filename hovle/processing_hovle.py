@@ -385,7 +385,8 @@ class HoVLEProcessor(ProcessorMixin):
             return_tensors: "pt" or "np".
             return_dict: Return everything the model needs instead of the ids alone.
             processor_kwargs: Arguments of a call (`min_tiles`, `max_tiles`, `max_image_tokens`, `tile_size`,
-                `padding`, ...) and `label_pictures`; `images` gives the pictures of items that carry none, in the items' order.
+                `padding`, ...) and `label_pictures`; `images` gives the pictures of items that carry none, in the
+                items' order.
             label_pictures: Write "Image-1: " before the first picture of a conversation, "Image-2: " before the
                 second, ..., and a line break after each, so that a question can name them.
             **kwargs: The same arguments, and variables of the template.

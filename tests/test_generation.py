@@ -112,8 +112,9 @@ def test_a_compiled_batch_of_hd_asks_for_the_mask_it_needs(tiny_config, monkeypa
 def test_outputs_per_layer_split_into_the_two_sections(model):
     model.set_attn_implementation("eager")  # the one that tells attentions
     outputs = model(**request_of(model), output_hidden_states=True, output_attentions=True)
-    holistic, language = model.config.split_layers(outputs.hidden_states)
-    assert (len(holistic), len(language)) == (3, 3)  # what enters two layers, and what each makes of it
+    parts = model.config.split_layers(outputs.hidden_states)
+    assert (len(parts.holistic), len(parts.language)) == (3, 3)  # what enters two layers, and what each makes of it
+    assert parts.holistic[-1] is parts.language[0]
     holistic, language = model.config.split_layers(outputs.attentions)
     assert (len(holistic), len(language)) == (2, 2)
     with pytest.raises(ValueError, match="5 hidden states or 4 values"):
