@@ -58,6 +58,15 @@ def check_backbone(decoder: PreTrainedModel) -> None:
         )
 
 
+def refuse_router_losses(text_config: PreTrainedConfig, wants_router_logits: bool | None) -> None:
+    """Raise ValueError where a mixture of experts is asked for router logits, or the auxiliary loss made of them."""
+    if wants_router_logits or getattr(text_config, "output_router_logits", False):
+        raise ValueError(
+            "HoVLE gives no router logits and trains mixtures of experts without the routers' auxiliary loss: leave "
+            "output_router_logits out, and set it to False in the language model's config."
+        )
+
+
 def final_norm(decoder: PreTrainedModel) -> nn.Module:
     """The norm after the last layer."""
     return next(getattr(decoder, name) for name in NORM_NAMES if hasattr(decoder, name))

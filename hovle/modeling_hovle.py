@@ -32,6 +32,7 @@ from .backbones import (
     attention_types,
     check_backbone,
     final_norm,
+    refuse_router_losses,
     rotary_tables,
     scale_embeddings,
     scale_logits,
@@ -832,11 +833,13 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             **kwargs: `num_items_in_batch` divides the loss; the rest is handed down to the attention function.
 
         Raises:
-            ValueError: When placeholders and tiles do not match, with both counts.
+            ValueError: When placeholders and tiles do not match, with both counts; for `output_router_logits`, because
+                mixtures of experts train without the routers' auxiliary loss.
         """
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if image_outputs is not None and pixel_values is not None:
             raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
+        refuse_router_losses(self.config.text_config, kwargs.pop("output_router_logits", None))
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,

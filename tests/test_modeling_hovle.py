@@ -1468,6 +1468,18 @@ def test_normalised_output_survives_padding_whose_row_is_zero(name):
             assert_close(logits[row, -len(alone) :], alone)
 
 
+def test_the_auxiliary_loss_of_routers_is_refused_instead_of_left_out():
+    config_class, fields = BACKBONES["mixtral"]
+    bare = bare_language_model(config_class, **fields)
+    model = HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56, image_token_id=IMAGE)
+    with pytest.raises(ValueError, match="without the routers' auxiliary loss"):
+        model(PROMPTS[2], labels=PROMPTS[2], output_router_logits=True)
+    assert model(PROMPTS[2], labels=PROMPTS[2], output_router_logits=False).loss.isfinite()
+    bare.config.output_router_logits = True
+    with pytest.raises(ValueError, match="set it to False in the language model's config"):
+        HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56)
+
+
 def test_separate_rope_is_refused_where_each_pattern_has_its_own():
     text_config = Gemma3TextConfig(num_hidden_layers=3, hidden_size=32, intermediate_size=64, head_dim=8)
     config = HoVLEConfig(
