@@ -45,11 +45,25 @@ def check_backbone(decoder: PreTrainedModel) -> None:
             f"{name} cannot be the backbone of HoVLE: it lacks {', '.join(missing)}. HoVLE needs a decoder built like "
             "Llama's."
         )
+    if differing := sorted(getattr(config, "per_layer_attributes", None) or ()):  # Gemma 4's global heads
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: its layers differ in {', '.join(differing)}, but the holistic "
+            "layers need one shape for all."
+        )
     unknown = sorted(set(attention_types(config)) - MASK_FUNCTIONS.keys())
     if unknown:
         raise ValueError(
             f"{name} cannot be the backbone of HoVLE: it has layers of type {', '.join(unknown)}; only "
             f"{' and '.join(MASK_FUNCTIONS)} are supported."
+        )
+
+
+def refuse_router_losses(text_config: PreTrainedConfig, wants_router_logits: bool | None) -> None:
+    """Raise ValueError where a mixture of experts is asked for router logits, or the auxiliary loss made of them."""
+    if wants_router_logits or getattr(text_config, "output_router_logits", False):
+        raise ValueError(
+            "HoVLE gives no router logits and trains mixtures of experts without the routers' auxiliary loss: leave "
+            "output_router_logits out, and set it to False in the language model's config."
         )
 
 

@@ -198,7 +198,7 @@ class ChatRenderer:
             )
         # Plain: without the breakers just the same tokens would be found.
         is_plain = self.breaker not in text or border.split("".join(pieces)) == pieces
-        return Prompt(pieces, [items[index] for index in order], is_plain, self.mark)
+        return Prompt(pieces, [items[index] for index in order], order, is_plain, self.mark)
 
 
 class Prompt:
@@ -207,12 +207,14 @@ class Prompt:
     Attributes:
         pieces: Text at even places, special tokens and picture marks at odd places.
         pictures: The picture items of its messages, in prompt order.
+        picture_order: Place of each of them among the items of the messages.
         is_plain: Whether parsing the string for special tokens gives the same as these pieces.
     """
 
-    def __init__(self, pieces: list[str], pictures: list[dict], is_plain: bool, mark: str):
+    def __init__(self, pieces: list[str], pictures: list[dict], order: list[int], is_plain: bool, mark: str):
         self.pieces = pieces
         self.pictures = pictures
+        self.picture_order = order
         self.is_plain = is_plain
         self.mark = mark
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig
@@ -13,6 +13,15 @@ from .remote_code import AUTO_MAP, copy_code, register_names
 
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
 IMAGE_ATTENTIONS = ("causal", "bidirectional")
+
+
+class LayerParts(NamedTuple):
+    """One value per layer, by part of the model."""
+
+    holistic: Sequence
+    """Those of the holistic layers."""
+    language: Sequence
+    """Those of the language model."""
 
 
 def count_tile_tokens(tile_size: int, pixels_per_token_side: int, name: str = "tile_size") -> int:
@@ -47,9 +56,9 @@ class HoVLEConfig(PreTrainedConfig):
         text_config: Configuration of the whole decoder, `num_hidden_layers` = holistic layers + language model layers.
             A dict is turned into the class its `model_type` names.
         num_embedding_layers: Number of holistic layers (N), counted from the bottom of the decoder.
-        embedding_rope_parameters: Rotary parameters of the holistic layers where they differ from the language
-            model's (`rope_type`, `rope_theta`, `factor`, ...; `max_position_embeddings` for dynamic scaling).
-            `None`: the same as `text_config.rope_parameters`.
+        embedding_rope_parameters: Rotary parameters of the holistic layers where they differ from
+            `text_config.rope_parameters` (`rope_type`, `rope_theta`, `factor`, ...; `max_position_embeddings` for
+            dynamic scaling). Another `rope_type` keeps nothing of the language model's scaling.
         normalize_encoder_output: Divide what the holistic layers hand to the language model by its L2 norm.
         image_size: Side of one square picture tile in pixels.
         patch_size: Kernel and stride of the patch convolution in pixels.
@@ -163,21 +172,24 @@ class HoVLEConfig(PreTrainedConfig):
         """
         return count_tile_tokens(tile_size, self.patch_size * self.shuffle_factor, name="image_size")
 
-    def split_layers(self, values: Sequence) -> tuple[Sequence, Sequence]:
+    def split_layers(self, values: Sequence) -> LayerParts:
         """Split one value per layer into those of the holistic layers and those of the language model.
 
         Args:
             values: `attentions` (one per layer), or `hidden_states` (the input, then one per layer). Of hidden states
                 both parts get N + 1 and M + 1: the holistic layers' last output is what enters the language model.
+
+        Returns:
+            The two parts, named `holistic` and `language`.
         """
         num_holistic, num_layers = self.num_embedding_layers, self.text_config.num_hidden_layers
         if len(values) == num_layers + 1:
-            return values[: num_holistic + 1], values[num_holistic:]
+            return LayerParts(values[: num_holistic + 1], values[num_holistic:])
         if len(values) != num_layers:
             raise ValueError(
                 f"Expected {num_layers + 1} hidden states or {num_layers} values of one per layer, got {len(values)}."
             )
-        return values[:num_holistic], values[num_holistic:]
+        return LayerParts(values[:num_holistic], values[num_holistic:])
 
     @property
     def num_language_layers(self) -> int:

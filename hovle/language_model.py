@@ -172,8 +172,14 @@ def _copy_language_model(model, language_model: PreTrainedModel) -> None:
         new_name = ".".join(parts)
         if new_name not in target:
             raise ValueError(f"{type(decoder).__name__} cannot be the backbone of HoVLE: no place for its {name}.")
-        if name != "embed_tokens.weight":
-            target[new_name].copy_(tensor)
+        if name == "embed_tokens.weight":
+            continue
+        if target[new_name].shape != tensor.shape:
+            raise ValueError(
+                f"{type(decoder).__name__} cannot be the backbone of HoVLE: with more layers or rows its {name} has "
+                f"shape {tuple(target[new_name].shape)} instead of {tuple(tensor.shape)}."
+            )
+        target[new_name].copy_(tensor)
     table = language_model.get_input_embeddings().weight
     model.get_input_embeddings().weight[: len(table)].copy_(table)
     _fill_new_rows(model.get_input_embeddings().weight, table)

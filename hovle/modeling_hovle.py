@@ -11,7 +11,6 @@ Axis legend of this file (logical sizes, never a shard):
   layers see them (L = T unless HD)   N image tiles in the batch   S image tokens of one tile   D hidden size
 """
 
-import copy
 import math
 from dataclasses import dataclass
 
@@ -33,12 +32,13 @@ from .backbones import (
     attention_types,
     check_backbone,
     final_norm,
-    has_rotary_per_pattern,
+    refuse_router_losses,
     rotary_tables,
     scale_embeddings,
     scale_logits,
 )
 from .configuration_hovle import HoVLEConfig
+from .rotary import embedding_rope_config
 
 IGNORE_INDEX = -100
 """Label of a position without a loss."""
@@ -149,11 +149,15 @@ class HolisticLayout:
     def from_image_mask(
         cls, image_mask: torch.Tensor, slots_per_placeholder: int, num_placeholders: int
     ) -> "HolisticLayout":
-        """Build the layout of a batch from its placeholders, shape `(B, T)`, bool, and their count."""
+        """Build the layout of a batch from its placeholders, shape `(B, T)`, bool, and their count.
+
+        torch.compile needs a length known in advance: there, several rows are padded as if one held all pictures.
+        """
         lengths = torch.where(image_mask, slots_per_placeholder, 1)
         ends = lengths.cumsum(dim=1)  # (B, T)
-        if len(image_mask) == 1:  # a length known in advance keeps the graph of torch.compile whole
-            long_length = image_mask.shape[1] + num_placeholders * (slots_per_placeholder - 1)
+        if len(image_mask) == 1 or torch.compiler.is_compiling():
+            short_length = image_mask.shape[1]
+            long_length = short_length + min(num_placeholders, short_length) * (slots_per_placeholder - 1)
         else:
             long_length = int(ends[:, -1].max())
         ends = ends + (long_length - ends[:, -1:])
@@ -352,7 +356,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         self.attention_types = attention_types(config.text_config)
         check_backbone(self.language_model)
         # Dynamic rope keeps state, and HD's two sequences differ in length: each section has its own table.
-        self.embedding_rotary_emb = type(self.language_model.rotary_emb)(self._embedding_rope_config())
+        rope_config = embedding_rope_config(config.text_config, config.embedding_rope_parameters)
+        self.embedding_rotary_emb = type(self.language_model.rotary_emb)(rope_config)
         if self.is_hd:
             self._put_language_layers_first_in_cache()
         self.post_init()
@@ -388,22 +393,6 @@ class HoVLEModel(HoVLEPreTrainedModel):
         weight: torch.Tensor = table.weight  # type: ignore[assignment]
         embeds = table(torch.arange(len(weight), device=weight.device))
         return scale_embeddings(embeds, self.config.text_config)
-
-    def _embedding_rope_config(self):
-        """Text config with the rotary parameters of the holistic layers."""
-        rope_config = copy.deepcopy(self.config.text_config)
-        if self.config.embedding_rope_parameters is not None:
-            if has_rotary_per_pattern(self.language_model.rotary_emb):
-                raise ValueError(
-                    f"embedding_rope_parameters cannot be combined with {rope_config.model_type}, which has a rotary "
-                    "table for each attention pattern: leave them out."
-                )
-            rope_parameters = {"rope_type": "default", **self.config.embedding_rope_parameters}
-            rope_config.max_position_embeddings = rope_parameters.pop(
-                "max_position_embeddings", rope_config.max_position_embeddings
-            )
-            rope_config.rope_parameters = rope_parameters
-        return rope_config
 
     def _put_language_layers_first_in_cache(self) -> None:
         """Give the language model cache slots 0..M-1, so whoever asks a cache for its length hears the short one."""
@@ -566,7 +555,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
     def _normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.config.normalize_encoder_output:
             return hidden_states
-        return hidden_states / hidden_states.norm(dim=-1, keepdim=True)
+        norm = hidden_states.norm(dim=-1, keepdim=True)
+        return hidden_states / norm.masked_fill(norm == 0, 1)  # padding is often a row of zeros
 
     def _run_holistic_layers(self, inputs, cache: Cache | None, **kwargs) -> HolisticEmbeddingOutput:
         """Run the holistic layers on the sequence the language model sees."""
@@ -673,8 +663,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             past_mask = None  # of what a static cache held before it was reset
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
             raise ValueError(
-                "HoVLE-HD builds its own masks and needs a 2-D attention_mask (batch, tokens); generate with a "
-                "dynamic cache."
+                "HoVLE-HD builds its own masks for two sequences: give a 2-D attention_mask (batch, tokens), or none."
             )
         if attention_mask is None and past_mask is None and (layout is None or batch_size == 1):
             return None
@@ -701,6 +690,11 @@ class HoVLEModel(HoVLEPreTrainedModel):
         if long_mask is not None:
             # A later step may have lost its mask, which `generate` drops where the prompts were not padded.
             is_prefill = length > 1 and inputs.attention_mask is None
+            if is_prefill and torch.compiler.is_compiling():
+                raise ValueError(
+                    "HoVLE-HD compiled as one graph cannot tell whether a batch without attention_mask is packed: "
+                    "give one, of ones where nothing is padded, or pack into one row."
+                )
             if is_prefill and bool((inputs.position_ids == 0).sum(dim=1).max() > 1):
                 raise ValueError(
                     "Packed rows of HoVLE-HD must hold the same number of image tokens each: rows of different long "
@@ -864,11 +858,13 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             **kwargs: `num_items_in_batch` divides the loss; the rest is handed down to the attention function.
 
         Raises:
-            ValueError: When placeholders and tiles do not match, with both counts.
+            ValueError: When placeholders and tiles do not match, with both counts; for `output_router_logits`, because
+                mixtures of experts train without the routers' auxiliary loss.
         """
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if image_outputs is not None and pixel_values is not None:
             raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
+        refuse_router_losses(self.config.text_config, kwargs.pop("output_router_logits", None))
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,

@@ -379,7 +379,8 @@ class HoVLEProcessor(ProcessorMixin):
             return_tensors: "pt" or "np".
             return_dict: Return everything the model needs instead of the ids alone.
             processor_kwargs: Arguments of a call (`min_tiles`, `max_tiles`, `max_image_tokens`, `tile_size`,
-                `padding`, ...); `images` gives the pictures of items that carry none.
+                `padding`, ...) and `label_pictures`; `images` gives the pictures of items that carry none, in the
+                items' order.
             label_pictures: Write "Image-1: " before the first picture of a conversation, "Image-2: " before the
                 second, ..., and a line break after each, so that a question can name them.
             **kwargs: The same arguments, and variables of the template.
@@ -398,7 +399,7 @@ class HoVLEProcessor(ProcessorMixin):
         call_kwargs, template_kwargs = self._split_chat_kwargs(template, kwargs)
         call_kwargs = {**call_kwargs, **(processor_kwargs or {})}
         chats, is_batched = _as_batch(conversation)
-        if label_pictures:
+        if call_kwargs.pop("label_pictures", label_pictures):
             chats = [_with_labels(chat) for chat in chats]
         prompts = self._render(
             template,
@@ -608,7 +609,10 @@ def _flatten_pictures(images: Any) -> list:
 
 
 def _pictures_of(prompts: list[Prompt], images: Any) -> list:
-    """Collect the pictures of all chats in prompt order, from their items or, if these carry none, from `images`."""
+    """Collect the pictures of all chats in prompt order, from their items or, if these carry none, from `images`.
+
+    `images` come in the order of the items, which a template may change.
+    """
     items = [item for prompt in prompts for item in prompt.pictures]
     carried = [_picture_of(item) for item in items]
     if images is not None:
@@ -619,7 +623,9 @@ def _pictures_of(prompts: list[Prompt], images: Any) -> list:
                 f"The messages hold {len(items)} picture items, {num_carried} of them with a picture, and "
                 f"{len(given)} pictures are given besides. Give each picture once."
             )
-        return given
+        rest = iter(given)
+        of_prompts = [[next(rest) for _ in prompt.pictures] for prompt in prompts]
+        return [own[place] for prompt, own in zip(prompts, of_prompts, strict=True) for place in prompt.picture_order]
     missing = sum(source is None for source in carried)
     if missing:
         raise ValueError(

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from .checkpoint_files import CONFIG
 from .configuration_hovle import HoVLEConfig
 from .modeling_hovle import HoVLEForConditionalGeneration
+from .rotary import embedding_rope_config
 
 RENAMES = {
     "model.patch_embedding": "embedding_model.vision_embeddings",
@@ -314,10 +315,9 @@ def _released_rope(rope: dict) -> dict:
 
 def _embedding_rope(config: HoVLEConfig) -> dict:
     """Rotary parameters that hold in the holistic layers, with `max_position_embeddings` where it matters."""
-    text: Any = config.text_config
-    rope = dict(config.embedding_rope_parameters or text.rope_parameters)
-    max_positions = rope.pop("max_position_embeddings", text.max_position_embeddings)
-    return rope | ({"max_position_embeddings": max_positions} if rope["rope_type"] == "dynamic" else {})
+    merged = embedding_rope_config(config.text_config, config.embedding_rope_parameters)
+    is_dynamic = merged.rope_parameters["rope_type"] == "dynamic"
+    return merged.rope_parameters | ({"max_position_embeddings": merged.max_position_embeddings} if is_dynamic else {})
 
 
 def _differences(ours: HoVLEConfig, theirs: HoVLEConfig) -> list[str]:

@@ -6,9 +6,16 @@ own saving names only the class that is saved, but engines ask for `AutoModel` w
 
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.models.auto import modeling_auto
+
+if TYPE_CHECKING:
+    # transformers fetches what a file's text imports, run or not. So all code comes with the first file that is asked
+    # for, the config's, and whoever saves has it at hand, even if only the model or the processor was loaded.
+    from .modeling_hovle import HoVLEModel  # noqa: F401
+    from .processing_hovle import HoVLEProcessor  # noqa: F401
 
 AUTO_MAP = {
     "AutoConfig": "configuration_hovle.HoVLEConfig",
@@ -22,12 +29,9 @@ AUTO_MAP = {
 
 
 def copy_code(folder: str | Path) -> None:
-    """Copy the files that `AUTO_MAP` names, and those they import, into a model folder.
-
-    Code that itself came from a model folder holds only what has been loaded from there so far.
-    """
-    modules = {target.partition(".")[0] for target in AUTO_MAP.values()}
-    for file in filter(Path.exists, (Path(__file__).with_name(f"{module}.py") for module in sorted(modules))):
+    """Copy the files that `AUTO_MAP` names, and those they import, into a model folder."""
+    for module in sorted({target.partition(".")[0] for target in AUTO_MAP.values()}):
+        file = Path(__file__).with_name(f"{module}.py")
         for needed in [file, *map(Path, get_relative_import_files(file))]:
             shutil.copyfile(needed, Path(folder) / needed.name)
 

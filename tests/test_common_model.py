@@ -415,7 +415,7 @@ def test_generation_returns_everything_on_request(own_model, options, num_rows):
     assert len(outputs.scores) == len(outputs.logits) == len(outputs.hidden_states) == len(outputs.attentions) == 3
     for scores in (*outputs.scores, *outputs.logits):
         assert scores.shape == (num_rows * num_beams, text.vocab_size)
-    language_layers = own_model.config.split_layers(outputs.hidden_states[0])[1]
+    language_layers = own_model.config.split_layers(outputs.hidden_states[0]).language
     assert language_layers[-1].shape == (num_rows * num_beams, prompt_length, text.hidden_size)
     for step in outputs.hidden_states[1:]:
         assert [tuple(states.shape) for states in step] == [(num_rows * num_beams, 1, text.hidden_size)] * 5

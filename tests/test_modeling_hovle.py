@@ -4,6 +4,7 @@ import copy
 import functools
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
+    StableLmConfig,
     Starcoder2Config,
     StaticCache,
 )
@@ -998,6 +1000,13 @@ def test_packed_rows_of_one_length_may_share_a_batch(model):
     assert_close(logits[1], torch.cat([alone[8:], alone[:8]]))
 
 
+def test_hd_refuses_masks_it_would_have_to_guess_from():
+    length = PROMPTS[0].shape[1]
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"two sequences: give a 2-D attention_mask \(batch, tokens\), or none\.$"):
+        shared_model("post")(PROMPTS[0], PICTURES[0], attention_mask=mask)
+
+
 def test_hd_refuses_packed_rows_of_different_long_lengths():
     rows = torch.cat([torch.cat([PROMPTS[0], PROMPTS[2]], dim=1), torch.arange(3, 16)[None]])
     position_ids = torch.cat([torch.arange(8), torch.arange(5)]).expand(2, -1)
@@ -1451,6 +1460,36 @@ def test_other_decoders_learn_with_the_language_model_frozen(name):
         assert torch.equal(value, frozen[key]), key
 
 
+@pytest.mark.parametrize("name", ["llama3-rope", "qwen2", "gemma3", "granite", "phi"])
+def test_normalised_output_survives_padding_whose_row_is_zero(name):
+    config_class, fields = BACKBONES[name]
+    bare = bare_language_model(config_class, **fields)
+    options = {"image_size": 56, "image_token_id": IMAGE, "normalize_encoder_output": True}
+    model = HoVLEForConditionalGeneration.from_language_model(bare, 2, **options).train()
+    table = model.get_input_embeddings().weight
+    table.data[0] = 0
+    found = gradients(model)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    with torch.no_grad():
+        logits = model(**batch()).logits
+        assert logits.isfinite().all()
+        for row in range(3):
+            alone = model(PROMPTS[row], PICTURES[row]).logits[0]
+            assert_close(logits[row, -len(alone) :], alone)
+
+
+def test_the_auxiliary_loss_of_routers_is_refused_instead_of_left_out():
+    config_class, fields = BACKBONES["mixtral"]
+    bare = bare_language_model(config_class, **fields)
+    model = HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56, image_token_id=IMAGE)
+    with pytest.raises(ValueError, match="without the routers' auxiliary loss"):
+        model(PROMPTS[2], labels=PROMPTS[2], output_router_logits=True)
+    assert model(PROMPTS[2], labels=PROMPTS[2], output_router_logits=False).loss.isfinite()
+    bare.config.output_router_logits = True
+    with pytest.raises(ValueError, match="set it to False in the language model's config"):
+        HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56)
+
+
 def test_separate_rope_is_refused_where_each_pattern_has_its_own():
     text_config = Gemma3TextConfig(num_hidden_layers=3, hidden_size=32, intermediate_size=64, head_dim=8)
     config = HoVLEConfig(
@@ -1458,6 +1497,68 @@ def test_separate_rope_is_refused_where_each_pattern_has_its_own():
     )
     with pytest.raises(ValueError, match="embedding_rope_parameters cannot be combined with gemma3_text"):
         HoVLEForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "fields"),
+    [
+        (PhiConfig, {"partial_rotary_factor": 0.5}),
+        (StableLmConfig, {"partial_rotary_factor": 0.25}),
+        (Phi3Config, {"partial_rotary_factor": 0.5}),
+    ],
+)
+def test_separate_rope_rotates_what_the_language_model_rotates(config_class, fields):
+    bare = bare_language_model(config_class, **fields)
+    options = {"image_size": 56, "image_token_id": IMAGE, "embedding_rope_parameters": {"rope_theta": 100.0}}
+    model = HoVLEForConditionalGeneration.from_language_model(bare, 2, **options).eval()
+    own, language = model.model.embedding_rotary_emb.inv_freq, model.model.language_model.rotary_emb.inv_freq
+    assert own.shape == language.shape
+    assert_close(own, language ** (math.log(100.0) / math.log(1e4)))
+    with torch.no_grad():
+        assert shake(model)(**batch()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("language", "own", "expected"),
+    [
+        ({"rope_type": "default", "rope_theta": 5e3}, {"rope_type": "linear", "factor": 4}, 5e3),
+        ({"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}, {"rope_theta": 7e3}, 7e3),
+        ({"rope_type": "linear", "rope_theta": 5e3, "factor": 2.0}, {"factor": 4.0, "rope_theta": None}, 5e3),
+    ],
+)
+def test_separate_rope_says_only_what_differs(language, own, expected):
+    model = tiny_model("pre", {"rope_parameters": language}, embedding_rope_parameters=own)
+    reference = LlamaModel(
+        tiny_config(
+            text={"rope_parameters": {"rope_type": "linear", "rope_theta": expected, "factor": 4.0}}
+        ).text_config
+    )
+    assert torch.equal(model.model.embedding_rotary_emb.inv_freq, reference.rotary_emb.inv_freq)
+
+
+def test_another_rope_type_keeps_no_scaling_of_the_language_model():
+    text = {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e3, "factor": 4.0}}
+    model = tiny_model("pre", text, embedding_rope_parameters={"rope_type": "default"})
+    assert torch.equal(model.model.embedding_rotary_emb.inv_freq, model.model.language_model.rotary_emb.inv_freq * 4)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"rope_type": "spiral"}, "rope_type must be one of default, dynamic, linear.*, got 'spiral'"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number, got 0"),
+        ({"rope_theta": "10"}, "rope_theta must be a positive number, got '10'"),
+        ({"rope_type": "linear", "factor": float("nan")}, "factor must be a positive number, got nan"),
+        ({"rope_type": "linear"}, "incomplete: Missing required keys .*'linear': {'factor'}"),
+        ({"rope_type": "longrope", "short_factor": 1.0}, "short_factor must be a list of positive numbers, got 1.0"),
+        ({"rope_type": "yarn", "truncate": 1}, "truncate"),
+        ({"rope_thet": 5.0}, "hold 'rope_thet', which is none of .*rope_theta"),
+        ({"partial_rotary_factor": 0.5}, "rotate 0.5 of each attention head, the language model 1.0"),
+    ],
+)
+def test_separate_rope_that_cannot_work_is_refused_by_name(own, message):
+    with pytest.raises(ValueError, match=f"embedding_rope_parameters.*{message}"):
+        tiny_model("pre", embedding_rope_parameters=own)
 
 
 def test_hd_runs_with_one_sliding_window_in_all_layers():
@@ -1494,6 +1595,25 @@ def test_a_backbone_that_cannot_work_is_refused_by_name(config_class, fields, me
     bare = bare_language_model(config_class, **fields)
     with pytest.raises(ValueError, match=message):
         HoVLEForConditionalGeneration.from_language_model(bare, 1, image_size=56)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"global_head_dim": 16}, "its layers differ in head_dim"),
+        (
+            {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64},
+            r"embed_tokens_per_layer.weight has shape \(64, 48\) instead of \(64, 32\)",
+        ),
+        ({"num_kv_shared_layers": 2}, "need more than Llama's"),
+    ],
+)
+def test_a_gemma_4_that_cannot_work_is_refused_with_the_reason(fields, message):
+    own = {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "sliding_window": 4}
+    own["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    bare = bare_language_model(CONFIG_MAPPING["gemma4_text"], **{**own, **fields})
+    with pytest.raises(ValueError, match=f"Gemma4.* cannot be the backbone of HoVLE.*{message}"):
+        HoVLEForConditionalGeneration.from_language_model(bare, 2, image_size=56)
 
 
 def test_hd_refuses_a_backbone_of_mixed_attention_patterns():

@@ -181,13 +181,13 @@ def test_template_variables_tools_and_prefills_reach_the_template(processor: HoV
 
 
 def test_messages_are_left_as_they_are(processor: HoVLEProcessor):
-    messages = [user("typed <img> ", picture()), {"role": "assistant", "content": "x"}]
+    shown = picture()
+    messages = [user("typed <img> ", shown), {"role": "assistant", "content": "x"}]
     before = copy.deepcopy(messages)
-    encode(processor, messages)
-    assert str(messages) != ""
-    assert [message["role"] for message in messages] == [message["role"] for message in before]
-    assert messages[0]["content"][0] == before[0]["content"][0]
-    assert messages[1] == before[1]
+    for label_pictures in (False, True):
+        encode(processor, messages, label_pictures=label_pictures)
+        assert messages == before  # pictures compare by their pixels
+    assert messages[0]["content"][1]["image"] is shown
 
 
 def test_unusable_messages_say_what_is_wrong(processor: HoVLEProcessor):
@@ -445,6 +445,20 @@ def test_tile_sizes_that_do_not_divide_into_tokens_are_refused(processor: HoVLEP
         encode(processor, [user(picture(20, 20))], min_tiles=9)
 
 
+def test_pictures_beside_the_messages_belong_to_their_items_whatever_the_template_does(processor: HoVLEProcessor):
+    backwards = CHATML.replace("for m in messages", "for m in messages | reverse")
+    first, second, third = (picture(50, 40, seed) for seed in range(3))
+    chats = [[user(first, second), user("and", third)], [user(third), user(first)]]
+    empty = copy.deepcopy(chats)
+    for chat in empty:
+        for message in chat:
+            message["content"] = [{"type": item["type"], "text": item.get("text")} for item in message["content"]]
+    expected = encode(processor, chats, chat_template=backwards)
+    found = encode(processor, empty, chat_template=backwards, images=[first, second, third, third, first])
+    assert torch.equal(found["pixel_values"], expected["pixel_values"])
+    assert torch.equal(found["input_ids"], expected["input_ids"])
+
+
 # --- lengths ---------------------------------------------------------------------------------------------------------
 
 
@@ -601,6 +615,13 @@ def test_every_prompt_has_a_budget_of_its_own(processor: HoVLEProcessor, text: s
 
 def picture_item(picture: Image.Image) -> dict:
     return {"type": "image", "image": picture}
+
+
+def test_pipelines_may_label_pictures_too(processor: HoVLEProcessor):
+    chat = [user(picture(), picture(), "Which?")]
+    expected = encode(processor, chat, label_pictures=True)["input_ids"]
+    found = encode(processor, chat, processor_kwargs={"label_pictures": True, "max_image_tokens": 1000})["input_ids"]
+    assert torch.equal(found, expected)
 
 
 def test_pictures_are_labelled_over_all_turns(processor: HoVLEProcessor):

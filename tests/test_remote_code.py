@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,12 @@ import json
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoProcessor
 
 folder, messages = sys.argv[1], json.loads(sys.argv[2])
+if messages == "copy":
+    {"config": AutoConfig, "model": AutoModelForImageTextToText, "bare": AutoModel}[sys.argv[4]].from_pretrained(
+        folder, trust_remote_code=True
+    ).save_pretrained(sys.argv[3])
+    print(json.dumps("hovle" in sys.modules))
+    sys.exit()
 model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True).eval()
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
 inputs = processor.apply_chat_template(
@@ -61,11 +68,11 @@ def saved(tmp_path_factory, make_tokenizer, tiny_config):
     return folder, model, processor
 
 
-def in_another_process(folder: Path, destination: Path, cache: Path) -> dict:
-    """What a process without hovle makes of a folder."""
-    messages = json.dumps(messages_about(folder))
+def in_another_process(folder: Path, destination: Path, cache: Path, copy: str | None = None):
+    """What a process without hovle makes of a folder; with `copy`, it only loads that part and saves it again."""
+    messages = json.dumps("copy" if copy else messages_about(folder))
     finished = subprocess.run(
-        [sys.executable, "-c", WITHOUT_HOVLE, str(folder), messages, str(destination)],
+        [sys.executable, "-c", WITHOUT_HOVLE, str(folder), messages, str(destination), str(copy)],
         env={**os.environ, "HF_MODULES_CACHE": str(cache), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -110,6 +117,21 @@ def test_every_class_of_the_auto_map_is_in_the_folder(saved):
     for target in AUTO_MAP.values():
         module, name = target.split(".")
         assert f"class {name}(" in (folder / f"{module}.py").read_text()
+
+
+@pytest.mark.parametrize("part", ["config", "model", "bare"])
+def test_a_part_saved_without_hovle_takes_all_code_along(part, saved, tmp_path):
+    folder, model, processor = saved
+    assert in_another_process(folder, tmp_path / "copy", tmp_path / "cache", copy=part) is False
+    content = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert content["auto_map"] == AUTO_MAP
+    assert {file.name for file in (tmp_path / "copy").glob("*.py")} == {file.name for file in folder.glob("*.py")}
+    if part == "model":  # with the processor's own files beside it, the copy is whole
+        for file in {*folder.glob("*.json"), *folder.glob("*.jinja"), folder / "picture.png"}:
+            if not (tmp_path / "copy" / file.name).exists():
+                shutil.copyfile(file, tmp_path / "copy" / file.name)
+        found = in_another_process(tmp_path / "copy", tmp_path / "again", tmp_path / "cache2")
+        assert found["tokens"] == greedy_tokens(model, processor, folder)
 
 
 def test_the_bare_model_takes_the_same_code_along(saved, tmp_path):
