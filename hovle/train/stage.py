@@ -65,7 +65,7 @@ from .setup import (
     start_model,
     store_parameters,
 )
-from .skips import NO_FAULTS, NO_PICTURE, Skip, describe_skips
+from .skips import NO_FAULTS, describe_skips
 from .teachers import ImageTeacher, Targets
 
 RECIPE = "recipe.yaml"
