@@ -14,7 +14,7 @@ from .config import StageConfig
 from .data import StreamPosition
 from .meter import Meter, gradient_norms
 from .objectives import Objective, learning_rate_factor
-from .parallel import gather, gradient_exchange, reshard, whole
+from .parallel import gather, gradient_exchange, reshard, together, whole
 
 
 @dataclass
@@ -185,7 +185,7 @@ def train(
     meter.start()
     num_empty = 0
     for step in range(first_step, config.num_steps):
-        with meter.waiting_for_data():
+        with together(), meter.waiting_for_data():  # the others' data is waited for outside the meter
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         factor = learning_rate_factor(step, config.num_steps, config.warmup_ratio, config.final_learning_rate_ratio)
         for group in optimizer.param_groups:

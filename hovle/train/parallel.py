@@ -134,14 +134,25 @@ def gather(items: list) -> list:
 @contextlib.contextmanager
 def together() -> Iterator[None]:
     """Let an error in this block end every process (together), instead of leaving the others to wait for one."""
+    from accelerate import PartialState
+    from accelerate.utils import reduce
+
     error = None
     try:
         yield
-    except (ValueError, OSError, StopRunError) as caught:
+    except Exception as caught:  # whatever it is, the others must hear of it
         error = caught
-    problems = gather([None if error is None else str(error)])
+    num_failed = reduce(torch.tensor(int(error is not None), device=PartialState().device), "sum")
+    if not num_failed:  # a single number, so that it may be asked in every step
+        return
+    problems = gather([_describe(error)])
     if error is not None:
         raise error
-    found = next((f"Process {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None), None)
-    if found is not None:
-        raise StopRunError(found)
+    raise StopRunError(
+        next(f"Process {rank}: {problem}" for rank, problem in enumerate(problems) if problem is not None)
+    )
+
+
+def _describe(error: Exception | None) -> str | None:
+    is_told = isinstance(error, ValueError | OSError | StopRunError)  # the others' messages seldom stand alone
+    return None if error is None else str(error) if is_told else f"{type(error).__name__}: {error}"

@@ -346,7 +346,8 @@ def train_and_examine(
         log({**entry, **stage.log_skips(log, entry["step"])})
 
     batches = stage.training_batches()
-    first_batch = next(batches)
+    with together():
+        first_batch = next(batches)
     on_device = to_device(first_batch, accelerator.device)
     meter = Meter(stage.objective, on_device, stage.autocast, stage.dtype, accelerator.num_processes)
     forecast = Forecast(config, stage.model.config, stage.dtype, first_batch, accelerator)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train import loop, parallel
-from hovle.train.checkpoint import check_handoff, load_trainable
+from hovle.train.checkpoint import check_handoff, load_trainable, load_training_state
 from hovle.train.config import RetentionConfig, StageConfig, load_stage
 from hovle.train.data import PackedBatches, ReplySamples, StreamPosition, load_records
 from hovle.train.objectives import NextTokenObjective
@@ -52,6 +52,8 @@ def folder(tmp_path_factory, next_token_values, distillation_values) -> Path:
     for name, values in (("next_token", next_token_values), ("distillation", distillation_values)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, "output": str(folder / name)}))
     torch.save(one_row_batches(load_stage(str(folder / "next_token.yaml"))), folder / "batches.pt")
+    alone = [f"output={folder / 'begun-alone'}", "checkpoint_every=2", "gradient_accumulation_steps=2"]
+    run_stage(load_stage(str(folder / "next_token.yaml"), alone)).rename(folder / "begun-alone-straight")
     result = torchrun(str(Path(__file__).with_name("two_processes.py")), str(folder))
     assert result.returncode == 0, result.stderr[-3000:]
     (folder / "stderr.txt").write_text(result.stderr)
@@ -156,6 +158,13 @@ def test_two_processes_share_the_held_out_samples_that_one_measures_alone(folder
         assert found == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
+def test_a_process_that_cannot_draw_its_next_batch_ends_the_other_with_the_reason(folder):
+    assert (folder / "lost-0.txt").read_text() == "told"
+    assert (folder / "lost-1.txt").read_text() == "raised 'a column is gone'"
+    assert "hovle train: Process 1: KeyError: 'a column is gone'" in (folder / "stderr.txt").read_text()
+    assert [entry["step"] for entry in read_log(folder / "lost")] == [0, 1, 2]
+
+
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
 def test_a_stage_on_two_processes_resumes_to_the_same_bits(folder, name):
     straight = load_file(folder / f"{name}-straight" / "model.safetensors")
@@ -181,6 +190,33 @@ def test_a_sharded_run_goes_on_with_one_process(folder, tmp_path):
     for one, two in ((found, before), (again, last)):
         assert one["loss"] == pytest.approx(two["loss"], abs=2e-3)  # sums of bfloat16 products in another order
         assert one["gradient_norm"] == pytest.approx(two["gradient_norm"], rel=0.02)
+
+
+def assert_resumed_as_straight(run: Path, straight: Path, num_processes: tuple[int, int]) -> None:
+    """The last two steps, done again from a checkpoint with samples that wait in the window, say the same."""
+    lanes = load_training_state(run / "checkpoint-000002")["position"]["lanes"]
+    assert [len(lane["pending"]) > 0 for lane in lanes.values()] == [True, True]
+    log = read_log(run)
+    starts = [entry["num_processes"] for entry in log if entry.get("event") == "start"]
+    assert (starts[0], starts[-1]) == num_processes
+    *_, third, fourth, third_again, fourth_again = [entry for entry in log if "loss" in entry]
+    for found, expected in ((third_again, third), (fourth_again, fourth)):
+        for name in ("step", "loss", "gradient_norm", "samples_drawn"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+    before = load_file(straight / "model.safetensors")
+    for name, tensor in load_file(run / "model" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, before[name], atol=1e-5, rtol=0)
+
+
+def test_a_run_of_one_process_goes_on_with_two(folder):
+    assert_resumed_as_straight(folder / "begun-alone", folder / "begun-alone-straight", (1, 2))
+
+
+def test_a_run_of_two_processes_goes_on_with_one(folder, tmp_path):
+    shutil.copytree(folder / "replicated", tmp_path / "run", ignore=shutil.ignore_patterns("model"))
+    changes = ["checkpoint_every=2", "gradient_accumulation_steps=2", f"output={tmp_path / 'run'}"]
+    run_stage(load_stage(str(folder / "distillation.yaml"), changes), resume=True)
+    assert_resumed_as_straight(tmp_path / "run", folder / "replicated-straight", (2, 1))
 
 
 def test_a_sharded_stage_leaves_models_that_load(folder, checkpoints):

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from hovle.train.checkpoint import trainable_state
 from hovle.train.config import load_stage
 from hovle.train.loop import NonFiniteLossError, train_step
 from hovle.train.objectives import NextTokenObjective
+from hovle.train.packing import Lane
 from hovle.train.setup import make_optimizer, select_trainable
 
 FLOAT32: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -89,6 +91,25 @@ def meet_an_error(folder: Path, accelerator) -> None:
         (folder / f"error-{rank}.txt").write_text(f"{type(error).__name__}: {error}")
 
 
+def lose_data(folder: Path, accelerator) -> None:
+    """A stage in which one process cannot draw its third batch; the other must not wait for it."""
+    draw, drawn = Lane.next_rows, itertools.count(1)
+
+    def next_rows(lane):
+        if accelerator.process_index == 1 and next(drawn) == 3:
+            raise KeyError("a column is gone")
+        return draw(lane)
+
+    Lane.next_rows = next_rows
+    try:
+        assert main(["train", str(folder / "next_token.yaml"), f"output={folder / 'lost'}"]) == 1
+        told = "told"
+    except KeyError as error:
+        told = f"raised {error}"
+    Lane.next_rows = draw
+    (folder / f"lost-{accelerator.process_index}.txt").write_text(told)
+
+
 def run_stages(folder: Path, accelerator) -> None:
     """Whole stages: distillation on replicas straight and resumed, alignment on shards straight and resumed, LoRA."""
     next_token, distillation = str(folder / "next_token.yaml"), str(folder / "distillation.yaml")
@@ -121,6 +142,9 @@ def run_stages(folder: Path, accelerator) -> None:
             os.rename(folder / name / "model", folder / f"{name}-straight")
         accelerator.wait_for_everyone()
         assert main(["train", *arguments, "--resume"]) == 0
+    # What one process with two micro-batches in a step has begun goes on here.
+    begun = ["checkpoint_every=2", f"output={folder / 'begun-alone'}", "--resume"]
+    assert main(["train", next_token, *begun]) == 0
     for name in ("none", sharding):  # three held-out batches: one process has one more than the other
         arguments = [*validation, "num_validation_batches=3", "rows_per_batch=1", "validate_every=0"]
         arguments += [
@@ -143,5 +167,6 @@ if __name__ == "__main__":
         take_steps(place, str(place / "next_token.yaml"), way, processes)
         meet_nan(place, str(place / "next_token.yaml"), way, processes)
     meet_an_error(place, processes)
+    lose_data(place, processes)
     run_stages(place, processes)
     torch.distributed.destroy_process_group()
