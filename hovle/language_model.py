@@ -70,17 +70,7 @@ def build_around_language_model(
         attn_implementation=language_model.config._attn_implementation,
     ).to(language_model.device)
     _copy_language_model(model, language_model)
-    # Normalised output cannot give the bare model's logits, but the rest of the forward pass must.
-    config.normalize_encoder_output, normalizes = False, config.normalize_encoder_output
-    try:
-        _start_as_identity(model)
-        _check_same_text_logits(model, language_model)
-    except TypeError as error:
-        raise ValueError(
-            f"{type(language_model).__name__} cannot be the backbone of HoVLE: its layers need more than Llama's "
-            f"({error})."
-        ) from error
-    config.normalize_encoder_output = normalizes
+    _begin_as_language_model(model, language_model)
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [image_token_id]  # a placeholder means a picture, never a word
     return model
@@ -191,6 +181,22 @@ def _copy_language_model(model, language_model: PreTrainedModel) -> None:
         bias = language_model.get_output_embeddings().bias
         model.lm_head.bias[: len(bias)].copy_(bias)
         model.lm_head.bias[len(bias) :] = bias.mean()
+
+
+def _begin_as_language_model(model, language_model: PreTrainedModel) -> None:
+    """Make the holistic layers the identity; ValueError unless text then gives the bare model's logits."""
+    # Normalised output cannot give the bare model's logits, but the rest of the forward pass must.
+    normalizes, model.config.normalize_encoder_output = model.config.normalize_encoder_output, False
+    try:
+        _start_as_identity(model)
+        _check_same_text_logits(model, language_model)
+    except TypeError as error:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot be the backbone of HoVLE: its layers need more than Llama's "
+            f"({error})."
+        ) from error
+    finally:
+        model.config.normalize_encoder_output = normalizes
 
 
 @torch.no_grad()

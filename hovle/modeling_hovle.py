@@ -590,7 +590,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             embeds = merge_image_tokens(layout.spread(embeds), inputs.image_features, layout.image_mask)
         view = self._holistic_cache(cache)
         self._make_room_in_static_cache(view, embeds.shape[1], embeds.shape[1] - inputs.embeds.shape[1])
-        long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, cache)
+        past_mask = getattr(cache, "holistic_attention_mask", None)
+        long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, view, past_mask)
         long_positions = self._long_positions(embeds, layout, long_mask, inputs, view)
         pictures = None
         if layout is not None and self.config.image_attention == "bidirectional":
@@ -650,15 +651,13 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 longest = self.config.text_config.sliding_window if layer.is_sliding else math.inf
                 layer.max_cache_len = int(min(layer.max_cache_len + num_added, longest))
 
-    def _long_attention_mask(self, embeds, layout, attention_mask, cache):
+    def _long_attention_mask(self, embeds, layout, attention_mask, view, past_mask):
         """Padding mask of HD's long sequence including what is cached, `(B, past + L)`; None when nothing is padded.
 
         A later step sees new tokens only, so the mask of the earlier ones is kept with the cache it describes.
         """
         batch_size, length = embeds.shape[:2]
-        view = self._holistic_cache(cache)
         past_length = 0 if view is None else view.get_seq_length()
-        past_mask = getattr(cache, "holistic_attention_mask", None)
         if past_mask is not None and not torch.compiler.is_compiling() and not past_length:
             past_mask = None  # of what a static cache held before it was reset
         if attention_mask is not None and (isinstance(attention_mask, dict) or attention_mask.dim() != 2):
