@@ -398,6 +398,7 @@ def test_the_paper_s_first_stage_trains_around_it(released, tmp_path, folder, ca
         "model.image_size=56",
         f"teacher={{name: test_efficientnet, checkpoint: {weights}, image_size: 64}}",
         f"data={{source: pictures, path: {tmp_path / 'pictures'}}}",
+        *[f"validation={{source: pictures, path: {tmp_path / 'pictures'}}}", "num_validation_batches=1"],
         f"output={tmp_path / 'run'}",
         *["rows_per_batch=1", "row_length=400", "packing_window=4", "gradient_accumulation_steps=1"],
         *["num_workers=0", "dtype=float32", "compile=off", "num_steps=2", "log_every=1"],

@@ -181,8 +181,8 @@ def make_probe(
         normalize: What makes its tiles the model's pixels.
 
     Returns:
-        What the model receives of the batch's first row without its padding, with the `logits` of its last tokens in
-        float32 and without a compiler.
+        What the model receives of the batch's first row without its padding, with `logits` in float32 and without a
+        compiler: behind the last picture, where pictures show, and at the end.
     """
     length = int(batch["is_sample"][0].sum())
     input_ids = batch["input_ids"][:1, :length].clone()
@@ -195,6 +195,10 @@ def make_probe(
     }
     if "attention_mask" in batch:
         probe["attention_mask"] = batch["attention_mask"][:1, :, :length, :length].clone()
+    is_image = input_ids[0] == model.config.image_token_id
+    behind_picture = int(is_image.nonzero().max()) + 1 if is_image.any() else 0
+    starts = range(behind_picture, min(behind_picture + 4, length))
+    probe["logits_to_keep"] = torch.tensor(sorted({*starts, *range(max(0, length - 4), length)}))
     probe["logits"] = probe_logits(model, probe)
     return probe
 
@@ -205,15 +209,13 @@ def write_probe(folder: Path, probe: dict[str, torch.Tensor]) -> None:
 
 
 @torch.no_grad()
-def probe_logits(
-    model: HoVLEForConditionalGeneration, probe: dict[str, torch.Tensor], num_tokens: int = 8
-) -> torch.Tensor:
-    """Logits of the last tokens of a probe's prompt, shape `(1, num_tokens, V)`, float32."""
+def probe_logits(model: HoVLEForConditionalGeneration, probe: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of a probe's prompt where it says so, shape `(1, up to 8, V)`, float32; older probes keep the last 8."""
     was_training = model.training
     model.eval()
-    inputs = {name: tensor.to(model.device) for name, tensor in probe.items() if name != "logits"}
+    inputs: dict = {name: tensor.to(model.device) for name, tensor in probe.items() if name != "logits"}
     with torch.compiler.set_stance("force_eager"):
-        outputs = model(**inputs, use_cache=False, logits_to_keep=num_tokens)
+        outputs = model(**{"logits_to_keep": 8, **inputs}, use_cache=False)
     model.train(was_training)
     return outputs.logits.float().cpu()
 
