@@ -10,12 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
-from transformers.initialization import no_init_weights
 
-from ..configuration_hovle import HoVLEConfig
-from ..durable import remove_leftovers, rename_durably, write_folder
 from ..machine import keep_freed_memory
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
@@ -47,10 +43,19 @@ from .parallel import (
     spread,
     together,
 )
-from .pixels import PixelNormalization, picture_key, read_tiles
+from .pixels import picture_key, read_tiles
 from .quantization import in_full_precision, quantize_language_model
 from .report import check_trackers, describe, make_log, run_environment, tracking
 from .retention import BareRecord, TextRetention, read_record, write_record
+from .run_folder import (
+    check_resumable,
+    check_unused,
+    claim_output,
+    find_standing,
+    save_weights,
+    write_adapter,
+    write_model,
+)
 from .setup import (
     checkpoint_activations,
     choose_dtype,
@@ -67,9 +72,6 @@ from .setup import (
 )
 from .skips import NO_FAULTS, describe_skips
 from .teachers import ImageTeacher, Targets
-
-RECIPE = "recipe.yaml"
-UNFINISHED_RECIPE = f".{RECIPE}.writing"
 
 NUM_STANDARDIZING_RECORDS = 256
 """Records whose pictures tell mean and deviation of teacher features."""
@@ -423,21 +425,6 @@ def check_hd(config: StageConfig, model: HoVLEForConditionalGeneration) -> None:
             )
 
 
-def find_standing(output: Path) -> str | None:
-    """Name of the folder that says how far a run is: `model`, its newest checkpoint, or None (together)."""
-    newest = checkpoints.find_checkpoint(output)
-    own = newest.name if newest else None
-    if (output / "model").is_dir():
-        own = "model"
-    found = gather([own])
-    if len(set(found)) > 1:
-        raise ValueError(
-            f"The processes find different things in {output}: {', '.join(map(str, found))}. The output folder must "
-            "lie on a disk that all nodes share."
-        )
-    return own
-
-
 def load_state(config: StageConfig, fingerprint: str, accelerator) -> dict | None:
     """Read the newest checkpoint's state, None where there is none; ValueError unless this run continues it."""
     newest = checkpoints.find_checkpoint(Path(config.output))
@@ -522,49 +509,6 @@ def standardize_teacher(teacher: Targets, mixture: Mixture, processor: HoVLEProc
     teacher.standardize(raw_features())
 
 
-def save_weights(
-    folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor, weights: dict[str, torch.Tensor]
-) -> None:
-    """Write model files into an existing folder: weights, config, processor."""
-    if model.config.tie_word_embeddings:  # the cast may have made a copy of the table
-        weights = {name: item for name, item in weights.items() if name != "lm_head.weight"}
-    model.save_pretrained(folder, state_dict=weights)
-    processor.save_pretrained(folder)
-
-
-def check_unused(output: Path) -> None:
-    """Raise where a run folder is not empty: one run per folder."""
-    if _holds_files(output):
-        raise ValueError(
-            f"Output folder {output} already holds a run. Continue it with --resume, or choose another output."
-        )
-
-
-def _holds_files(output: Path) -> bool:
-    return output.exists() and any(path.name != UNFINISHED_RECIPE for path in output.iterdir())
-
-
-def check_resumable(output: Path, config: StageConfig) -> None:
-    """Raise where a run folder holds another recipe's run, or files but no run; an empty or absent one is new."""
-    recipe = output / RECIPE
-    if recipe.is_file():
-        checkpoints.check_same_recipe(config, yaml.safe_load(recipe.read_text()))
-    elif _holds_files(output):
-        raise ValueError(f"Cannot resume: {output} holds files but no {RECIPE}, so no run. Choose another output.")
-
-
-def claim_output(output: Path, config: StageConfig, resume: bool) -> None:
-    """Take a run folder once everything is set up; one that is resumed keeps its recipe and loses its leftovers."""
-    if not resume:
-        check_unused(output)
-    output.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(output)
-    if not (output / RECIPE).is_file():
-        unfinished = output / UNFINISHED_RECIPE
-        unfinished.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
-        rename_durably(unfinished, output / RECIPE)
-
-
 def finish(stage: Stage) -> None:
     """Write the trained model with a hand-off probe, and the adapters alone when nothing else learned (together)."""
     weights, trained = stage.weights(), checkpoints.trainable_state(stage.objective, stage.accelerator.is_main_process)
@@ -575,36 +519,3 @@ def finish(stage: Stage) -> None:
             first_batch = next(iter(stage.batches(stage.mixture)))
             parts = (stage.model.config, stage.processor, weights, first_batch, bare_record(stage))
             write_model(stage.output / "model", *parts)
-
-
-def write_adapter(folder: Path, peft_model: Any, trained: dict[str, torch.Tensor]) -> None:
-    """Write adapters, named as an objective names them, in peft's layout."""
-    state = {f"base_model.{name}": item for name, item in trained.items()}
-    write_folder(folder, functools.partial(peft_model.save_pretrained, state_dict=state))
-
-
-def write_model(
-    folder: Path,
-    config: HoVLEConfig,
-    processor: HoVLEProcessor,
-    weights: dict[str, torch.Tensor],
-    batch: dict,
-    record: BareRecord | None,
-) -> None:
-    """Write a model and what it says of a batch, computed free of all that training wrapped around it.
-
-    The bare language model's record, if there is one, goes with it.
-    """
-    with no_init_weights():
-        model = HoVLEForConditionalGeneration(config)
-    model.load_state_dict(weights, assign=True)
-    model.tie_weights()
-    probe = checkpoints.make_probe(model, batch, PixelNormalization.of(processor.image_processor))
-
-    def fill(temporary: Path) -> None:
-        save_weights(temporary, model, processor, weights)
-        checkpoints.write_probe(temporary, probe)
-        if record is not None:
-            write_record(temporary, record)
-
-    write_folder(folder, fill)

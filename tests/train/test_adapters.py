@@ -9,8 +9,9 @@ from hovle.train.checkpoint import trainable_state
 from hovle.train.config import LoraConfig
 from hovle.train.objectives import NextTokenObjective
 from hovle.train.pixels import PixelNormalization
+from hovle.train.run_folder import write_adapter, write_model
 from hovle.train.setup import select_trainable, store_parameters
-from hovle.train.stage import run_stage, write_adapter, write_model
+from hovle.train.stage import run_stage
 
 # peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
