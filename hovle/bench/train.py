@@ -3,7 +3,8 @@
 Every variant sees the same conversations with one question each, in the same order, from the same weights, with a
 frozen language model. The learning rate is 0, so that the optimizer does its work and moves nothing: the loss on the
 same samples must then be the same however they are batched, and a variant that differs stops the benchmark. Each
-variant runs in a process of its own: a first pass over the samples warms up and compiles, the faster of two more counts.
+variant runs in a process of its own: a first pass over the samples warms up and compiles, the faster of two more
+counts.
 
 A step of distillation and of alignment is taken apart as well: its matrix products are timed alone at their own
 shapes, and the share of a step they explain is the share of this machine's peak that the step reaches.
