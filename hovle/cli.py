@@ -17,7 +17,10 @@ COMMANDS = {
     "plan": ("hovle.train.plan", "predict memory, hours and cost of training stages before they run"),
     "data": ("hovle.train.data_doctor", "look through the training data of a recipe before a run"),
     "train": ("hovle.train.__main__", "run one training stage from a YAML recipe, and report on runs"),
-    "eval": ("hovle.eval", "look inside a model: attention, embeddings, what it kept of its language"),
+    "eval": (
+        "hovle.eval",
+        "score a model on benchmarks, or look inside: attention, embeddings, what it kept of its language",
+    ),
     "bench": ("hovle.bench", "measure how fast a part of hovle is on this machine"),
     "doctor": ("hovle.doctor", "say what works on this machine and what to install for more"),
     "demo": ("hovle.demo", "train a small model on this machine and let it answer questions"),

@@ -2,9 +2,11 @@
 
 import importlib.metadata
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -106,3 +108,21 @@ def test_local_and_development_versions_are_compared_like_others(monkeypatch, ve
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     problem = requirements.problem_with(Requirement("torch>=2.6"))
     assert (problem is None) == is_met
+
+
+def test_a_wheel_carries_every_file_of_the_package(tmp_path):
+    root = Path(__file__).parent.parent
+    source = tmp_path / "source"
+    shutil.copytree(root / "hovle", source / "hovle", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(root / name, source)
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True)
+    [wheel] = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if name.startswith("hovle/")}
+    assert packed == {str(path.relative_to(root)) for path in (root / "hovle").rglob("*") if is_packed(path)}
+
+
+def is_packed(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts

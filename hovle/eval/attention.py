@@ -32,6 +32,7 @@ import torch
 from ..charts import load_pyplot
 from ..pictures import load_picture
 from .probe import MASS, LayerReading, RowStatistics, Section, probing
+from .results import provenance
 from .subjects import Reading, Subject
 
 ROWS = {"text_to_image": "text", "image_to_image": "image"}
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
         "picture_size": list(picture.size),
         "question": args.question,
         "models": [summarize(found) for found in readings],
+        "provenance": provenance([found.subject.path for found in readings], readings[0].subject.model.device),
     }
     (args.output / "attention.json").write_text(json.dumps(result) + "\n")
     draw_layers(pyplot, readings, args.output / "layers.png")

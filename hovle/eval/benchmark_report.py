@@ -71,7 +71,19 @@ def _remarks(result: dict) -> list[str]:
     remarks = [result["note"]] if result["note"] else []
     if result["limit"] is not None:
         remarks.append(f"only the first {result['num_questions']} questions")
+    if "compared" in result:
+        remarks.append(_comparison(result["compared"], result))
     return remarks
+
+
+def _comparison(other: dict, result: dict) -> str:
+    """How the answers differ from another run's."""
+    ways = [f"in {each['dtype']}, {each['batch_size']} at once" for each in (result["settings"], other)]
+    model = "" if other["model"] == result["model"]["hash"] else " by another model"
+    return (
+        f"{other['num_different']:,} of {other['num_answers']:,} answers {ways[0]} differ from those {ways[1]}{model} "
+        f"(score {other['score']:.1f})"
+    )
 
 
 def results_page(results: Mapping[str, dict], suites: Suites, failures: Mapping[str, str]) -> str:

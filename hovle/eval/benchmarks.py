@@ -20,10 +20,12 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedConfig
 
 from .. import __version__
 from .suites import TASKS_FOLDER, Benchmark, Suites, load_suites
@@ -98,6 +100,10 @@ class Plan:
         self.limit = args.limit if args.limit is not None or args.tasks else suite.limit
         self.max_tiles = suite.max_tiles if args.max_tiles == UNSAID else args.max_tiles
         self.output = args.output or Path("eval_results") / model_name(args.model)
+        if self.output.resolve() == Path(args.model).resolve():
+            raise ValueError(
+                f"--output {self.output} is the model's own folder: choose another, its files are hashed."
+            )
         self.failures: dict[str, str] = {}
         self._model: Any = None
 
@@ -122,35 +128,39 @@ class Plan:
             _say(f"left out, as they are another model's: the results of {', '.join(others)} in {self.output}.")
         for name in self.failures:
             results.pop(name, None)
-        write_pages(self.output, results, self.suites, self.failures)
         asked = {benchmark.name for benchmark in self.benchmarks}
+        not_compared = {} if self.args.compare is None else self._compare(asked & results.keys(), results)
+        write_pages(self.output, results, self.suites, self.failures)
         shown = {name: result for name, result in results.items() if name in asked}
         _say(results_table(shown, self.suites, self.failures))
         _say(f"{len(shown)} of {len(asked)} benchmarks have a result; details in {self.output / 'README.md'}.")
-        if self.args.compare is not None:
-            self._compare(list(shown))
-        return self.failures
+        return {**self.failures, **not_compared}
 
-    def _compare(self, names: list[str]) -> None:
-        """Say how many answers differ from those of another run, for instance in another number format."""
-        from .results import disagreements
+    def _compare(self, names: Iterable[str], results: dict[str, dict]) -> dict[str, str]:
+        """Note how many answers differ from those of another run, for instance with another batch size."""
+        from .results import compare_answers, replace_result
 
-        for name in names:
+        failures = {}
+        for name in sorted(names):
             try:
-                counts = disagreements(self.output, self.args.compare, name)
+                compared = compare_answers(self.output, self.args.compare, name)
             except ValueError as error:
-                self.failures[f"{name} (compared)"] = str(error)
+                failures[name] = str(error)
                 _say(f"{name}: {error}")
                 continue
-            found = "no answers there" if counts is None else f"{counts[0]} of {counts[1]} answers differ"
-            _say(f"{name}: {found} ({self.args.compare})")
+            results[name]["compared"] = compared
+            replace_result(self.output, results[name])
+            counts = "{num_different} of {num_answers} answers differ".format(**compared)
+            _say(f"{name}: {counts} ({self.args.compare})")
+        return failures
 
     def _run_one(self, benchmark: Benchmark, manager: Any) -> None:
         from .harness import BenchmarkError, run_benchmark
         from .judges import judge_facts
         from .results import digest, write_result
 
-        settings = self._settings() | ({"judge": judge_facts()} if benchmark.key else {})
+        judge = judge_facts() if benchmark.key else None
+        settings = self._settings() | ({"judge": judge} if judge else {})
         identity = digest({"model": self.model_hash, "settings": settings, "task": _task_facts(benchmark)})
         if self.args.resume and self._is_done(benchmark.name, identity):
             return
@@ -165,7 +175,7 @@ class Plan:
             trace.write_text(traceback.format_exc(), encoding="utf-8")
             _say(f"{benchmark.name}: {error} (details in {trace})")
             return
-        reasons = self.suites.departures(benchmark.name, self.max_tiles, self.args.data is not None)
+        reasons = self.suites.departures(benchmark.name, self.max_tiles, self.args.data is not None, judge)
         result["comparable"] = result["comparable"] and not reasons
         result["note"] = "; ".join(part for part in (result["note"], *reasons) if part)
         facts = {"name": model_name(self.args.model), "hash": self.model_hash}
@@ -189,24 +199,36 @@ class Plan:
         return True
 
     def _settings(self) -> dict[str, Any]:
-        """What scores may depend on; the batch size is not among it, as in float32 they do not."""
+        """What scores may depend on; in float32 the batch size is not among it."""
+        from ..train.fingerprints import fingerprint_files
         from .results import digest, harness_version
 
-        tasks = [
-            path.read_text(encoding="utf-8")
-            for path in sorted(TASKS_FOLDER.rglob("*"))
-            if path.suffix != ".pyc" and path.is_file()
-        ]
-        data = None if self.args.data is None else f"local copy {digest(str(self.args.data.absolute()))}"
+        package = TASKS_FOLDER.parent.parent
+        code = [*sorted(package.glob("*.py")), *sorted(package.joinpath("eval").glob("*.py"))]
+        tasks = [path for path in sorted(TASKS_FOLDER.rglob("*")) if path.suffix != ".pyc" and path.is_file()]
+        data = self.args.data
+        if data is not None:
+            files = sorted(path for path in data.rglob("*") if path.is_file())
+            data = f"local copy {fingerprint_files(files, data)}"
+        batch_size = {} if self._dtype() == "float32" else {"batch_size": self.args.batch_size}
         return {
+            **batch_size,
             "limit": self.limit,
             "max_tiles": "the model's own" if self.max_tiles is None else self.max_tiles,
             "dtype": self.args.dtype,
             "data": data,
             "harness": harness_version(),
             "hovle": __version__,
-            "tasks": digest(tasks),
+            "code": digest([path.read_text(encoding="utf-8") for path in code]),
+            "tasks": digest([path.read_text(encoding="utf-8") for path in tasks]),
         }
+
+    def _dtype(self) -> str:
+        """Number format the model runs in."""
+        if self.args.dtype != "auto":
+            return self.args.dtype
+        content, _ = PreTrainedConfig.get_config_dict(self.args.model)
+        return content.get("dtype") or content.get("torch_dtype") or "float32"
 
     @property
     def model(self):

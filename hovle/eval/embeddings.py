@@ -33,6 +33,7 @@ from ..charts import load_pyplot
 from ..pictures import load_picture
 from ..train.setup import resolve_asset
 from .probe import Section
+from .results import provenance
 from .subjects import Reading, Subject
 
 FILES = ("embeddings.json", "words.png", "embeddings.png")
@@ -106,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
         "table": args.language_model or "the model's own",
         **summarize(found),
+        "provenance": provenance([args.model], subject.model.device),
     }
     (args.output / FILES[0]).write_text(json.dumps(result) + "\n")
     draw_words(pyplot, found, args.output / FILES[1])

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..assets import load_manifest
 from .adaptations import ADAPTATIONS, WithPictures, parquet_files
 from .intervals import READINGS, UNREAD, Units
 from .judges import JudgeSilent, judge_must_answer
@@ -244,18 +245,25 @@ def _prompt_hash(lm: HoVLEChat) -> str:
 
 
 def _data_facts(benchmark: Benchmark, task: Any, data: Path | None) -> dict[str, Any]:
-    """Where documents came from, the Hub's commit where known, and a hash of all texts in them."""
+    """Where documents came from, the Hub's commit or the asset's pinned version, and a hash of all texts in them."""
     split = task.config.test_split or task.config.validation_split
-    sources = (getattr(task.dataset[split].info, "download_checksums", None) or {}).keys()
-    commits = {found[1] for source in sources if (found := re.search(r"@([0-9a-f]{40})/", str(source)))}
+    # `datasets` keeps what it made of a Hub data set in a folder named after the commit.
+    files = [str(file["filename"]) for file in getattr(task.dataset[split], "cache_files", [])]
+    commits = {found[1] for file in files if (found := re.search(r"[/\\]([0-9a-f]{40})[/\\]", file))}
     return {
         "name": benchmark.data or str(task.DATASET_PATH),
         "is_local_copy": data is not None,
         "split": split,
-        "revision": commits.pop() if len(commits) == 1 else None,
+        "revision": commits.pop() if len(commits) == 1 else _pinned_version(benchmark.data),
         "text_hash": digest([_texts(doc) for doc in task.eval_docs_no_media]),
         "num_documents": len(task.eval_docs_no_media),
     }
+
+
+def _pinned_version(name: str | None) -> str | None:
+    """Version and hash of an asset of ours; None for other data."""
+    asset = load_manifest().get(name or "")
+    return None if asset is None else f"{asset.pypi.version}, sha256 {asset.pypi.sha256[:16]}"
 
 
 def _texts(doc: dict) -> dict:

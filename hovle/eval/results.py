@@ -53,6 +53,12 @@ def environment(device: torch.device) -> dict[str, str]:
     return {"hovle": __version__, "python": platform.python_version(), "device": hardware, **versions}
 
 
+def provenance(models: Iterable[str | os.PathLike], device: torch.device) -> dict[str, Any]:
+    """What numbers of an analysis were made with: hashes of the models, versions, hardware, date."""
+    hashes = {os.path.basename(os.path.normpath(model)): hash_model(str(model)) for model in models}
+    return {"models": hashes, "environment": environment(device), "date": today()}
+
+
 def harness_version() -> str:
     """Version of lmms-eval."""
     return importlib.metadata.version("lmms-eval")
@@ -64,7 +70,13 @@ def write_result(folder: Path, result: dict, answers: Iterable[dict]) -> None:
     name = result["benchmark"]
     lines = (json.dumps(answer, ensure_ascii=False, default=str) + "\n" for answer in answers)
     _replace(folder / f"{name}.answers.jsonl", "".join(lines))
-    _replace(folder / f"{name}.json", json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n")
+    replace_result(folder, result)
+
+
+def replace_result(folder: Path, result: dict) -> None:
+    """Write a result whose answers are in place."""
+    text = json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n"
+    _replace(folder / f"{result['benchmark']}.json", text)
 
 
 def _replace(path: Path, text: str) -> None:
@@ -92,7 +104,7 @@ SHAPE: dict[str, Any] = {
     "date": _TEXT,
     "identity": _TEXT,
     "model": {"name": _TEXT, "hash": _TEXT},
-    "settings": {"max_tiles": (int, str), "dtype": _TEXT},
+    "settings": {"max_tiles": (int, str), "dtype": _TEXT, "batch_size": (int,)},
 }
 """What tables and resumed runs read of a result, and its types."""
 
@@ -146,18 +158,31 @@ def read_results(folder: Path) -> tuple[dict[str, dict], dict[str, str]]:
     return results, broken
 
 
-def disagreements(folder: Path, other: Path, name: str) -> tuple[int, int] | None:
+def compare_answers(folder: Path, other: Path, name: str) -> dict:
     """Compare the answers to a benchmark in two result folders, question by question.
 
     Returns:
-        How many differ, and how many questions both answered; None when one of them has none.
+        How many differ, how many questions both answered, and how the other run was made.
+
+    Raises:
+        ValueError: When a folder lacks result or answers, or they are broken.
     """
     paths = [each / f"{name}.answers.jsonl" for each in (folder, other)]
-    if not all(path.is_file() for path in paths):
-        return None
-    ours, theirs = map(_answers, paths)
-    shared = ours.keys() & theirs.keys()
-    return sum(ours[place] != theirs[place] for place in shared), len(shared)
+    theirs = read_result(other / f"{name}.json")
+    lacking = [str(path) for path in paths if not path.is_file()]
+    if theirs is None or lacking:
+        missing = lacking[0] if lacking else f"{other / name}.json"
+        raise ValueError(f"there is no {missing}: both runs must have answered {name}.")
+    our_answers, their_answers = map(_answers, paths)
+    shared = our_answers.keys() & their_answers.keys()
+    return {
+        "num_different": sum(our_answers[place] != their_answers[place] for place in shared),
+        "num_answers": len(shared),
+        "model": theirs["model"]["hash"],
+        "dtype": theirs["settings"]["dtype"],
+        "batch_size": theirs["settings"]["batch_size"],
+        "score": theirs["score"],
+    }
 
 
 def _answers(path: Path) -> dict[Any, str]:

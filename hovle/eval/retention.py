@@ -21,19 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from ..charts import load_pyplot
 from ..chat import refuse_missing_folder
 from ..language_model import load_language_model
-from ..machine import fastest_dtype, processor_name
+from ..machine import fastest_dtype
 from ..modeling_hovle import HoVLEForConditionalGeneration
 from ..processing_hovle import HoVLEProcessor
 from ..train.config import RetentionConfig
 from ..train.retention import TextRetention
 from ..train.setup import resolve_asset
 from .drawing import FONT_SIZE, add_caption, save
+from .results import digest, provenance
 from .subjects import short_name
 from .text_tasks import TASKS, Item, TaskScore, draw_items, score_items
 
@@ -100,12 +100,9 @@ def run(args: argparse.Namespace) -> int:
     result = {
         "text": asdict(config),
         "num_items": {task: len(drawn) for task, drawn in items.items()},
-        "machine": {
-            "processor": torch.cuda.get_device_name() if device.type == "cuda" else processor_name(),
-            "dtype": str(dtype).removeprefix("torch."),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "dtype": str(dtype).removeprefix("torch."),
+        "text_hash": digest(ids),
+        "provenance": provenance([bare_name, *args.models], device),
         "models": rows,
     }
     args.output.mkdir(parents=True, exist_ok=True)

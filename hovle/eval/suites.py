@@ -35,7 +35,7 @@ class Benchmark:
     published: dict[str, float] = field(default_factory=dict)
 
     def judged(self) -> "Benchmark":
-        """The variant with the harness's judge, whose `note` is in `judge`, or itself where there is none."""
+        """The variant with the harness's judge, as `judge` says it, or itself where there is none."""
         if not self.judge:
             return self
         changes: dict[str, Any] = {
@@ -79,13 +79,16 @@ class Suites:
         note = "no benchmark of ours: the task's first figure, as the harness gives it"
         return Benchmark(name=name, title=name, task=name, units="none", comparable=False, note=note)
 
-    def departures(self, name: str, max_tiles: int | None, is_local_copy: bool) -> list[str]:
+    def departures(
+        self, name: str, max_tiles: int | None, is_local_copy: bool, judge: dict[str, str] | None = None
+    ) -> list[str]:
         """Why a score cannot be laid beside others of the same benchmark.
 
         Args:
             name: The benchmark; one that is in no suite has nothing to depart from.
             max_tiles: Most tiles of a picture; None for the model's own limit.
             is_local_copy: Whether the data were read from files given by hand.
+            judge: Model and service that graded, as `judges.judge_facts` has them; None where nobody does.
         """
         home = next((suite for suite in self.suites.values() if name in suite.benchmarks), None)
         if home is None:
@@ -99,6 +102,8 @@ class Suites:
             reasons.append(f"{found}, {whose} {usual}")
         if is_papers and is_local_copy:
             reasons.append("a local copy of the data, which nobody has compared with the published ones")
+        if judge is not None and set(judge.values()) != {"the harness's"}:
+            reasons.append("the judge is not the harness's: model {model}, service {service}".format(**judge))
         return reasons
 
     def chosen(self, suite: str, names: Sequence[str] | None) -> list[Benchmark]:

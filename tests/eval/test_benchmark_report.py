@@ -28,7 +28,7 @@ def result(name: str, score: float, **changes) -> dict:
         "prompt_hash": "ab12",
         "data": {"name": f"org/{name}", "revision": "f" * 40, "is_local_copy": False, "text_hash": "cd34"},
         "model": {"name": "mine", "hash": "ef56"},
-        "settings": {"dtype": "bfloat16", "max_tiles": 12},
+        "settings": {"dtype": "bfloat16", "max_tiles": 12, "batch_size": 8},
         "environment": {"hovle": "0.1.0", "torch": "2", "transformers": "5", "device": "cpu"},
         "date": "2026-11-25",
         **changes,

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -17,6 +18,7 @@ from transformers import pipeline
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.assets import easy_vqa
 from hovle.cli import main
+from hovle.eval import harness
 from hovle.eval.suites import TASKS_FOLDER, load_suites
 from hovle.eval.vqa import answer_questions, draw_questions, exact_match, load_questions
 from hovle.pictures import load_picture
@@ -269,8 +271,12 @@ def test_answers_that_differ_from_another_run_are_counted(run, tmp_path, capsys)
     changed = [json.loads(line) for line in path.read_text().splitlines()]
     changed[2]["answer"] += "!"
     path.write_text("".join(json.dumps(entry) + "\n" for entry in changed[:3]))
-    run(*options, "--compare", tmp_path / "first")
+    _, output = run(*options, "--compare", tmp_path / "first")
     assert f"easy_vqa: 1 of 3 answers differ ({tmp_path / 'first'})" in capsys.readouterr().out
+    compared = result_of(output, "easy_vqa")["compared"]
+    assert (compared["num_different"], compared["num_answers"]) == (1, 3)
+    page = (output / "README.md").read_text()
+    assert "; 1 of 3 answers in float32, 8 at once differ from those in float32, 8 at once (score " in page
 
 
 def test_several_processes_are_sent_to_the_harness(run, monkeypatch, capsys):
@@ -484,6 +490,42 @@ def test_results_of_another_model_are_left_out_of_the_pages_by_name(run, model_f
     assert "left out, as they are another model's: the results of easy_vqa in " in capsys.readouterr().out
     assert "as they come" not in (output / "README.md").read_text()
     assert result_of(output, "easy_vqa")["num_questions"] == 2
+
+
+def test_what_cannot_be_compared_fails_and_stays_out_of_the_page(run, tmp_path, capsys):
+    (tmp_path / "first").mkdir()
+    code, output = run("--suite", "offline", "--tasks", "easy_vqa", "--limit", 2, "--compare", tmp_path / "first")
+    assert code == 1
+    assert "both runs must have answered easy_vqa" in capsys.readouterr().out
+    assert "not run" not in (output / "README.md").read_text()
+
+
+def test_in_bfloat16_another_batch_size_is_another_result(run, tmp_path, capsys):
+    options = ("--suite", "offline", "--tasks", "easy_vqa", "--limit", 2, "--resume")
+    for dtype, kept in (("float32", 1), ("bfloat16", 0)):
+        folder = tmp_path / dtype
+        for batch_size in (1, 2):
+            assert run(*options, "--dtype", dtype, "--batch-size", batch_size, output=folder)[0] == 0
+        assert capsys.readouterr().out.count("easy_vqa: kept") == kept
+
+
+def test_results_in_the_models_own_folder_are_refused(run, model_folder, capsys):
+    assert run("--suite", "offline", output=model_folder)[0] == 1
+    assert "is the model's own folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("commit", ["ab12" * 10, None])
+def test_the_commit_of_hub_data_is_read_from_where_datasets_keeps_them(tmp_path, commit):
+    folder = tmp_path / "org___name" / "default" / "0.0.0" / (commit or "no_commit")
+    datasets.Dataset.from_dict({"question": ["a"]}).save_to_disk(folder)
+    [file] = folder.glob("*.arrow")
+    task = SimpleNamespace(
+        config=SimpleNamespace(test_split="test", validation_split=None),
+        dataset={"test": datasets.Dataset.from_file(str(file))},
+        eval_docs_no_media=[{"question": "a"}],
+    )
+    facts = harness._data_facts(load_suites().benchmark("gqa"), task, None)
+    assert facts["revision"] == commit
 
 
 def test_broken_answers_cannot_be_compared(run, tmp_path, capsys):

@@ -29,7 +29,7 @@ def test_what_needs_a_judge_is_not_comparable_without_one(suites):
     assert {benchmark.name for benchmark in judged} == {"mmbench", "mmvet", "hallusion", "mathvista"}
     for benchmark in judged:
         assert not benchmark.comparable
-        assert benchmark.judged().comparable
+        assert benchmark.judged().comparable == (benchmark.name != "mmbench")  # on the dev split with a judge, too
         assert benchmark.judged().key == "OPENAI_API_KEY"
         assert benchmark.judged().task != benchmark.task
         assert "judge" in benchmark.judged().note
@@ -114,6 +114,18 @@ def test_what_is_not_published_is_printed_as_that(suites, published):
 )
 def test_other_tiles_and_data_are_departures(suites, name, max_tiles, is_local_copy, reasons):
     assert suites.departures(name, max_tiles, is_local_copy) == reasons
+
+
+def test_another_judge_than_the_harnesss_is_a_departure(suites):
+    own = {"model": "the harness's", "service": "the harness's"}
+    assert suites.departures("mmvet", 12, False, own) == []
+    [reason] = suites.departures("mmvet", 12, False, {**own, "model": "tiny"})
+    assert reason == "the judge is not the harness's: model tiny, service the harness's"
+
+
+@pytest.mark.parametrize("name", ["infovqa", "docvqa", "mmbench"])
+def test_scores_of_another_split_are_not_comparable(suites, name):
+    assert not suites.benchmark(name).comparable
 
 
 def test_the_papers_suite_comes_first_for_benchmarks_of_several(suites):
