@@ -20,6 +20,7 @@ from .. import __version__
 from ..checkpoint_files import local_folder
 from ..machine import processor_name
 from ..requirements import installed_version
+from .subjects import short_name
 
 HASHED = ("*.safetensors", "*.json", "*.jinja", "*.model")
 """Files of a model folder that decide its answers."""
@@ -54,9 +55,9 @@ def environment(device: torch.device) -> dict[str, str]:
 
 
 def provenance(models: Iterable[str | os.PathLike], device: torch.device) -> dict[str, Any]:
-    """What numbers of an analysis were made with: hashes of the models, versions, hardware, date."""
-    hashes = {os.path.basename(os.path.normpath(model)): hash_model(str(model)) for model in models}
-    return {"models": hashes, "environment": environment(device), "date": today()}
+    """What numbers of an analysis were made with: models in order, versions, hardware, date."""
+    hashed = [{"name": short_name(str(model)), "hash": hash_model(str(model))} for model in models]
+    return {"models": hashed, "environment": environment(device), "date": today()}
 
 
 def harness_version() -> str:

@@ -28,6 +28,9 @@ def test_the_command_shows_two_models_side_by_side(
         arguments += ["--compare", path]
     assert main(arguments) == 0
     result = json.loads((tmp_path / "o" / "attention.json").read_text())
+    hashes = [model["hash"] for model in result["provenance"]["models"]]
+    assert len(hashes) == len(result["models"])
+    assert all(len(found) == 16 for found in hashes)
     assert [model["model"] for model in result["models"]] == [ours] + ([] if other is None else [path])
     for model in result["models"]:
         assert model["grid"] == {"columns": 3, "rows": 1, "side": 2, "thumbnail": True}
