@@ -30,7 +30,7 @@ RESULTS = ROOT / "dev" / "versions.json"
 WATCHED = ("torch", "transformers", "tokenizers", "huggingface_hub", "safetensors", "pillow")
 
 TIED = {
-    "torch": ("torch", "torchvision", "triton"),
+    "torch": ("torch", "torchvision", "triton", "sympy"),
     "transformers": ("transformers", "tokenizers", "huggingface-hub", "hf-xet", "httpx", "httpcore", "h11", "anyio"),
 }
 """Packages whose versions go with another one's; `nvidia-...` ones go with torch as well."""
@@ -140,7 +140,7 @@ def read_summary(output: str) -> tuple[dict[str, int], list[str]]:
     summaries = [line for line in output.splitlines() if re.search(r"\d+ (passed|failed|errors?)\b", line)]
     if not summaries:
         raise SystemExit("The suite did not run; name what these versions need besides. Nothing was noted.")
-    pairs = re.findall(r"(\d+) (passed|failed|error|deselected)", summaries[-1])
+    pairs = re.findall(r"(\d+) (passed|failed|error|skipped|deselected)", summaries[-1])
     counts = {kind: int(number) for number, kind in pairs}
     return counts, re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
 

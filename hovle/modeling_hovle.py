@@ -176,6 +176,21 @@ class HolisticLayout:
         return hidden_states.gather(1, self.last_slot[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
+def document_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
+    """Where documents begin in rows laid end to end, and where the last one ends; each row begins one.
+
+    Args:
+        position_ids: Shape `(B, T)`; wherever they do not go on by 1 a document begins.
+
+    Returns:
+        Shape `(documents + 1,)`, int32, from 0 to B * T.
+    """
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[:, 1:] = position_ids.diff(dim=1) != 1
+    starts = begins.flatten().nonzero().flatten()
+    return nn.functional.pad(starts, (0, 1), value=position_ids.numel()).int()
+
+
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
     """Count the real tokens of each row from 0; padding gets position 0. Shapes `(B, T)`."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -446,6 +461,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
     ) -> torch.Tensor:
         """Run one section of the decoder, `(B, T, D)` to `(B, T, D)`; `layer_outputs` gathers what layers give."""
         position_embeddings = rotary_tables(rotary_emb, hidden_states, position_ids, attention_types)
+        kwargs |= self._flash_arguments(hidden_states, causal_masks, position_ids, past_key_values)
         for layer, attention_type in zip(layers, attention_types, strict=True):
             hidden_states = layer(
                 hidden_states,
@@ -493,6 +509,26 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 block_sequence_ids=pictures,
             )
             for attention_type in sorted(set(self.attention_types))
+        }
+
+    def _flash_arguments(self, hidden_states, causal_masks, position_ids, past_key_values) -> dict:
+        """Where documents begin, for flash attention, which knows no mask between them.
+
+        transformers finds them by itself in a single row only, and again in every layer.
+        """
+        batch_size, length = hidden_states.shape[:2]
+        if "flash" not in self.config.text_config._attn_implementation or length == 1:
+            return {}
+        if any(mask is not None for mask in causal_masks.values()):
+            return {}
+        if past_key_values is not None and (past_key_values.is_compileable or past_key_values.get_seq_length()):
+            return {}
+        boundaries = document_boundaries(position_ids.expand(batch_size, length))
+        return {
+            "cu_seq_lens_q": boundaries,
+            "cu_seq_lens_k": boundaries,
+            "max_length_q": length,  # a bound that is the same for all batches: the true one would be waited for
+            "max_length_k": length,
         }
 
     def _own_mask(self, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

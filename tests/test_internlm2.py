@@ -383,9 +383,9 @@ def test_the_config_alone_is_a_llama_s(released):
 
 @pytest.mark.parametrize("folder", ["hovle-2.6b", "hovle-2.6b-hd"])
 def test_the_paper_s_first_stage_trains_around_it(released, tmp_path, folder, capsys):
+    import timm
     from PIL import Image
 
-    timm = pytest.importorskip("timm")
     weights = tmp_path / "teacher.pt"
     torch.save(timm.create_model("test_efficientnet", pretrained=False).state_dict(), weights)
     (tmp_path / "pictures").mkdir()
