@@ -10,12 +10,16 @@ import re
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 
 MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """Attention patterns a layer may have, under their transformers names."""
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""How layers, masks, outputs and `generate` call a cache: `cache` since transformers 5.24."""
 
 NORM_NAMES = ("norm", "final_layernorm")
 """Names of the norm after the last layer: most families', Phi's."""
@@ -56,6 +60,14 @@ def check_backbone(decoder: PreTrainedModel) -> None:
             f"{name} cannot be the backbone of HoVLE: it has layers of type {', '.join(unknown)}; only "
             f"{' and '.join(MASK_FUNCTIONS)} are supported."
         )
+
+
+def given_cache(cache: Cache | None, kwargs: dict) -> Cache | None:
+    """The cache under either name, `past_key_values` taken out of `kwargs`; ValueError when both are given."""
+    other = kwargs.pop("past_key_values", None)
+    if cache is not None and other is not None:
+        raise ValueError("Give `cache` or, by its name before transformers 5.24, `past_key_values`, not both.")
+    return other if cache is None else cache
 
 
 def refuse_router_losses(text_config: PreTrainedConfig, wants_router_logits: bool | None) -> None:

@@ -21,17 +21,24 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    BaseModelOutputWithPooling,
+    CausalLMOutputWithPast,
+    ModelOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbones import (
+    CACHE,
     MASK_FUNCTIONS,
     attention_types,
     check_backbone,
     final_norm,
+    given_cache,
     refuse_router_losses,
     rotary_tables,
     scale_embeddings,
@@ -241,29 +248,24 @@ class HoVLEPixelShuffleProjector(nn.Module):
 
 
 @dataclass
-class HoVLEModelOutputWithPast(ModelOutput):
-    """Outputs of `HoVLEModel`."""
+class HoVLEModelOutputWithPast(BaseModelOutputWithPast):
+    """Outputs of `HoVLEModel`; `last_hidden_state` is the language model's, after its final norm, `(B, T, D)`.
 
-    last_hidden_state: torch.FloatTensor | None = None
-    """Final hidden states of the language model, shape `(B, T, D)`."""
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    The cache is called as this transformers calls it, `cache` or (before 5.24) `past_key_values`.
+    """
+
     image_hidden_states: torch.FloatTensor | None = None
     """What the language model sees of the pictures, before normalisation, shape `(N, S, D)`."""
 
 
 @dataclass
-class HoVLECausalLMOutputWithPast(ModelOutput):
-    """Outputs of `HoVLEForConditionalGeneration`."""
+class HoVLECausalLMOutputWithPast(CausalLMOutputWithPast):
+    """Outputs of `HoVLEForConditionalGeneration`, the cache called as in `HoVLEModelOutputWithPast`.
 
-    loss: torch.FloatTensor | None = None
-    """Mean next-token cross-entropy in nats per supervised token, when `labels` were given."""
-    logits: torch.FloatTensor | None = None
-    """Shape `(B, T, V)`, or the last `logits_to_keep` positions only."""
-    past_key_values: Cache | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    `loss` is the mean next-token cross-entropy in nats per supervised token, when `labels` were given; `logits` have
+    shape `(B, T, V)`, or the last `logits_to_keep` positions only.
+    """
+
     image_hidden_states: torch.FloatTensor | None = None
 
 
@@ -309,7 +311,7 @@ class HoVLEPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["LlamaDecoderLayer"]  # noqa: RUF012 - the base class declares these as plain attributes
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -455,28 +457,28 @@ class HoVLEModel(HoVLEPreTrainedModel):
         hidden_states: torch.Tensor,
         causal_masks: dict[str, torch.Tensor | None],
         position_ids: torch.Tensor,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         layer_outputs: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """Run one section of the decoder, `(B, T, D)` to `(B, T, D)`; `layer_outputs` gathers what layers give."""
         position_embeddings = rotary_tables(rotary_emb, hidden_states, position_ids, attention_types)
-        kwargs |= self._flash_arguments(hidden_states, causal_masks, position_ids, past_key_values)
+        kwargs |= self._flash_arguments(hidden_states, causal_masks, position_ids, cache)
         for layer, attention_type in zip(layers, attention_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_masks[attention_type],
                 position_ids=position_ids,
-                past_key_values=past_key_values,
-                use_cache=past_key_values is not None,
+                use_cache=cache is not None,
                 position_embeddings=position_embeddings[attention_type],
+                **{CACHE: cache},
                 **kwargs,
             )
             if layer_outputs is not None:
                 layer_outputs.append(hidden_states)
         return hidden_states
 
-    def _causal_masks(self, hidden_states, attention_mask, position_ids, past_key_values, image_mask=None):
+    def _causal_masks(self, hidden_states, attention_mask, position_ids, cache, image_mask=None):
         """Build one mask for each attention pattern among the layers; a mask that `generate` has prepared is kept.
 
         With `image_mask`, tokens of one picture see each other in both directions.
@@ -489,7 +491,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 raise ValueError(
                     "Flash attention is causal; bidirectional pictures need sdpa, eager or flex_attention."
                 )
-            past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            past_length = 0 if cache is None else cache.get_seq_length()
             pictures = nn.functional.pad(number_pictures(image_mask), (past_length, 0), value=-1)
         if attention_mask is not None and attention_mask.dim() == 4 and attention_mask.dtype == torch.bool:
             if pictures is not None:
@@ -497,21 +499,21 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 attention_mask = attention_mask | ((queries == pictures[:, None]) & (queries >= 0))[:, None]
             return dict.fromkeys(self.attention_types, self._own_mask(attention_mask, hidden_states.dtype))
         # An empty dynamic cache says nothing, but its mere presence switches off the detection of packed documents.
-        if past_key_values is not None and not past_key_values.is_compileable and not past_key_values.get_seq_length():
-            past_key_values = None
+        if cache is not None and not cache.is_compileable and not cache.get_seq_length():
+            cache = None
         return {
             attention_type: MASK_FUNCTIONS[attention_type](
                 config=self.config.text_config,
                 inputs_embeds=hidden_states,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
                 block_sequence_ids=pictures,
+                **{CACHE: cache},
             )
             for attention_type in sorted(set(self.attention_types))
         }
 
-    def _flash_arguments(self, hidden_states, causal_masks, position_ids, past_key_values) -> dict:
+    def _flash_arguments(self, hidden_states, causal_masks, position_ids, cache) -> dict:
         """Where documents begin, for flash attention, which knows no mask between them.
 
         transformers finds them by itself in a single row only, and again in every layer.
@@ -521,7 +523,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             return {}
         if any(mask is not None for mask in causal_masks.values()):
             return {}
-        if past_key_values is not None and (past_key_values.is_compileable or past_key_values.get_seq_length()):
+        if cache is not None and (cache.is_compileable or cache.get_seq_length()):
             return {}
         boundaries = document_boundaries(position_ids.expand(batch_size, length))
         return {
@@ -544,7 +546,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             ~attention_mask, torch.finfo(dtype).min
         )
 
-    def _embed_pictures(self, input_ids, pixel_values, past_key_values, image_features):
+    def _embed_pictures(self, input_ids, pixel_values, cache, image_features):
         """Run the stem and find the placeholders; `(None, None)` without pictures, ValueError on a mismatch."""
         if pixel_values is not None:
             image_features = self.get_image_features(pixel_values).pooler_output
@@ -556,34 +558,30 @@ class HoVLEModel(HoVLEPreTrainedModel):
         if torch.compiler.is_compiling():  # a static cache tells its length as a tensor
             return None, None
         # A single token after a cache is one the model itself has generated, even if it is the placeholder.
-        if past_key_values is None or past_key_values.get_seq_length() == 0 or input_ids.shape[1] > 1:
+        if cache is None or cache.get_seq_length() == 0 or input_ids.shape[1] > 1:
             check_image_tokens(image_mask, 0, self.config.image_seq_length)
         return None, None
 
-    def _prepare(
-        self, input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features
-    ):
+    def _prepare(self, input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_features):
         """Embed text and pictures and settle positions and mask of the language model's sequence."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
         image_mask = None
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            image_features, image_mask = self._embed_pictures(input_ids, pixel_values, past_key_values, image_features)
+            image_features, image_mask = self._embed_pictures(input_ids, pixel_values, cache, image_features)
         elif pixel_values is not None or image_features is not None:
             raise ValueError("Pictures need input_ids, which say where they stand; inputs_embeds do not.")
         length = inputs_embeds.shape[1]
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             position_ids = positions_from_mask(attention_mask)[:, -length:]
         elif position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
-        causal_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        causal_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, cache)
         holistic_masks = causal_masks
         if image_mask is not None and self.config.image_attention == "bidirectional" and not self.is_hd:
-            holistic_masks = self._causal_masks(
-                inputs_embeds, attention_mask, position_ids, past_key_values, image_mask
-            )
+            holistic_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, cache, image_mask)
         return PreparedInputs(
             inputs_embeds, image_features, image_mask, attention_mask, causal_masks, holistic_masks, position_ids
         )
@@ -753,7 +751,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         output_hidden_states: bool = False,
@@ -768,7 +766,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
                 shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
                 `attention_mask=None`: any mask lets them see each other.
-            past_key_values: Cache of earlier tokens, extended in place.
+            cache: Cache of earlier tokens, extended in place; `past_key_values` is the same.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             image_features: What `get_image_features` made of the tiles, instead of `pixel_values`.
             output_hidden_states: Also return what each holistic layer gives.
@@ -777,14 +775,15 @@ class HoVLEModel(HoVLEPreTrainedModel):
         Raises:
             ValueError: When placeholders and tiles do not match, with both counts.
         """
+        cache = given_cache(cache, kwargs)
         inputs = self._prepare(
-            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features
+            input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_features
         )
         run = self._run_holistic_layers_hd if self.is_hd else self._run_holistic_layers
         if not output_hidden_states:
-            return run(inputs, past_key_values, **kwargs)
+            return run(inputs, cache, **kwargs)
         layer_outputs: list[torch.Tensor] = []
-        outputs = run(inputs, past_key_values, layer_outputs=layer_outputs, **kwargs)
+        outputs = run(inputs, cache, layer_outputs=layer_outputs, **kwargs)
         outputs.hidden_states = tuple(layer_outputs)
         return outputs
 
@@ -795,7 +794,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         image_features: torch.Tensor | None = None,
@@ -805,15 +804,16 @@ class HoVLEModel(HoVLEPreTrainedModel):
 
         `use_cache` defaults to the text config's outside training; in training nothing is cached.
         """
+        cache = given_cache(cache, kwargs)
         if use_cache is None:
             use_cache = bool(getattr(self.config.text_config, "use_cache", True)) and not self.training
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         inputs = self._prepare(
-            input_ids, pixel_values, attention_mask, position_ids, past_key_values, inputs_embeds, image_features
+            input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_features
         )
         run = self._run_holistic_layers_hd if self.is_hd else self._run_holistic_layers
-        holistic = run(inputs, past_key_values, **kwargs)
+        holistic = run(inputs, cache, **kwargs)
         assert holistic.inputs_embeds is not None
         hidden_states = self._run_layers(
             self.language_layers,
@@ -822,13 +822,13 @@ class HoVLEModel(HoVLEPreTrainedModel):
             holistic.inputs_embeds,
             inputs.causal_masks,
             inputs.position_ids,
-            past_key_values,
+            cache,
             **kwargs,
         )
         return HoVLEModelOutputWithPast(
             last_hidden_state=final_norm(self.language_model)(hidden_states),
-            past_key_values=past_key_values,
             image_hidden_states=holistic.image_hidden_states,
+            **{CACHE: cache},
         )
 
 
@@ -865,7 +865,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -883,7 +883,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
                 shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
                 `attention_mask=None`: any mask lets them see each other.
-            past_key_values: Cache of earlier tokens, extended in place.
+            cache: Cache of earlier tokens, extended in place; `past_key_values` is the same.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             labels: Ids to predict, shape `(B, T)`; -100 and every image position are ignored.
             use_cache: Whether to return a cache; by default outside training only.
@@ -899,6 +899,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if image_outputs is not None and pixel_values is not None:
             raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
+        cache = given_cache(cache, kwargs)
         refuse_router_losses(self.config.text_config, kwargs.pop("output_router_logits", None))
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
@@ -906,7 +907,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             image_features=None if image_outputs is None else image_outputs.pooler_output,
@@ -926,10 +927,10 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         return HoVLECausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            **{CACHE: getattr(outputs, CACHE)},
         )
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
@@ -937,7 +938,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         # HoVLE-HD's patches for tokens.
         pixel_values = model_kwargs.pop("pixel_values", None)
         image_outputs = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        prompts, cache = input_ids, model_kwargs.get("past_key_values")
+        prompts, cache = input_ids, model_kwargs.get(CACHE)
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )

@@ -14,8 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageTextToText, LlamaConfig, LlamaForCausalLM
+from transformers.cache_utils import Cache
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration, HoVLEModel
+from hovle.backbones import CACHE
 
 KINDS: dict[str, dict] = {
     "pre": {},
@@ -305,7 +307,7 @@ def test_gradients_of_inner_states_can_be_kept(own_model):
 def test_a_cache_holds_every_token_once_in_every_layer(model):
     inputs = batch()
     with torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
     text = model.config.text_config
     is_hd = model.config.pixel_shuffle_loc == "post"
     num_tokens = inputs["input_ids"].shape[1]
@@ -426,6 +428,26 @@ def test_generation_returns_everything_on_request(own_model, options, num_rows):
         assert torch.isfinite(chosen).all()
 
 
+def test_a_cache_has_two_names(model):
+    """transformers 5.24 calls `cache` what was `past_key_values` before; hovle takes either, on any version."""
+    ids = torch.tensor([[5, 6, 7]])
+
+    def fresh() -> Cache:
+        return model(ids, use_cache=True)[CACHE]
+
+    with torch.no_grad():
+        new, old = model(ids, cache=fresh()), model(ids, past_key_values=fresh())
+        embedded = [
+            model.get_holistic_embeddings(ids, **{name: fresh()}).last_hidden_state
+            for name in ("cache", "past_key_values")
+        ]
+        assert new[CACHE].get_seq_length() == old[CACHE].get_seq_length() == 6
+        assert torch.equal(new.logits, old.logits)
+        assert torch.equal(*embedded)
+        with pytest.raises(ValueError, match="not both"):
+            model(ids, cache=fresh(), past_key_values=fresh())
+
+
 def test_an_answer_goes_on_from_its_cache(model):
     inputs = batch()
     greedy = {"do_sample": False, "return_dict_in_generate": True}
@@ -435,7 +457,7 @@ def test_an_answer_goes_on_from_its_cache(model):
     second = model.generate(
         input_ids=first.sequences,
         attention_mask=mask,
-        past_key_values=first.past_key_values,
+        **{CACHE: first[CACHE]},
         **greedy,
         max_new_tokens=3,
         min_new_tokens=3,

@@ -44,6 +44,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
+from hovle.backbones import CACHE
 from hovle.language_model import add_image_tokens
 from hovle.modeling_hovle import HolisticLayout, HoVLEPatchEmbedding, pixel_shuffle, take_image_tokens
 
@@ -552,13 +553,13 @@ def test_decoding_by_hand_equals_one_full_forward(model, make_cache):
     for row, pixel_values in enumerate(PICTURES):
         with torch.no_grad():
             full = model(torch.cat([PROMPTS[row], continuation], dim=1), pixel_values).logits
-            outputs = model(PROMPTS[row], pixel_values, past_key_values=make_cache(model.config), use_cache=True)
+            outputs = model(PROMPTS[row], pixel_values, cache=make_cache(model.config), use_cache=True)
             logits = [outputs.logits]
             for token in continuation[0]:
-                outputs = model(token.view(1, 1), past_key_values=outputs.past_key_values)
+                outputs = model(token.view(1, 1), cache=outputs[CACHE])
                 logits.append(outputs.logits)
         assert_close(torch.cat(logits, dim=1), full)
-        assert outputs.past_key_values.get_seq_length() == full.shape[1]
+        assert outputs[CACHE].get_seq_length() == full.shape[1]
 
 
 def test_decoding_a_padded_batch_by_hand_equals_each_prompt_alone(model):
@@ -570,7 +571,7 @@ def test_decoding_a_padded_batch_by_hand_equals_each_prompt_alone(model):
         for step in range(2):
             mask = nn.functional.pad(mask, (0, 1), value=1)
             token = continuation[:, step : step + 1]
-            outputs = model(token, attention_mask=mask, past_key_values=outputs.past_key_values)
+            outputs = model(token, attention_mask=mask, cache=outputs[CACHE])
             logits.append(outputs.logits)
         for row in range(3):
             alone = model(torch.cat([PROMPTS[row], continuation[row : row + 1]], dim=1), PICTURES[row]).logits
@@ -638,9 +639,7 @@ def test_a_second_turn_continues_the_cache_with_a_new_picture(model):
         history = torch.cat([first.sequences, second], dim=1)
         all_pixels = torch.cat([PICTURES[0], tiles(2, 5)])
         expected = greedy(model, history, pixel_values=all_pixels, max_new_tokens=4)
-        continued = greedy(
-            model, history, pixel_values=tiles(2, 5), past_key_values=first.past_key_values, max_new_tokens=4
-        )
+        continued = greedy(model, history, pixel_values=tiles(2, 5), max_new_tokens=4, **{CACHE: first[CACHE]})
     assert torch.equal(continued, expected)
 
 
@@ -651,7 +650,7 @@ def test_a_second_turn_in_a_padded_batch_equals_one_forward(model):
     with torch.no_grad():
         outputs = model(**inputs, use_cache=True)
         new_pixels = torch.cat([tiles(2, 5), tiles(1, 6)])
-        logits = model(ids, new_pixels, both_mask, past_key_values=outputs.past_key_values).logits
+        logits = model(ids, new_pixels, both_mask, cache=outputs[CACHE]).logits
         new_tiles = [tiles(2, 5), None, tiles(1, 6)]
         for row in range(3):
             pixels = [pixels for pixels in (PICTURES[row], new_tiles[row]) if pixels is not None]
@@ -666,7 +665,7 @@ def test_prompt_chunks_equal_one_prefill(stem):
     with torch.no_grad():
         full = model(PROMPTS[0], PICTURES[0]).logits
         outputs = model(PROMPTS[0][:, :cut], PICTURES[0], use_cache=True)
-        rest = model(PROMPTS[0][:, cut:], past_key_values=outputs.past_key_values).logits
+        rest = model(PROMPTS[0][:, cut:], cache=outputs[CACHE]).logits
     assert_close(torch.cat([outputs.logits, rest], dim=1), full)
 
 
@@ -717,7 +716,7 @@ def test_hd_s_static_cache_is_as_long_as_the_longest_row(rows, added):
     )
     assert torch.equal(found.sequences, expected)
     length = input_ids.shape[1] + 5 - 1  # the last token is not read again
-    assert cache_lengths(found.past_key_values) == (length, length + added * TOKENS * (SHUFFLE - 1))
+    assert cache_lengths(found[CACHE]) == (length, length + added * TOKENS * (SHUFFLE - 1))
 
 
 def test_hd_s_static_cache_serves_beam_search():
@@ -729,32 +728,28 @@ def test_hd_s_static_cache_serves_beam_search():
         **options, cache_implementation="static", disable_compile=True, return_dict_in_generate=True
     )
     assert torch.equal(found.sequences, expected)
-    assert cache_lengths(found.past_key_values) == (24, 24 + 4 * TOKENS * (SHUFFLE - 1))
-    assert found.past_key_values.layers[0].keys.shape[0] == 9
+    assert cache_lengths(found[CACHE]) == (24, 24 + 4 * TOKENS * (SHUFFLE - 1))
+    assert found[CACHE].layers[0].keys.shape[0] == 9
 
 
 def test_a_static_cache_of_one_s_own_counts_the_language_model_s_tokens():
     model = shared_model("post")
     expected = greedy(model, **batch(), max_new_tokens=5)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=30)
-    assert torch.equal(
-        greedy(model, **batch(), max_new_tokens=5, past_key_values=cache, disable_compile=True), expected
-    )
+    assert torch.equal(greedy(model, **batch(), max_new_tokens=5, **{CACHE: cache}, disable_compile=True), expected)
     assert cache_lengths(cache) == (30, 30 + 4 * TOKENS * (SHUFFLE - 1))
     cache.reset()  # the same prompts fit again, and the padding of the first ones is forgotten
-    assert torch.equal(
-        greedy(model, **batch(), max_new_tokens=5, past_key_values=cache, disable_compile=True), expected
-    )
+    assert torch.equal(greedy(model, **batch(), max_new_tokens=5, **{CACHE: cache}, disable_compile=True), expected)
 
 
 def test_a_static_cache_forgets_padding_when_it_is_reset():
     model = shared_model("post")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=30)
-    greedy(model, **batch(), max_new_tokens=2, past_key_values=cache, disable_compile=True)
+    greedy(model, **batch(), max_new_tokens=2, **{CACHE: cache}, disable_compile=True)
     cache.reset()
     other = {"input_ids": torch.arange(5, 35).view(3, 10)}
     expected = greedy(model, **other, max_new_tokens=5)
-    found = greedy(model, **other, max_new_tokens=5, past_key_values=cache, disable_compile=True)
+    found = greedy(model, **other, max_new_tokens=5, **{CACHE: cache}, disable_compile=True)
     assert torch.equal(found, expected)
 
 
@@ -762,9 +757,9 @@ def test_pictures_beyond_a_used_static_cache_are_refused_with_the_lengths():
     model = shared_model("post")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=12)
     with torch.no_grad():
-        model(PROMPTS[2], past_key_values=cache)  # 5 tokens of text give both parts 12 slots
+        model(PROMPTS[2], cache=cache)  # 5 tokens of text give both parts 12 slots
         with pytest.raises(ValueError, match=r"12 slots in HoVLE-HD's holistic layers.* needs 23.* 11 more tokens"):
-            model(prompt(5, [1], 6), PICTURES[0], past_key_values=cache)
+            model(prompt(5, [1], 6), PICTURES[0], cache=cache)
 
 
 def test_a_second_picture_uses_what_room_a_static_cache_has():
@@ -772,8 +767,8 @@ def test_a_second_picture_uses_what_room_a_static_cache_has():
     second = prompt(30, [1], 31)
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=40)
     with torch.no_grad():
-        model(PROMPTS[2], past_key_values=cache)
-        found = model(second, PICTURES[0], past_key_values=cache).logits
+        model(PROMPTS[2], cache=cache)
+        found = model(second, PICTURES[0], cache=cache).logits
         expected = model(torch.cat([PROMPTS[2], second], dim=1), PICTURES[0]).logits
     assert_close(found, expected[:, -second.shape[1] :])
 
@@ -782,10 +777,10 @@ def test_an_answer_longer_than_a_used_static_cache_is_refused_with_the_lengths()
     model = shared_model("post")
     cache = StaticCache(config=model.config.get_text_config(), max_cache_len=12)
     with torch.no_grad():
-        model(PROMPTS[2], past_key_values=cache)
+        model(PROMPTS[2], cache=cache)
     cache.reset()
     with pytest.raises(ValueError, match=r"12 slots in HoVLE-HD's holistic layers.* needs 13"):
-        greedy(model, PROMPTS[2], max_new_tokens=9, past_key_values=cache, disable_compile=True)
+        greedy(model, PROMPTS[2], max_new_tokens=9, **{CACHE: cache}, disable_compile=True)
 
 
 def test_hd_s_static_cache_stays_within_a_sliding_window():
@@ -805,7 +800,7 @@ def test_hd_s_static_cache_stays_within_a_sliding_window():
         return_dict_in_generate=True,
     )
     assert torch.equal(static.sequences, expected)
-    assert {layer.keys.shape[2] for layer in static.past_key_values.layers} == {12}
+    assert {layer.keys.shape[2] for layer in static[CACHE].layers} == {12}
 
 
 EQUALLY_LONG = torch.cat([PROMPTS[0], prompt(13, 14, 15, 16, 17, 18, 19, 20)])
@@ -958,7 +953,7 @@ def test_bidirectional_pictures_of_a_later_turn_see_themselves():
     ids, pixels = torch.cat([PROMPTS[0], PROMPTS[1]], dim=1), torch.cat(PICTURES[:2])
     with torch.no_grad():
         first = model(PROMPTS[0], PICTURES[0], use_cache=True)
-        second = model(PROMPTS[1], PICTURES[1], past_key_values=first.past_key_values).logits
+        second = model(PROMPTS[1], PICTURES[1], cache=first[CACHE]).logits
         assert_close(second, model(ids, pixels).logits[:, -second.shape[1] :])
 
 
@@ -986,7 +981,7 @@ def test_packed_documents_do_not_see_each_other(stem, training, attention, use_c
         outputs = model(packed_ids, torch.cat(PICTURES[:2]), position_ids=position_ids, use_cache=use_cache)
         alone = [model(ids, pixels).logits for ids, pixels in zip(PROMPTS, PICTURES, strict=True)]
     assert_close(outputs.logits, torch.cat(alone, dim=1))
-    assert (outputs.past_key_values is None) == (use_cache is False or (use_cache is None and training))
+    assert (CACHE not in outputs) == (use_cache is False or (use_cache is None and training))
 
 
 def test_packed_rows_of_one_length_may_share_a_batch(model):

@@ -146,7 +146,6 @@ def _kept_by_layer(model: HoVLEForConditionalGeneration, index: int, length: int
             attention_mask=torch.empty(num_rows, 1, length, length, dtype=torch.bool),
             position_ids=torch.empty(1, length, dtype=torch.long),
             position_embeddings=tables,
-            past_key_values=None,
             use_cache=False,
         )
 
