@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 
@@ -63,10 +64,15 @@ def check_backbone(decoder: PreTrainedModel) -> None:
 
 
 def given_cache(cache: Cache | None, kwargs: dict) -> Cache | None:
-    """The cache under either name, `past_key_values` taken out of `kwargs`; ValueError when both are given."""
+    """The cache under either name, `past_key_values` taken out of `kwargs`; ValueError when both are given.
+
+    The paged cache of transformers' continuous batching is for the attention function alone and goes into `kwargs`.
+    """
     other = kwargs.pop("past_key_values", None)
     if cache is not None and other is not None:
         raise ValueError("Give `cache` or, by its name before transformers 5.24, `past_key_values`, not both.")
+    if isinstance(cache, PagedAttentionCache):
+        kwargs["cache"], cache = cache, None
     return other if cache is None else cache
 
 

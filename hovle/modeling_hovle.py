@@ -458,21 +458,21 @@ class HoVLEModel(HoVLEPreTrainedModel):
         causal_masks: dict[str, torch.Tensor | None],
         position_ids: torch.Tensor,
         cache: Cache | None,
+        /,
         layer_outputs: list[torch.Tensor] | None = None,
         **kwargs,
     ) -> torch.Tensor:
         """Run one section of the decoder, `(B, T, D)` to `(B, T, D)`; `layer_outputs` gathers what layers give."""
         position_embeddings = rotary_tables(rotary_emb, hidden_states, position_ids, attention_types)
-        kwargs |= self._flash_arguments(hidden_states, causal_masks, position_ids, cache)
+        if "cache" not in kwargs:  # continuous batching says itself what is to be attended to
+            kwargs |= self._flash_arguments(hidden_states, causal_masks, position_ids, cache)
         for layer, attention_type in zip(layers, attention_types, strict=True):
             hidden_states = layer(
                 hidden_states,
                 attention_mask=causal_masks[attention_type],
                 position_ids=position_ids,
-                use_cache=cache is not None,
                 position_embeddings=position_embeddings[attention_type],
-                **{CACHE: cache},
-                **kwargs,
+                **({CACHE: cache, "use_cache": cache is not None} | kwargs),
             )
             if layer_outputs is not None:
                 layer_outputs.append(hidden_states)
@@ -592,7 +592,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         norm = hidden_states.norm(dim=-1, keepdim=True)
         return hidden_states / norm.masked_fill(norm == 0, 1)  # padding is often a row of zeros
 
-    def _run_holistic_layers(self, inputs, cache: Cache | None, **kwargs) -> HolisticEmbeddingOutput:
+    def _run_holistic_layers(self, inputs, cache: Cache | None, /, **kwargs) -> HolisticEmbeddingOutput:
         """Run the holistic layers on the sequence the language model sees."""
         embeds = inputs.embeds
         if inputs.image_features is not None:
@@ -612,7 +612,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             image_hidden_states = take_image_tokens(hidden_states, inputs.image_mask, *inputs.image_features.shape[:2])
         return HolisticEmbeddingOutput(hidden_states, image_hidden_states, self._normalize(hidden_states))
 
-    def _run_holistic_layers_hd(self, inputs, cache: Cache | None, **kwargs) -> HolisticEmbeddingOutput:
+    def _run_holistic_layers_hd(self, inputs, cache: Cache | None, /, **kwargs) -> HolisticEmbeddingOutput:
         """Run the holistic layers on the long sequence of HoVLE-HD and shorten their output again."""
         layout, embeds = None, inputs.embeds
         if inputs.image_features is not None:
@@ -899,7 +899,6 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         image_outputs = (mm_encoder_outputs or {}).get("image")
         if image_outputs is not None and pixel_values is not None:
             raise ValueError("Give pixel_values or mm_encoder_outputs, not both.")
-        cache = given_cache(cache, kwargs)
         refuse_router_losses(self.config.text_config, kwargs.pop("output_router_logits", None))
         num_items_in_batch = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import TextIteratorStreamer
+from transformers import ContinuousBatchingConfig, GenerationConfig, TextIteratorStreamer
 
 from hovle import HoVLEForConditionalGeneration
 
@@ -47,6 +47,24 @@ def test_a_device_map_places_the_model(model, tmp_path):
     for device_map in ("cpu", "auto"):
         loaded = HoVLEForConditionalGeneration.from_pretrained(tmp_path / "model", device_map=device_map)
         assert torch.equal(greedy(loaded, **request_of(model)), expected)
+
+
+def test_texts_may_share_the_paged_cache_of_continuous_batching(model):
+    texts = [[5, 6, 7], [9, 10, 11, 12, 13, 14]]
+    settings = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    memory = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+
+    def answer() -> list:
+        answers = model.generate_batch(texts, settings, memory, warmup=False)
+        return [answers[name] for name in sorted(answers)]
+
+    if Version(transformers.__version__) < Version("5.23"):  # 5.16 looks for the heads of a text model
+        assert answer() == []
+    elif model.config.pixel_shuffle_loc == "post":
+        assert all("HoVLE-HD builds its own masks" in output.error for output in answer())
+    else:
+        expected = [greedy(model, input_ids=torch.tensor([ids]))[0, len(ids) :] for ids in texts]
+        assert [output.generated_tokens for output in answer()] == [ids.tolist() for ids in expected]
 
 
 def test_prompts_of_text_may_be_read_in_chunks(model):
