@@ -4,14 +4,14 @@
   transformers chat runs/demo/instruction_tuning/model       talks to it from another terminal, text only
 
 Requests name the model as it is named here. Pictures come as `image_url` items: http(s) or `data:` URLs. A request's
-`chat_template_kwargs` replace --max-image-tokens and --label-pictures: {"max_image_tokens": 500, "max_tiles": 4}.
+`chat_template_kwargs` replace --max-image-tokens and --label-pictures, within the server's and the model's bounds:
+{"max_image_tokens": 500, "max_tiles": 4}. Answers end at `stop` strings, at the model's last position, and when the
+client hangs up. One answer is generated at a time; pictures of other requests are loaded meanwhile.
 Where hovle is not installed, `transformers serve DIR --trust-remote-code` does the same with the code in the folder,
 but answers a picture it cannot read with a bare status 500; here the answer is status 400 and the reason.
 """
 
 import argparse
-import json
-from collections.abc import Callable
 
 from transformers.utils.import_utils import is_serve_available
 
@@ -34,19 +34,15 @@ def run(args: argparse.Namespace) -> int:
     refuse_missing_folder(args.model)
     if not is_serve_available():
         raise ValueError("The server's packages are missing: pip install 'hovle[serve]' brings them.")
-    from transformers.cli.serve import Serve
-    from transformers.cli.serving import server
+    import uvicorn
+    from transformers.cli.serving.model_manager import ModelManager
 
-    server.build_server = _with_reasons(server.build_server)
-    Serve(
-        force_model=args.model,
-        host=args.host,
-        port=args.port,
-        device=args.device,
-        dtype=args.dtype,
-        attn_implementation=args.attn_implementation,
-        chat_template_kwargs=json.dumps(_defaults(args)),
+    from .serving import build_app
+
+    models = ModelManager(
+        device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation, force_model=args.model
     )
+    uvicorn.run(build_app(models, _defaults(args)), host=args.host, port=args.port, log_level="info")
     return 0
 
 
@@ -54,19 +50,3 @@ def _defaults(args: argparse.Namespace) -> dict:
     """Arguments of `apply_chat_template` for requests that do not bring their own."""
     budget = {} if args.max_image_tokens is None else {"max_image_tokens": args.max_image_tokens}
     return {**budget, "label_pictures": args.label_pictures}
-
-
-def _with_reasons(build_server: Callable) -> Callable:
-    """Let the server tell a client what was wrong with its request; transformers' own leaves it at status 500."""
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
-
-    async def refuse(_: Request, error: Exception) -> JSONResponse:
-        return JSONResponse({"error": {"message": str(error), "type": "invalid_request_error"}}, status_code=400)
-
-    def build(*args, **kwargs):
-        app = build_server(*args, **kwargs)
-        app.add_exception_handler(ValueError, refuse)
-        return app
-
-    return build
