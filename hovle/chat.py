@@ -25,17 +25,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="model folder or Hub id")
     parser.add_argument("--image", action="append", default=[], metavar="PICTURE", help="path or URL; repeatable")
     parser.add_argument("-q", "--question", help="answer this one question and exit")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
-    parser.add_argument("--max-tiles", type=int, help="most tiles of a picture; the model's own limit by default")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest answer in tokens")
+    parser.add_argument("--max-tiles", type=positive, help="most tiles of a picture; the model's own limit by default")
     add_picture_arguments(parser)
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what happens to the pictures of a prompt; the same in `hovle serve`."""
     parser.add_argument(
-        "--max-image-tokens", type=int, metavar="N", help="tokens all pictures of a prompt may take together"
+        "--max-image-tokens", type=positive, metavar="N", help="tokens all pictures of a prompt may take together"
     )
     parser.add_argument("--label-pictures", action="store_true", help="number the pictures of a prompt: Image-1, ...")
+
+
+def positive(text: str) -> int:
+    """Read a number from the command line that must be 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
 
 
 def run(args: argparse.Namespace) -> int:

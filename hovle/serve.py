@@ -13,6 +13,7 @@ but answers a picture it cannot read with a bare status 500; here the answer is 
 
 import argparse
 
+import torch
 from transformers.utils.import_utils import is_serve_available
 
 from .chat import add_picture_arguments, refuse_missing_folder
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hovle serve`, a choice of those of `transformers serve`."""
     parser.add_argument("model", help="model folder or Hub id")
     parser.add_argument("--host", default="localhost", help="address to listen at (default: localhost)")
-    parser.add_argument("--port", type=int, default=8000, help="port to listen at (default: 8000)")
+    parser.add_argument("--port", type=_port, default=8000, help="port to listen at (default: 8000)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--dtype", default="auto", help="number format, for instance bfloat16 (default: as saved)")
     parser.add_argument("--attn-implementation", help="sdpa, eager, flex_attention or flash_attention_2")
@@ -34,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_missing_folder(args.model)
     if not is_serve_available():
         raise ValueError("The server's packages are missing: pip install 'hovle[serve]' brings them.")
+    _refuse_missing_device(args.device)
     import uvicorn
     from transformers.cli.serving.model_manager import ModelManager
 
@@ -44,6 +46,24 @@ def run(args: argparse.Namespace) -> int:
     )
     uvicorn.run(build_app(models, _defaults(args)), host=args.host, port=args.port, log_level="info")
     return 0
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:  # beyond, the system would listen at the rest of a division
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, found {number}")
+    return number
+
+
+def _refuse_missing_device(name: str) -> None:
+    """Raise for a device torch does not find, before the model is read."""
+    if name == "auto":
+        return
+    try:
+        torch.empty(0, device=int(name) if name.isdigit() else name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); `hovle doctor` names the devices.") from error
 
 
 def _defaults(args: argparse.Namespace) -> dict:

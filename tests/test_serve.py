@@ -354,6 +354,28 @@ def test_a_folder_without_a_model_ends_in_a_message(tmp_path, capsys):
     assert "expected a folder with config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (["--port", "99999"], "expected 0 to 65535, found 99999"),
+        (["--port", "-1"], "expected 0 to 65535, found -1"),
+        (["--max-image-tokens", "0"], "expected 1 or more, found 0"),
+        (["--max-image-tokens", "-3"], "expected 1 or more, found -3"),
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_refused_before_the_model_is_read(option, reason, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "owner/name", *option])
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "99", "toaster"])
+def test_a_missing_device_is_named(saved, device, capsys):
+    assert main(["serve", str(saved[0]), "--device", device]) == 1
+    assert f"--device {device} cannot be used (" in capsys.readouterr().err
+
+
 def test_without_the_servers_packages_the_message_names_the_extra(saved, monkeypatch, capsys):
     monkeypatch.setattr("hovle.serve.is_serve_available", lambda: False)
     assert main(["serve", str(saved[0])]) == 1
