@@ -4,10 +4,12 @@ examples:
   hovle chat --model runs/demo/instruction_tuning/model --image a.png
   hovle chat --model DIR --image a.png --image b.png -q "what differs?"     one answer, for scripts
 
-In a conversation: /image PATH adds a picture to the next question, /new starts over, /quit leaves.
+In a conversation: /image PATH adds a picture to the next question, /new starts over, /help names these commands, /quit
+leaves. A path may be quoted and start with ~.
 """
 
 import argparse
+import io
 import os
 import sys
 from pathlib import Path
@@ -19,48 +21,82 @@ from .modeling_hovle import HoVLEForConditionalGeneration
 from .pictures import load_picture
 from .processing_hovle import HoVLEProcessor
 
+HELP = "Ask away. /image PATH adds a picture, /new starts over, /help says this again, /quit leaves."
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hovle chat`."""
     parser.add_argument("--model", required=True, help="model folder or Hub id")
     parser.add_argument("--image", action="append", default=[], metavar="PICTURE", help="path or URL; repeatable")
     parser.add_argument("-q", "--question", help="answer this one question and exit")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer in tokens")
-    parser.add_argument("--max-tiles", type=int, help="most tiles of a picture; the model's own limit by default")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest answer in tokens")
+    parser.add_argument("--max-tiles", type=positive, help="most tiles of a picture; the model's own limit by default")
     add_picture_arguments(parser)
 
 
 def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what happens to the pictures of a prompt; the same in `hovle serve`."""
     parser.add_argument(
-        "--max-image-tokens", type=int, metavar="N", help="tokens all pictures of a prompt may take together"
+        "--max-image-tokens", type=positive, metavar="N", help="tokens all pictures of a prompt may take together"
     )
     parser.add_argument("--label-pictures", action="store_true", help="number the pictures of a prompt: Image-1, ...")
 
 
+def positive(text: str) -> int:
+    """Read a number from the command line that must be 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, found {number}")
+    return number
+
+
 def run(args: argparse.Namespace) -> int:
     """Answer one question, or hold a conversation."""
+    pictures = [load_picture(source) for source in args.image]  # before the model, which takes long to load
     conversation = Conversation(
         args.model, args.max_new_tokens, args.max_tiles, args.max_image_tokens, args.label_pictures
     )
-    conversation.add_pictures(args.image)
+    conversation.add_pictures(pictures)
     if args.question is not None:
         _say(conversation.answer(args.question))
         return 0
-    _say("Ask away. /image PATH adds a picture, /new starts over, /quit leaves.")
-    while (line := _read_line()) is not None:
+    _say(HELP)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes of another encoding reach `_obey`, which refuses them
+    while (line := _read_line()) is not None and line != "/quit":
         try:
-            if line == "/quit":
-                break
-            if line == "/new":
-                conversation.restart()
-            elif line.startswith("/image "):
-                conversation.add_pictures([line.removeprefix("/image ").strip()])
-            elif line:
-                conversation.answer(line, stream=True)
+            _obey(line, conversation)
         except ValueError as error:  # an unreadable picture must not end the conversation
             _say(f"! {error}")
     return 0
+
+
+def _obey(line: str, conversation: "Conversation") -> None:
+    """Do what a line of a conversation says: a command, or a question."""
+    if any("\ud800" <= character <= "\udfff" for character in line):
+        raise ValueError(
+            "The line holds bytes that are no UTF-8; set the terminal, or the file that is piped in, to UTF-8."
+        )
+    command, _, rest = line.partition(" ")
+    if line == "/new":
+        conversation.restart()
+    elif line == "/help":
+        _say(HELP)
+    elif command == "/image":
+        conversation.add_pictures([_picture_source(rest.strip())])
+    elif line.startswith("/"):
+        raise ValueError(f"{command}: no command. {HELP} A question that starts with / needs a space before it.")
+    elif line.strip():
+        conversation.answer(line.strip(), stream=True)
+
+
+def _picture_source(text: str) -> str:
+    """Read what stands after /image: a URL, or a path as it would be written in a shell."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        text = text[1:-1]
+    if not text:
+        raise ValueError("/image: expected a path or URL after it, for instance /image a.png")
+    return os.path.expanduser(text) if text.startswith("~") else text
 
 
 class Conversation:
@@ -83,6 +119,7 @@ class Conversation:
         label_pictures: bool = False,
     ):
         refuse_missing_folder(model)
+        _refuse_missing_processor(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor = HoVLEProcessor.from_pretrained(model)
         self.model = HoVLEForConditionalGeneration.from_pretrained(model).to(device).eval()
@@ -97,7 +134,7 @@ class Conversation:
         self.messages: list[dict] = []
         self.pictures: list = []
 
-    def add_pictures(self, sources: list[str]) -> None:
+    def add_pictures(self, sources: list) -> None:
         """Read pictures now, so that a broken one is refused at once, and show them with the next question."""
         self.pictures += [load_picture(source) for source in sources]
 
@@ -147,9 +184,22 @@ def refuse_missing_folder(model: str | os.PathLike) -> None:
     raise ValueError(f"No model in {name}, as there is no such folder: {expected}{beside}")
 
 
+def _refuse_missing_processor(model: str | os.PathLike) -> None:
+    """Raise for a folder with a model whose tokenizer or picture settings were not saved beside it."""
+    wanted = ("tokenizer_config.json", "preprocessor_config.json")
+    if Path(model).is_dir() and not (Path(model) / "processor_config.json").is_file():
+        missing = [name for name in wanted if not (Path(model) / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{os.fspath(model)} holds a model but no processor ({', '.join(missing)} missing): save one there, "
+                "processor.save_pretrained(folder), or name the folder that has both."
+            )
+
+
 def _read_line() -> str | None:
+    """The next line, or None at the end of input; a space before it is kept, as it may stand before a /."""
     try:
-        return input("> ").strip()
+        return input("> ").rstrip()
     except EOFError:
         return None
 

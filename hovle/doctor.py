@@ -10,7 +10,7 @@ import platform
 import shutil
 from dataclasses import asdict, dataclass
 
-from .requirements import installed_version, problem_with, required
+from .requirements import installed_version, optional_specifier, problem_with, required
 
 OPTIONAL = {
     "accelerate": ("hovle[train]", "training"),
@@ -34,6 +34,15 @@ OPTIONAL = {
     "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
 }
 """Package -> (what pip installs it with, what it is for)."""
+
+PILLOW_PARTS = {
+    "avif": "AVIF files cannot be read",
+    "webp": "WebP files cannot be read",
+    "jpg_2000": "JPEG 2000 files cannot be read",
+    "libtiff": "most compressed TIFF files cannot be read",
+    "littlecms2": "ICC profiles are left aside, so colours may be off",
+}
+"""Optional part of Pillow, by its name there -> what is lost without it."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,7 @@ def examine() -> list[Finding]:
         return findings  # what follows needs them
     findings += _device()
     findings += _fast_paths()
+    findings.append(_pillow_parts())
     findings += [_optional(package, *what) for package, what in OPTIONAL.items()]
     return findings
 
@@ -67,7 +77,21 @@ def _optional(package: str, requirement: str, purpose: str) -> Finding:
     version = installed_version(package.replace("_", "-"))
     if version is None:
         return Finding(package, "missing", f"for {purpose}: pip install '{requirement}'")
+    expected = optional_specifier(package, requirement)
+    if not expected.contains(version, prereleases=True):
+        return Finding(package, version, f"for {purpose} hovle needs {expected}: pip install '{requirement}'")
     return Finding(package, version)
+
+
+def _pillow_parts() -> Finding:
+    """What Pillow was built with; its wheels have it all, other builds may not."""
+    from PIL import features
+
+    missing = {part: loss for part, loss in PILLOW_PARTS.items() if not features.check(part)}
+    if not missing:
+        return Finding("pictures", "AVIF, WebP, JPEG 2000, TIFF with compression, ICC profiles")
+    advice = "; ".join(f"without {part} {loss}" for part, loss in missing.items())
+    return Finding("pictures", f"Pillow lacks {', '.join(missing)}", f"{advice}: pip install --force-reinstall pillow")
 
 
 def _device() -> list[Finding]:

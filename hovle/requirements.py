@@ -5,8 +5,11 @@
 
 import importlib
 import importlib.metadata
+from collections.abc import Iterator
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 TRIED = ("torch", "transformers")
 """Packages that are imported to see whether they can be: a broken installation has a version, too."""
@@ -19,6 +22,32 @@ def required() -> list[Requirement]:
     except importlib.metadata.PackageNotFoundError:
         lines = list(TRIED)
     return [requirement for requirement in map(Requirement, lines) if requirement.marker is None]  # no extras
+
+
+def optional_specifier(package: str, requirement: str) -> SpecifierSet:
+    """The versions of an optional package that go with hovle; any where no metadata speaks of it.
+
+    Args:
+        package: Its name on the index.
+        requirement: What brings it, for instance `hovle[serve]`.
+    """
+    specifier = SpecifierSet()
+    for wanted in _brought_by(Requirement(requirement)):
+        if canonicalize_name(wanted.name) == canonicalize_name(package):
+            specifier &= wanted.specifier
+    return specifier
+
+
+def _brought_by(requirement: Requirement) -> Iterator[Requirement]:
+    """What the extras of a requirement bring; an extra may name extras of other packages."""
+    try:
+        lines = importlib.metadata.requires(requirement.name) or []
+    except importlib.metadata.PackageNotFoundError:
+        return
+    for wanted in map(Requirement, lines):
+        if wanted.marker is not None and any(wanted.marker.evaluate({"extra": name}) for name in requirement.extras):
+            yield wanted
+            yield from _brought_by(wanted)
 
 
 def installed_version(package: str) -> str | None:

@@ -1,6 +1,9 @@
 """`hovle chat`."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -78,6 +81,71 @@ def test_a_broken_picture_does_not_end_a_conversation(model_folder, pictures, mo
     assert cli.main(["chat", "--model", str(model_folder), "--max-new-tokens", "3"]) == 0
     assert "broken.png" in capsys.readouterr().out
     assert next(lines, None) is None
+
+
+def converse(model_folder, monkeypatch, lines: list[str]) -> Conversation:
+    """Hold a conversation of these lines."""
+    rest = iter(lines)
+    held = []
+    real = Conversation.__init__
+    monkeypatch.setattr("builtins.input", lambda prompt: next(rest))
+    monkeypatch.setattr(Conversation, "__init__", lambda self, *args: held.append(self) or real(self, *args))
+    assert cli.main(["chat", "--model", str(model_folder), "--max-new-tokens", "1"]) == 0
+    return held[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("/image", "/image: expected a path or URL after it"),
+        ("/image ''", "/image: expected a path or URL after it"),
+        ("/images a.png", "/images: no command"),
+        ("/quti", "/quti: no command"),
+        ("what is \udcff?", "bytes that are no UTF-8"),
+    ],
+    ids=ascii,
+)
+def test_a_mistyped_line_is_no_question(model_folder, monkeypatch, capsys, line, reason):
+    assert converse(model_folder, monkeypatch, [line, "/quit"]).messages == []
+    assert f"! {reason}" in capsys.readouterr().out.replace("The line holds ", "")
+
+
+def test_help_is_given_and_a_space_makes_a_question_of_a_command(model_folder, monkeypatch, capsys):
+    held = converse(model_folder, monkeypatch, ["/help", " /quit what?", "/quit"])
+    assert capsys.readouterr().out.count("/image PATH adds a picture") == 2
+    assert held.messages[0]["content"][-1]["text"] == "/quit what?"
+
+
+def test_paths_may_be_quoted_and_start_at_home(model_folder, pictures, monkeypatch):
+    monkeypatch.setenv("HOME", str(pictures[0].parent))
+    spaced = pictures[0].rename(pictures[0].with_name("a b.png"))
+    lines = [f'/image "{spaced}"', f"/image '{spaced}'", f"/image {spaced}", "/image ~/a b.png", "/quit"]
+    assert len(converse(model_folder, monkeypatch, lines).pictures) == 4
+
+
+def test_bytes_of_another_encoding_do_not_end_a_conversation(model_folder):
+    finished = subprocess.run(
+        [sys.executable, "-m", "hovle", "chat", "--model", str(model_folder), "--max-new-tokens", "1"],
+        input=b"caf\xe9?\n/help\n",
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    assert b"no UTF-8" in finished.stdout
+    assert finished.stdout.count(b"/image PATH adds a picture") == 2
+
+
+def test_a_missing_picture_is_named_before_the_model_is_read(model_folder, monkeypatch, capsys):
+    monkeypatch.setattr(Conversation, "__init__", lambda *_: pytest.fail("the model would be read"))
+    assert cli.main(["chat", "--model", str(model_folder), "--image", "gone.png", "-q", "?"]) == 1
+    assert "gone.png" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_processor_is_told_so(model_folder, capsys):
+    (model_folder / "processor_config.json").unlink()
+    assert cli.main(["chat", "--model", str(model_folder), "-q", "?"]) == 1
+    assert "holds a model but no processor (preprocessor_config.json missing)" in capsys.readouterr().err
 
 
 def test_the_end_of_input_ends_the_conversation(model_folder, monkeypatch):

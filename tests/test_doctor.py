@@ -7,6 +7,7 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
 import torch
 from packaging.requirements import Requirement
 
@@ -18,7 +19,16 @@ def test_the_report_names_versions_device_and_fast_paths(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert re.search(rf"^\+ torch +{re.escape(torch.__version__.split('+')[0])}", text, re.MULTILINE)
-    for topic in ("python", "transformers", "device", "number format", "torch.compile", "attention", "accelerate"):
+    for topic in (
+        "python",
+        "transformers",
+        "device",
+        "number format",
+        "torch.compile",
+        "attention",
+        "pictures",
+        "accelerate",
+    ):
         assert topic in text
 
 
@@ -42,6 +52,37 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch, ca
     assert re.search(r"^- timm +missing", text, re.MULTILINE)
     assert "for teachers for distillation: pip install 'hovle[teacher]'" in text
     assert "pip install 'flash-attn'" in text
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "expected"),
+    [
+        ("accelerate", "0.5", ">=1.10"),
+        ("datasets", "1.0", ">=5.2"),
+        ("timm", "0.4", ">=1.0.20"),
+        ("open_clip_torch", "2.0", ">=3.3"),
+        ("simplejpeg", "0.1", ">=1.8"),
+        ("sentencepiece", "0.1.9", ">=0.2"),
+        ("openai", "1.0", ">="),
+        ("lmms_eval", "0.2", ">=0.7.3"),
+    ],
+)
+def test_an_optional_package_of_another_version_is_named(monkeypatch, package, version, expected):
+    real = importlib.metadata.version
+    same = package.replace("_", "-")
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == same else real(name))
+    finding = doctor._optional(package, *doctor.OPTIONAL[package])
+    assert finding.found == version
+    assert expected in finding.advice
+    assert f"pip install '{doctor.OPTIONAL[package][0]}'" in finding.advice
+
+
+def test_what_pillow_was_built_without_is_named(monkeypatch):
+    assert doctor._pillow_parts().advice == ""
+    monkeypatch.setattr("PIL.features.check", lambda part: part not in ("avif", "littlecms2"))
+    finding = doctor._pillow_parts()
+    assert finding.found == "Pillow lacks avif, littlecms2"
+    assert "without littlecms2 ICC profiles are left aside" in finding.advice
 
 
 def test_every_package_of_an_extra_is_looked_for():

@@ -1,15 +1,21 @@
 """A saved folder behind transformers' server: with `hovle serve`, and without hovle as `transformers serve`."""
 
+import asyncio
 import base64
+import http.server
 import io
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import types
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +47,9 @@ COMMANDS = {
 }
 DEFAULTS = {"hovle": {"max_image_tokens": 14, "label_pictures": True}, "transformers": {}}
 """What the servers are told to do with pictures, as arguments of `apply_chat_template`."""
+
+HOVLE_ONLY = pytest.mark.parametrize("server", ["hovle"], indirect=True)
+"""Transformers' own server does less."""
 
 MAX_NEW_TOKENS = 6
 BROKEN_PICTURE = "data:image/png;base64," + base64.b64encode(b"not a picture").decode()
@@ -188,6 +197,132 @@ def test_a_client_cannot_make_the_server_read_its_files(server, url):
         assert "only http and https URLs are read" in refused.value.message
 
 
+@HOVLE_ONLY
+@pytest.mark.parametrize("by", ["images", "processor_kwargs"])
+def test_nor_through_arguments_of_the_template(server, tmp_path, by):
+    picture().save(tmp_path / "secret.png")
+    images = [str(tmp_path / "secret.png")]
+    kwargs = {"images": images} if by == "images" else {"processor_kwargs": {"images": images}}
+    for content in (about(None), about(picture_url())):
+        with pytest.raises(openai.BadRequestError):
+            server.ask(content, extra_body={"chat_template_kwargs": kwargs})
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.ask("hello", extra_body={"chat_template_kwargs": kwargs})
+    assert f"chat_template_kwargs.{by}: not taken from a request" in refused.value.message
+
+
+@HOVLE_ONLY
+@pytest.mark.parametrize("kwargs", [{"max_tiles": 5}, {"max_image_tokens": 15}, {"tile_size": 560}], ids=str)
+def test_a_request_cannot_go_beyond_the_servers_budget(server, kwargs):
+    with pytest.raises(openai.BadRequestError) as refused:
+        server.ask(about(picture_url()), extra_body={"chat_template_kwargs": kwargs})
+    assert f"chat_template_kwargs.{next(iter(kwargs))}: " in refused.value.message
+
+
+@HOVLE_ONLY
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_answer_ends_before_a_stop_string(server, saved, stream):
+    def answer(**kwargs) -> str:
+        completion = server.ask("What is it?", stream=stream, **kwargs)
+        if not stream:
+            return completion.choices[0].message.content
+        return "".join(chunk.choices[0].delta.content or "" for chunk in completion)
+
+    whole = greedy(saved, "What is it?")[0]
+    middle = len(whole) // 2
+    for stop in (whole[middle : middle + 1], whole[middle - 2 : middle + 2], whole[:1], whole[-1:]):
+        assert answer(stop=stop) == whole[: whole.index(stop)]
+    assert answer(stop=["nowhere", whole[middle : middle + 2]]) == whole[: whole.index(whole[middle : middle + 2])]
+    for stop in ([], "nowhere", whole[-2:] + "?"):
+        assert answer(stop=stop) == whole
+
+
+@HOVLE_ONLY
+def test_a_slow_picture_does_not_hold_up_others(server, saved):
+    released = threading.Event()
+
+    class SlowPicture(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.set()
+            released.wait(30)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    asked = threading.Event()
+    with http.server.HTTPServer(("127.0.0.1", 0), SlowPicture) as pictures, ThreadPoolExecutor(2) as pool:
+        pool.submit(pictures.handle_request)
+        slow = pool.submit(server.ask, about(f"http://127.0.0.1:{pictures.server_port}/a.png"))
+        try:
+            assert asked.wait(20)
+            answer = server.client.with_options(timeout=8, max_retries=0).chat.completions.create(
+                model=server.model, messages=[{"role": "user", "content": "hello"}], max_tokens=1
+            )
+            assert answer.usage.completion_tokens == 1
+            assert not slow.done()
+        finally:
+            released.set()
+        assert isinstance(slow.exception(), openai.BadRequestError)
+
+
+@HOVLE_ONLY
+def test_prompt_and_answer_stay_within_the_models_positions(server, saved):
+    positions = saved[1].config.get_text_config().max_position_embeddings
+    for stream in (False, True):
+        with pytest.raises(openai.BadRequestError) as refused:
+            server.ask("hello " * positions, stream=stream)
+        assert f"this model has {positions} positions" in refused.value.message
+    words = "9" * (positions - 60)  # a long prompt leaves a short answer
+    completion = server.client.chat.completions.create(
+        model=server.model, messages=[{"role": "user", "content": words}], max_tokens=10**9, temperature=0
+    )
+    assert completion.usage.total_tokens == positions
+    assert completion.choices[0].finish_reason == "length"
+
+
+def post(server, path: str, body: bytes) -> tuple[int, str]:
+    """Status and text of an answer to a request that no client library would send."""
+    request = urllib.request.Request(server.url + path, body, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@HOVLE_ONLY
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({}, "messages is missing or empty"),
+        ({"messages": [{"content": "hello"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": ["hello"]}]}, "messages[0].content[0]"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]}, 'found "image"'),
+        ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "half a character"),
+        ({"messages": [{"role": "user", "content": "hello"}], "n": 2}, "n: only 1 is supported"),
+        ({"messages": [{"role": "user", "content": "hello"}], "stop": 5}, "stop: expected"),
+        ({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 0}, "max_new_tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_clients_mistake_is_answered_with_its_reason(server, body, reason):
+    status, text = post(server, "/v1/chat/completions", json.dumps(body).encode())
+    assert status == 400
+    assert reason in json.loads(text)["error"]["message"]
+
+
+@HOVLE_ONLY
+def test_the_served_model_is_listed_and_no_other_can_be_loaded(server, saved):
+    assert [model.id for model in server.client.models.list()] == [server.model]
+    assert post(server, "/load_model", json.dumps({"model": server.model}).encode())[0] == 200
+    status, text = post(server, "/load_model", json.dumps({"model": str(saved[0].parent)}).encode())
+    assert status == 400
+    assert "pinned to" in text
+    assert post(server, "/reset", b"{}")[0] == 404
+    assert server.ask("hello").choices[0].message.content == greedy(saved, "hello")[0]
+
+
 def test_another_model_is_refused(server):
     with pytest.raises(openai.BadRequestError) as refused:
         server.ask("hello", model="someone/else")
@@ -219,7 +354,84 @@ def test_a_folder_without_a_model_ends_in_a_message(tmp_path, capsys):
     assert "expected a folder with config.json" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        (["--port", "99999"], "expected 0 to 65535, found 99999"),
+        (["--port", "-1"], "expected 0 to 65535, found -1"),
+        (["--max-image-tokens", "0"], "expected 1 or more, found 0"),
+        (["--max-image-tokens", "-3"], "expected 1 or more, found -3"),
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_refused_before_the_model_is_read(option, reason, capsys):
+    with pytest.raises(SystemExit):
+        main(["serve", "owner/name", *option])
+    assert reason in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "99", "toaster"])
+def test_a_missing_device_is_named(saved, device, capsys):
+    assert main(["serve", str(saved[0]), "--device", device]) == 1
+    assert f"--device {device} cannot be used (" in capsys.readouterr().err
+
+
 def test_without_the_servers_packages_the_message_names_the_extra(saved, monkeypatch, capsys):
     monkeypatch.setattr("hovle.serve.is_serve_available", lambda: False)
     assert main(["serve", str(saved[0])]) == 1
     assert "pip install 'hovle[serve]'" in capsys.readouterr().err
+
+
+def test_a_client_that_hangs_up_ends_its_answer(saved):
+    from hovle import serving
+
+    _, model, processor = saved
+    started, ended = threading.Event(), threading.Event()
+
+    class Endless:
+        def generate(self, input_ids, stopping_criteria, **kwargs):
+            started.set()
+            while not stopping_criteria(input_ids, None).all():
+                time.sleep(0.01)
+            ended.set()
+            return input_ids
+
+    async def hang_up() -> dict:
+        await asyncio.to_thread(started.wait, 20)
+        return {"type": "http.disconnect"}
+
+    async def scenario():
+        inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
+        work = serving.GenerationThread().generate_non_streaming(
+            Endless(), processor, inputs, model.generation_config, "1"
+        )
+        response = await serving._while_connected(types.SimpleNamespace(receive=hang_up), work)
+        assert response.status_code == 499
+        assert await asyncio.to_thread(ended.wait, 20)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["ab", "cd", "ef"], ["ab"]),
+        (["ac", "ce", "x"], ["a", "cce", "x"]),
+        (["a", "c", "d", "z"], ["a"]),
+        (["ac"], ["a", "c"]),
+        (["xq", "y"], ["x"]),
+    ],
+)
+def test_a_piece_that_may_begin_a_stop_string_waits(pieces, expected):
+    from hovle.serving import UntilStop
+
+    async def scenario() -> list[str]:
+        queue = asyncio.Queue()
+        for piece in [*pieces, None]:
+            queue.put_nowait(piece)
+        answer, items = UntilStop(queue, ["cd", "q"]), []
+        while (item := await answer.get()) is not None:
+            items.append(item)
+        return items
+
+    assert asyncio.run(scenario()) == expected
