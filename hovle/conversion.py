@@ -285,7 +285,7 @@ def _save_fast_tokenizer(src: Path, dst: Path) -> str | None:
         tokenizer = fast_tokenizer(src)
     except ImportError:
         return "The tokenizer was not converted, only copied: pip install 'hovle[convert]', then convert again."
-    except ValueError as error:
+    except Exception as error:  # whatever its files hold (tokenizers raises bare ones), weights are kept
         return f"The tokenizer was not converted, only copied: {error}"
     template = read_json(src, CONFIG).get("template")
     known = tokenizer.get_vocab()

@@ -5,6 +5,7 @@ model file, the tokens a tokenizer_config.json adds or renames, and a check agai
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
@@ -12,8 +13,10 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-NORMAL, USER_DEFINED = 1, 4
-"""Types of pieces that text can become; the others are unknown (2), control (3), unused (5) and byte (6)."""
+from .chat_rendering import unused_characters
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Types of pieces: text becomes normal ones by merges, user-defined ones as it stands; unknown is 2, byte 6."""
 
 BPE_MODEL = 2
 """`model_type` of a byte-pair model."""
@@ -64,23 +67,12 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     proto = _read_model(file)
     settings = _read_settings(folder)
     added = _added_tokens(folder, settings)
-    pieces = [piece.piece for piece in proto.pieces]
-    text_pieces = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
-    for number, token in sorted(added.items()):
-        if number < len(pieces):  # InternLM2 gives names to unused pieces
-            text_pieces.discard(pieces[number])
-            pieces[number] = token.content
-        elif number > len(pieces):
-            raise ValueError(f"{folder}: token {token.content!r} has the id {number}, but the one before is missing.")
-        else:
-            pieces.append(token.content)
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    if len(vocabulary) != len(pieces):
-        raise ValueError(f"{file}: {len(pieces) - len(vocabulary)} tokens occur twice.")
+    _name_pieces(proto, added)
+    vocabulary = _vocabulary(proto, added, folder)
     tokenizer = Tokenizer(
         BPE(
             vocab=vocabulary,
-            merges=generate_merges(vocabulary, skip_tokens=vocabulary.keys() - text_pieces),
+            merges=generate_merges(vocabulary, skip_tokens=vocabulary.keys() - set(_pieces(proto, NORMAL))),
             unk_token=proto.trainer_spec.unk_piece,
             fuse_unk=True,
             byte_fallback=proto.trainer_spec.byte_fallback,
@@ -93,6 +85,9 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise ValueError(f"{folder}: tokenizer_config.json names {', '.join(unknown)}, which the model does not know.")
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
     tokenizer.add_tokens(list(added.values()))
+    # sentencepiece takes user-defined pieces whole, the longest first, from the text in which `▁` stands for a space.
+    whole = _pieces(proto, USER_DEFINED)
+    tokenizer.add_tokens([AddedToken(piece, normalized=True, special=False) for piece in whole])
     if settings.get("add_bos_token", True) and "bos_token" in names:
         bos = names["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -100,8 +95,7 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         )
     kept = {key: settings[key] for key in ("model_max_length", "padding_side", "chat_template") if settings.get(key)}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names, **kept)
-    # sentencepiece takes user-defined pieces whole before it looks for merges.
-    _check_probes(fast, file, [f"a{piece.piece}b" for piece in proto.pieces if piece.type == USER_DEFINED])
+    _check_probes(fast, proto, file, [text for piece in whole for text in (piece, f"a{piece}b", piece + piece[:-1])])
     return fast
 
 
@@ -138,6 +132,36 @@ def _added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
     return added
 
 
+def _name_pieces(proto, added: dict[int, AddedToken]) -> None:
+    """Put the names of added tokens into the model, as InternLM2 names unused pieces; text no longer becomes them."""
+    for number, token in added.items():
+        if number >= len(proto.pieces):
+            continue
+        piece = proto.pieces[number]
+        if piece.type in (NORMAL, USER_DEFINED, UNUSED) and (token.special or piece.piece != token.content):
+            piece.type = CONTROL
+        piece.piece = token.content
+
+
+def _pieces(proto, kind: int) -> list[str]:
+    """The pieces of one type, in the order of their ids."""
+    return [piece.piece for piece in proto.pieces if piece.type == kind]
+
+
+def _vocabulary(proto, added: dict[int, AddedToken], folder: Path) -> dict[str, int]:
+    """Ids of the pieces and of the tokens added behind them."""
+    pieces = [piece.piece for piece in proto.pieces]
+    for number, token in sorted(added.items()):
+        if number > len(pieces):
+            raise ValueError(f"{folder}: token {token.content!r} has the id {number}, but the one before is missing.")
+        if number == len(pieces):
+            pieces.append(token.content)
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    if len(vocabulary) != len(pieces):
+        raise ValueError(f"{folder}: {len(pieces) - len(vocabulary)} tokens of tokenizer.model occur twice.")
+    return vocabulary
+
+
 def _special_names(proto, settings: dict) -> dict[str, str]:
     """`bos_token` and the like: as the settings say, or as the model was trained."""
     trained = {
@@ -169,15 +193,30 @@ def _white_space_rules(spec):
     return normalizers.Sequence(steps), decoders.Sequence(back)
 
 
-def _check_probes(tokenizer: PreTrainedTokenizerFast, file: Path, more: list[str]) -> None:
+def _check_probes(tokenizer: PreTrainedTokenizerFast, proto, file: Path, more: list[str]) -> None:
     """Compare ids with sentencepiece on `PROBES` and more strings; special tokens stay text on both sides."""
-    from sentencepiece import SentencePieceProcessor
-
-    reference = SentencePieceProcessor(model_file=str(file))
+    encode = _reference(proto, file)
     for probe in (*PROBES, *more):
-        expected = reference.encode(probe)
+        expected = encode(probe)
         found = tokenizer(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if found != expected:
             raise ValueError(
                 f"{file}: the fast tokenizer gives {probe!r} the ids {found}, sentencepiece gives {expected}."
             )
+
+
+def _reference(proto, file: Path) -> Callable[[str], list[int]]:
+    """Give sentencepiece's own encoding; versions that refuse a NUL in a piece see another character in its place."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = [piece.piece for piece in proto.pieces]
+    nul = unused_characters([pieces, PROBES])[0] if any("\0" in piece for piece in pieces) else "\0"
+    readable = type(proto)()
+    readable.CopyFrom(proto)
+    for piece in readable.pieces:
+        piece.piece = piece.piece.replace("\0", nul)
+    try:
+        reference = SentencePieceProcessor(model_proto=readable.SerializeToString())
+    except RuntimeError as error:
+        raise ValueError(f"{file}: sentencepiece cannot read this model ({error}).") from error
+    return lambda text: reference.encode(text.replace("\0", nul))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from hovle import HoVLEForConditionalGeneration, HoVLEImageProcessor, HoVLEProcessor, checkpoint_files, cli
+from hovle import HoVLEForConditionalGeneration, HoVLEImageProcessor, HoVLEProcessor, checkpoint_files, cli, conversion
 from hovle.conversion import convert
 from hovle.remote_code import AUTO_MAP
 
@@ -496,6 +496,18 @@ def test_a_tokenizer_that_cannot_be_converted_does_not_stop_the_weights(released
     (source / "tokenizer.model").write_bytes(b"pieces")
     remarks = convert(source, tmp_path / "hovle")
     assert any("not converted, only copied" in remark and "no SentencePiece model" in remark for remark in remarks)
+    assert load(tmp_path / "hovle").config.num_embedding_layers == 3
+
+
+def test_weights_stay_whatever_error_a_tokenizer_ends_in(released, tmp_path, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("INTERNAL: piece must not include null character.")
+
+    monkeypatch.setattr(conversion, "fast_tokenizer", fail)
+    source = write_checkpoint(tmp_path / "released", *released)
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    remarks = convert(source, tmp_path / "hovle")
+    assert any("not converted, only copied: INTERNAL" in remark for remark in remarks)
     assert load(tmp_path / "hovle").config.num_embedding_layers == 3
 
 

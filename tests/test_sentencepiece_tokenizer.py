@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 from transformers import AutoTokenizer
+from transformers.convert_slow_tokenizer import SentencePieceExtractor
 
 from hovle.sentencepiece_tokenizer import CHAT_TEMPLATES, SYSTEM_MESSAGE, fast_tokenizer
 
@@ -158,23 +159,88 @@ def train(folder: Path, **options) -> Path:
     return folder
 
 
+def edit_model(folder: Path, change) -> Path:
+    """Rewrite each piece of a model: `change(piece, number)`."""
+    file = folder / "tokenizer.model"
+    proto = SentencePieceExtractor(str(file)).proto
+    for number, piece in enumerate(proto.pieces):
+        change(piece, number)
+    file.write_bytes(proto.SerializeToString())
+    return folder
+
+
+def assert_same_ids(fast, strings: list[str], expected: list[list[int]]) -> None:
+    found = fast(strings, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    wrong = [triple for triple in zip(strings, found, expected, strict=True) if triple[1] != triple[2]]
+    assert not wrong, f"{len(wrong)} differ, for instance {wrong[:3]}"
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"add_dummy_prefix": False}, {"remove_extra_whitespaces": True}], ids=lambda item: str(item)
 )
 def test_ten_thousand_strings_get_the_same_ids(tmp_path, options):
     folder = train(tmp_path / "model", **options)
-    fast = fast_tokenizer(folder)
     reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     strings = corpus(1, 5000) + hostile(2, 5000)
     if options.get("remove_extra_whitespaces"):
         strings = [text for text in strings if set(text) - set(" \u3000\xa0▁")]  # nothing but space is its own case
-    found = fast(strings, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    wrong = [
-        (text, ids, expected)
-        for text, ids, expected in zip(strings, found, reference.encode(strings), strict=True)
-        if ids != expected
-    ]
-    assert not wrong, f"{len(wrong)} differ, for instance {wrong[:3]}"
+    assert_same_ids(fast_tokenizer(folder), strings, reference.encode(strings))
+
+
+def test_a_nul_piece_is_read_though_sentencepiece_refuses_it(tmp_path):
+    """InternLM2's model has one; its twin here has another character in that place."""
+    twin = train(tmp_path / "twin", user_defined_symbols=["☃", "☃☃"], add_dummy_prefix=False)
+
+    def spell(piece, number: int) -> None:
+        piece.piece = piece.piece.replace("☃", "\0")
+
+    def merge(piece, number: int) -> None:
+        piece.type = 1 if number in (5, 6) else piece.type
+
+    edit_model(twin, merge)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(twin / "tokenizer.model"))
+    fast = fast_tokenizer(edit_model(twin, spell))
+    assert fast.convert_tokens_to_ids(["\0", "\0\0"]) == [5, 6]
+    strings = [text.replace("a", "☃") for text in corpus(1, 5000)] + [f"☃{text}☃☃" for text in hostile(2, 5000)]
+    assert_same_ids(fast, [text.replace("☃", "\0") for text in strings], reference.encode(strings))
+    fast.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").decode(fast.encode("a\0cat")[1:]) == "a\0cat"
+
+
+WHOLE = ["[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]", "[UNUSED_TOKEN_12]", "——", "……", "，", "Ａ", "Ａ，"]  # noqa: RUF001
+WHOLE += ["cat", "catalog", "alogue", "og", "▁▁", "dog▁", "i", "を", "<|", "bridge-"]
+
+
+@pytest.mark.parametrize("whitespace", [False, True], ids=["spaces kept", "spaces removed"])
+def test_user_defined_pieces_are_taken_whole(tmp_path, whitespace):
+    """InternLM2's model has such pieces: unused tokens (the first two here get names), dashes, full-width letters."""
+    whole = [piece for piece in WHOLE if "▁" not in piece or not whitespace]
+    folder = train(
+        tmp_path / "model",
+        control_symbols=[],
+        user_defined_symbols=["[UNUSED_TOKEN_8]", "[UNUSED_TOKEN_9]", *whole],
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=whitespace,
+    )
+    fast = fast_tokenizer(folder)
+    fast.save_pretrained(tmp_path / "saved")
+    rng = random.Random(3)
+    parts = [*whole, *whole, "catalogue", "concat", "doggy", " ", "   ", "x", "[UNUSED_TOKEN_", "2]", "—", "人", "<s>"]
+    strings = corpus(1, 3000) + hostile(2, 3000)
+    strings += ["".join(rng.choices(parts, k=rng.randint(1, 9))) for _ in range(4000)]
+    strings = [text for text in strings if set(text) - set(" \u3000\xa0▁")]
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    for tokenizer in (fast, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert_same_ids(tokenizer, strings, reference.encode(strings))
+        assert tokenizer.convert_tokens_to_ids(["<|im_end|>", "[UNUSED_TOKEN_1]"]) == [3, 5]
+        assert set(tokenizer.all_special_ids).isdisjoint(reference.piece_to_id(whole))
+        assert 3 not in tokenizer.encode("[UNUSED_TOKEN_8]")  # its name is another now
+        assert tokenizer.decode(tokenizer.encode("a catalog——")[1:]) == "a catalog——"
+
+
+def test_user_defined_pieces_behind_a_dummy_prefix_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="the fast tokenizer gives '——' the ids"):
+        fast_tokenizer(train(tmp_path / "model", user_defined_symbols=["——"]))
 
 
 def test_the_tokenizer_survives_saving_and_decodes(tmp_path):
