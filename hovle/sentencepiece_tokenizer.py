@@ -72,7 +72,7 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(
         BPE(
             vocab=vocabulary,
-            merges=generate_merges(vocabulary, skip_tokens=vocabulary.keys() - set(_pieces(proto, NORMAL))),
+            merges=generate_merges({piece.piece: -piece.score for piece in proto.pieces if piece.type == NORMAL}),
             unk_token=proto.trainer_spec.unk_piece,
             fuse_unk=True,
             byte_fallback=proto.trainer_spec.byte_fallback,
@@ -86,7 +86,7 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
     tokenizer.add_tokens(list(added.values()))
     # sentencepiece takes user-defined pieces whole, the longest first, from the text in which `▁` stands for a space.
-    whole = _pieces(proto, USER_DEFINED)
+    whole = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=True, special=False) for piece in whole])
     if settings.get("add_bos_token", True) and "bos_token" in names:
         bos = names["bos_token"]
@@ -141,11 +141,6 @@ def _name_pieces(proto, added: dict[int, AddedToken]) -> None:
         if piece.type in (NORMAL, USER_DEFINED, UNUSED) and (token.special or piece.piece != token.content):
             piece.type = CONTROL
         piece.piece = token.content
-
-
-def _pieces(proto, kind: int) -> list[str]:
-    """The pieces of one type, in the order of their ids."""
-    return [piece.piece for piece in proto.pieces if piece.type == kind]
 
 
 def _vocabulary(proto, added: dict[int, AddedToken], folder: Path) -> dict[str, int]:

@@ -207,6 +207,25 @@ def test_a_nul_piece_is_read_though_sentencepiece_refuses_it(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "saved").decode(fast.encode("a\0cat")[1:]) == "a\0cat"
 
 
+def test_scores_rank_merges_not_ids(tmp_path):
+    folder = train(tmp_path / "model")
+    normal = [
+        (piece.piece, piece.score)
+        for piece in SentencePieceExtractor(str(folder / "tokenizer.model")).proto.pieces
+        if piece.type == 1
+    ]
+    random.Random(5).shuffle(normal)
+
+    def deal(piece, number: int) -> None:
+        if piece.type == 1:
+            piece.piece, piece.score = normal.pop()
+
+    fast = fast_tokenizer(edit_model(folder, deal))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    strings = corpus(1, 1000) + hostile(2, 1000)
+    assert_same_ids(fast, strings, reference.encode(strings))
+
+
 WHOLE = ["[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]", "[UNUSED_TOKEN_12]", "——", "……", "，", "Ａ", "Ａ，"]  # noqa: RUF001
 WHOLE += ["cat", "catalog", "alogue", "og", "▁▁", "dog▁", "i", "を", "<|", "bridge-"]
 
