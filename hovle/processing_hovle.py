@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBas
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
-from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, unused_characters
+from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, tool_schemas, unused_characters
 from .configuration_hovle import HoVLEConfig, count_tile_tokens
 from .image_processing_hovle import HoVLEImageProcessor
 from .language_model import IMAGE_TOKENS, add_image_tokens, load_tokenizer
@@ -425,6 +425,7 @@ class HoVLEProcessor(ProcessorMixin):
 
     def _render(self, template: str, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs):
         """Render chats with characters for breaking up and marking that none of their strings contains."""
+        tools = tool_schemas(tools)
         unused = unused_characters([chats, tools, documents, template, kwargs])
         renderer = ChatRenderer(self.tokenizer, template, *unused, self.text_after_picture)
         return renderer.render(chats, tools, documents, **kwargs)
