@@ -312,14 +312,8 @@ class HoVLEProcessor(ProcessorMixin):
     def _check_picture_counts(self, text: list[str], images: Any, num_pictures: int) -> None:
         """Compare marks and pictures, prompt by prompt where the pictures come that way."""
         num_marks = [prompt.count(self.image_token) for prompt in text]
-        if isinstance(images, list | tuple) and len(images) == len(text) and all(map(_is_sequence, images)):
-            for number, (marks, given) in enumerate(zip(num_marks, images, strict=True), start=1):
-                if marks != len(_flatten_pictures(given)):
-                    raise ValueError(
-                        f"Prompt {number} marks {marks} pictures with {self.image_token} but "
-                        f"{len(_flatten_pictures(given))} are given for it."
-                    )
-        elif sum(num_marks) != num_pictures:
+        _check_nesting(num_marks, images)
+        if sum(num_marks) != num_pictures:
             raise ValueError(
                 f"The prompts mark {sum(num_marks)} pictures with {self.image_token} but {num_pictures} are given."
             )
@@ -609,6 +603,17 @@ def _flatten_pictures(images: Any) -> list:
     return [images]
 
 
+def _check_nesting(num_expected: list[int], images: Any) -> None:
+    """Raise when pictures come in one list per prompt and a list holds other than its prompt's number."""
+    if not isinstance(images, list | tuple) or len(images) != len(num_expected) or not all(map(_is_sequence, images)):
+        return
+    for number, (expected, given) in enumerate(zip(num_expected, images, strict=True), start=1):
+        if expected != len(_flatten_pictures(given)):
+            raise ValueError(
+                f"Prompt {number} marks {expected} pictures but {len(_flatten_pictures(given))} are given for it."
+            )
+
+
 def _pictures_of(prompts: list[Prompt], images: Any) -> list:
     """Collect the pictures of all chats in prompt order, from their items or, if these carry none, from `images`.
 
@@ -617,6 +622,7 @@ def _pictures_of(prompts: list[Prompt], images: Any) -> list:
     items = [item for prompt in prompts for item in prompt.pictures]
     carried = [_picture_of(item) for item in items]
     if images is not None:
+        _check_nesting([len(prompt.pictures) for prompt in prompts], images)
         given = _flatten_pictures(images)
         if any(source is not None for source in carried) or len(given) != len(items):
             num_carried = sum(source is not None for source in carried)
@@ -640,13 +646,15 @@ def _pictures_of(prompts: list[Prompt], images: Any) -> list:
 
 
 def _picture_of(item: dict) -> tuple[Kind | None, Any] | None:
-    """Take the picture out of an item, with how to read it if it is a string."""
+    """Take the picture out of an item, with how to read it if it is a string; a URL that is None is an error."""
     if item["type"] == "image_url":
         url = item.get("image_url")
         item = {"url": url.get("url") if isinstance(url, dict) else url}
     for key, kind in PICTURE_KEYS.items():
         if item.get(key) is not None:
             return kind, item[key]
+    if "url" in item:  # a stranger's item must not be filled with one of the pictures given beside the messages
+        raise ValueError("A picture item has the url None; give an address, or leave the key out.")
     return None
 
 

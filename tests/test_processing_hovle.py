@@ -442,7 +442,7 @@ def test_numbers_of_pictures_and_marks_must_agree(processor: HoVLEProcessor):
         processor(images=one, text="hello")
     with pytest.raises(ValueError, match="mark 1 pictures with <IMG_CONTEXT> but 0 are given"):
         processor(text=CONTEXT)
-    with pytest.raises(ValueError, match="Prompt 1 marks 1 pictures with <IMG_CONTEXT> but 2 are given"):
+    with pytest.raises(ValueError, match="Prompt 1 marks 1 pictures but 2 are given for it"):
         processor(images=[[one, one], [one]], text=[CONTEXT, CONTEXT * 2])
     empty = {"role": "user", "content": [{"type": "image"}, {"type": "image", "image": one}]}
     with pytest.raises(ValueError, match="hold 2 picture items but only 1 pictures"):
@@ -461,6 +461,38 @@ def test_pictures_may_come_beside_the_messages(processor: HoVLEProcessor):
     nested = processor(images=[[picture()], []], text=[CONTEXT, "none"], return_tensors="pt")
     assert len(nested["pixel_values"]) == processor.image_processor.get_number_of_image_patches(40, 50)
     assert set(processor(images=[picture()], return_tensors="pt")) == {"pixel_values"}
+
+
+def test_pictures_in_one_list_per_chat_belong_to_it(processor: HoVLEProcessor):
+    item = {"type": "image"}
+    chats = [[{"role": "user", "content": [item, item]}], [{"role": "user", "content": [item]}]]
+    with pytest.raises(ValueError, match="Prompt 1 marks 2 pictures but 1 are given for it"):
+        encode(processor, chats, images=[[picture()], [picture(), picture()]])
+    assert "pixel_values" in encode(processor, chats, images=[[picture(), picture()], [picture()]])
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": "image", "url": None},
+        {"type": "image_url", "image_url": {"url": None}},
+        {"type": "image_url", "image_url": None},
+        {"type": "image_url"},
+    ],
+    ids=str,
+)
+def test_an_item_whose_url_is_none_is_not_filled_from_elsewhere(processor: HoVLEProcessor, item, tmp_path):
+    picture().save(tmp_path / "secret.png")
+    messages = [{"role": "user", "content": [item]}]
+    for kwargs in ({}, {"images": [str(tmp_path / "secret.png")]}, {"processor_kwargs": {"images": [picture()]}}):
+        with pytest.raises(ValueError, match="url None"):
+            encode(processor, messages, **kwargs)
+    assert "pixel_values" in encode(processor, [user(picture())])
+
+
+def test_a_table_may_leave_the_other_keys_of_a_picture_empty(processor: HoVLEProcessor):
+    item = {"type": "image", "url": None, "path": None, "image": picture()}
+    assert "pixel_values" in encode(processor, [{"role": "user", "content": [item]}])
 
 
 # --- tiles per call --------------------------------------------------------------------------------------------------
