@@ -4,9 +4,9 @@ The library parts (vocabulary, merges, byte fallback) are transformers' and toke
 model file, the tokens a tokenizer_config.json adds or renames, and a check against sentencepiece on odd strings.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
 from .chat_rendering import unused_characters
+from .checkpoint_files import read_json
+
+SETTINGS, ADDED_TOKENS = "tokenizer_config.json", "added_tokens.json"
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 """Types of pieces: text becomes normal ones by merges, user-defined ones as it stands; unknown is 2, byte 6."""
@@ -79,20 +82,18 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         )
     )
     tokenizer.normalizer, tokenizer.decoder = _white_space_rules(proto.normalizer_spec)
-    names = _special_names(proto, settings)
+    special = _special_tokens(proto, settings)
+    names = {key: token.content for key, token in special.items()}
     unknown = sorted(set(names.values()) - vocabulary.keys())
     if unknown:
         raise ValueError(f"{folder}: tokenizer_config.json names {', '.join(unknown)}, which the model does not know.")
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
+    described = {token.content for token in added.values()}
+    tokenizer.add_tokens([token for token in special.values() if token.content not in described])
     tokenizer.add_tokens(list(added.values()))
     # sentencepiece takes user-defined pieces whole, the longest first, from the text in which `▁` stands for a space.
     whole = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
     tokenizer.add_tokens([AddedToken(piece, normalized=True, special=False) for piece in whole])
-    if settings.get("add_bos_token", True) and "bos_token" in names:
-        bos = names["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
-        )
+    tokenizer.post_processor = _text_borders(settings, names, vocabulary)
     kept = {key: settings[key] for key in ("model_max_length", "padding_side", "chat_template") if settings.get(key)}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names, **kept)
     _check_probes(fast, proto, file, [text for piece in whole for text in (piece, f"a{piece}b", piece + piece[:-1])])
@@ -116,20 +117,32 @@ def _read_model(file: Path):
 
 
 def _read_settings(folder: Path) -> dict:
-    file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_json(folder, SETTINGS) if (folder / SETTINGS).exists() else {}
 
 
 def _added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
     """Tokens added to the model's pieces or put in their place, by id."""
     added: dict[int, AddedToken] = {}
-    file = folder / "added_tokens.json"
-    if file.exists():
-        for content, number in json.loads(file.read_text(encoding="utf-8")).items():
+    if (folder / ADDED_TOKENS).exists():
+        for content, number in read_json(folder, ADDED_TOKENS).items():
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{folder}: {ADDED_TOKENS} gives {content!r} the id {number!r}; ids are 0, 1, 2, ...")
             added[number] = AddedToken(content, normalized=False, special=True)
-    for number, token in settings.get("added_tokens_decoder", {}).items():
-        added[int(number)] = AddedToken(token["content"], normalized=False, special=bool(token.get("special", True)))
-    return added
+    entries = settings.get("added_tokens_decoder", {})
+    if not isinstance(entries, dict) or not all(number.isdecimal() for number in entries):
+        raise ValueError(f"{folder}: added_tokens_decoder in {SETTINGS} must give tokens by id, got {entries!r}.")
+    return added | {int(number): _token(entry, f"token {number}") for number, entry in entries.items()}
+
+
+def _token(entry: Any, name: str) -> AddedToken:
+    """The token an object of tokenizer_config.json describes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        raise ValueError(f'{name} in {SETTINGS} must be an object with "content", a string; got {entry!r}.')
+    flags = {flag: entry.get(flag, False) for flag in ("lstrip", "rstrip", "single_word", "normalized")}
+    flags["special"] = entry.get("special", True)
+    if wrong := [flag for flag, value in flags.items() if not isinstance(value, bool)]:
+        raise ValueError(f"{wrong[0]} of {name} in {SETTINGS} must be true or false, got {flags[wrong[0]]!r}.")
+    return AddedToken(entry["content"], **flags)
 
 
 def _name_pieces(proto, added: dict[int, AddedToken]) -> None:
@@ -157,7 +170,7 @@ def _vocabulary(proto, added: dict[int, AddedToken], folder: Path) -> dict[str, 
     return vocabulary
 
 
-def _special_names(proto, settings: dict) -> dict[str, str]:
+def _special_tokens(proto, settings: dict) -> dict[str, AddedToken]:
     """`bos_token` and the like: as the settings say, or as the model was trained."""
     trained = {
         "unk_token": proto.trainer_spec.unk_piece,
@@ -165,13 +178,20 @@ def _special_names(proto, settings: dict) -> dict[str, str]:
         "eos_token": proto.trainer_spec.eos_piece,
     }
     known = {piece.piece for piece in proto.pieces}
-    names = {key: name for key, name in trained.items() if name in known}
-    for key in ("unk_token", "bos_token", "eos_token", "pad_token"):
-        value = settings.get(key)
-        content = value.get("content") if isinstance(value, dict) else value
-        if content:
-            names[key] = content
-    return names
+    entries: dict[str, Any] = {key: name for key, name in trained.items() if name in known}
+    entries |= {key: settings[key] for key in (*trained, "pad_token") if settings.get(key)}
+    return {
+        key: _token({"content": entry} if isinstance(entry, str) else entry, key) for key, entry in entries.items()
+    }
+
+
+def _text_borders(settings: dict, names: dict[str, str], vocabulary: dict[str, int]):
+    """What stands around each text: its start unless the settings say no, its end if they say so."""
+    bos = names.get("bos_token") if settings.get("add_bos_token", True) else None
+    eos = names.get("eos_token") if settings.get("add_eos_token", False) else None
+    first, second = (" ".join(filter(None, (bos, text, eos))) for text in ("$A", "$B"))
+    used = [(name, vocabulary[name]) for name in (bos, eos) if name]
+    return processors.TemplateProcessing(single=first, pair=f"{first} {second}", special_tokens=used)
 
 
 def _white_space_rules(spec):

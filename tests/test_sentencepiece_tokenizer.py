@@ -305,3 +305,62 @@ def test_added_tokens_that_leave_a_gap_are_refused(tmp_path):
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match="'<IMG_CONTEXT>' has the id 642, but the one before is missing"):
         fast_tokenizer(folder)
+
+
+def change_settings(folder: Path, **fields) -> Path:
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    return folder
+
+
+def test_added_tokens_keep_what_their_settings_say(tmp_path):
+    added = json.loads((train(tmp_path / "model") / "tokenizer_config.json").read_text())["added_tokens_decoder"]
+    added["3"] |= {"lstrip": True, "rstrip": True}
+    added["4"] |= {"single_word": True}
+    added["2"] = {"content": "</s>", "rstrip": True, "special": True}
+    folder = change_settings(
+        tmp_path / "model", added_tokens_decoder=added, bos_token={"content": "<s>", "lstrip": True}
+    )
+    fast_tokenizer(folder).save_pretrained(tmp_path / "saved")
+    for fast in (fast_tokenizer(folder), AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        assert fast.encode("a  <|im_end|>  ")[-2:] == [fast.encode("a")[-1], 3]
+        assert 4 not in fast.encode("x<|im_start|>x")
+        assert fast.encode("x <|im_start|> x").count(4) == 1
+        tokens = fast.added_tokens_decoder
+        assert (tokens[2].rstrip, tokens[1].lstrip, tokens[1].rstrip) == (True, True, False)
+        assert all(tokens[number].special for number in (0, 1, 2, 3, 4))
+
+
+def test_an_end_is_written_where_the_settings_ask_for_it(tmp_path):
+    folder = change_settings(train(tmp_path / "model"), add_eos_token=True)
+    fast_tokenizer(folder).save_pretrained(tmp_path / "saved")
+    plain = fast_tokenizer(change_settings(folder, add_bos_token=False, add_eos_token=False))
+    [a, b] = plain.encode("a"), plain.encode("b")
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved").encode("a", "b") == [1, *a, 2, 1, *b, 2]
+    assert fast_tokenizer(change_settings(folder, add_eos_token=True)).encode("a") == [*a, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", [], "must hold a JSON object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"3": "<|im_end|>"}}, "token 3 .* must be an object"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"3": {"content": 3}}}, "token 3 .* must be an object"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"3": {"content": "x", "lstrip": "no"}}},
+            "lstrip of token 3",
+        ),
+        ("tokenizer_config.json", {"added_tokens_decoder": ["<|im_end|>"]}, "must give tokens by id"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"three": {"content": "x"}}}, "must give tokens by id"),
+        ("tokenizer_config.json", {"bos_token": 1}, "bos_token .* must be an object"),
+        ("added_tokens.json", {"<img>": "640"}, "gives '<img>' the id '640'"),
+        ("added_tokens.json", ["<img>"], "must hold a JSON object"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_form_are_refused(tmp_path, name, content, message):
+    folder = train(tmp_path / "model")
+    (folder / name).write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        fast_tokenizer(folder)
