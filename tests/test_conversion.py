@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -508,6 +509,26 @@ def test_weights_stay_whatever_error_a_tokenizer_ends_in(released, tmp_path, mon
     (source / "tokenizer.model").write_bytes(b"pieces")
     remarks = convert(source, tmp_path / "hovle")
     assert any("not converted, only copied: INTERNAL" in remark for remark in remarks)
+    assert load(tmp_path / "hovle").config.num_embedding_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "tokenizer_config.json",
+            "[]",
+            "No tokenizer was copied: tokenizer_config.json in .* must hold a JSON object",
+        ),
+        ("added_tokens.json", "{", r"No tokenizer was copied: added_tokens.json in .* cannot be read"),
+        ("tokenizer.json", '{"model": 1}', "No processor was written: the tokenizer cannot be loaded"),
+    ],
+)
+def test_weights_stay_whatever_a_tokenizer_s_files_hold(released, tmp_path, name, content, message):
+    source = write_checkpoint(tmp_path / "released", *released)
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    (source / name).write_text(content)
+    assert re.search(message, "\n".join(convert(source, tmp_path / "hovle")))
     assert load(tmp_path / "hovle").config.num_embedding_layers == 3
 
 
