@@ -154,6 +154,8 @@ class ChatRenderer:
                 parts += [self._break_up(text + pending), f"{self.mark}{len(pictures)}{self.mark}"]
                 pictures.append(item)
                 text, pending = "", self.text_after_picture
+            elif kind == "text":
+                raise ValueError(f"An item of type 'text' needs a string as its 'text', got {words!r:.80}.")
             else:
                 found = f"an item of type {kind!r}" if isinstance(item, dict) else type(item).__name__
                 raise ValueError(
@@ -203,6 +205,7 @@ class ChatRenderer:
 
     def _split(self, text: str, items: list[dict]) -> "Prompt":
         """Cut a rendered chat at the template's special tokens and at picture marks."""
+        check_unicode(text)
         border = re.compile(f"({self.mark}[0-9]+{self.mark}|{self.special_tokens.pattern})")
         pieces = [piece.replace(self.breaker, "") for piece in border.split(text)]
         order = [int(piece.strip(self.mark)) for piece in pieces[1::2] if piece.startswith(self.mark)]
@@ -240,6 +243,15 @@ class Prompt:
     def text(self, image_token: str) -> str:
         """Join the pieces, with `image_token` for each picture."""
         return "".join(image_token if self.is_mark(index) else piece for index, piece in enumerate(self.pieces))
+
+
+def check_unicode(text: str) -> None:
+    """Raise for half of a surrogate pair, which tokenizers refuse to read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 10, 0) : error.end + 10]
+        raise ValueError(f"A text holds half of a surrogate pair ({around!r}), which is no character.") from error
 
 
 def tool_schemas(tools: Sequence | None) -> list | None:

@@ -15,13 +15,14 @@ import itertools
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
-from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, tool_schemas, unused_characters
+from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, check_unicode, tool_schemas, unused_characters
 from .configuration_hovle import HoVLEConfig, count_tile_tokens
 from .image_processing_hovle import HoVLEImageProcessor
 from .language_model import IMAGE_TOKENS, add_image_tokens, load_tokenizer
@@ -253,6 +254,8 @@ class HoVLEProcessor(ProcessorMixin):
         Raises:
             ValueError: When even the fewest tiles take more; pictures are never cut.
         """
+        if not isinstance(max_image_tokens, Real):
+            raise ValueError(f"max_image_tokens must be a number of tokens, got {max_image_tokens!r}.")
         images_kwargs = self._merge(kwargs)["images_kwargs"]
         per_tile = self.tokens_per_tile(self.image_processor.grid_settings(images_kwargs)["size"].height)
         return self.image_processor.spread_tiles(image_sizes, max_image_tokens, per_tile, images_kwargs)
@@ -300,6 +303,10 @@ class HoVLEProcessor(ProcessorMixin):
             text = [text] if isinstance(text, str) else list(text)
             if not all(isinstance(prompt, str) for prompt in text):
                 raise ValueError("text must be a prompt or a list of prompts; messages go to apply_chat_template.")
+            if not text:
+                raise ValueError("text is an empty list; give at least one prompt.")
+            for prompt in text:
+                check_unicode(prompt)
         pictures = _flatten_pictures(images)
         if text is not None:
             self._check_picture_counts(text, images, len(pictures))
@@ -564,11 +571,17 @@ def _is_variable(name: str, template: str) -> bool:
 def _as_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
     """Return a list of chats, and whether the caller gave several."""
     conversation = getattr(conversation, "messages", conversation)
-    if not conversation:
+    is_batched = isinstance(conversation, list | tuple) and not any(isinstance(part, dict) for part in conversation)
+    chats = [getattr(chat, "messages", chat) for chat in (conversation if is_batched else [conversation])]
+    if not all(isinstance(chat, Sequence) and not isinstance(chat, str) for chat in chats):
+        raise ValueError("A conversation must be a list of messages, a batch a list of conversations.")
+    if not chats or not all(chats):
         raise ValueError("The conversation is empty; give at least one message.")
-    if isinstance(conversation[0], dict):
-        return [list(conversation)], False
-    return [list(getattr(chat, "messages", chat)) for chat in conversation], True
+    for chat in chats:
+        for message in chat:
+            if not isinstance(message, dict):
+                raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {message!r:.80}.')
+    return [list(chat) for chat in chats], is_batched
 
 
 def _with_labels(chat: list[dict]) -> list[dict]:

@@ -495,6 +495,41 @@ def test_a_table_may_leave_the_other_keys_of_a_picture_empty(processor: HoVLEPro
     assert "pixel_values" in encode(processor, [{"role": "user", "content": [item]}])
 
 
+HI = {"role": "user", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ("hi", "must be a list of messages"),
+        (["hi"], "must be a list of messages"),
+        ([["hi"]], "A message must be .*, got 'hi'"),
+        ([HI, [HI]], r"A message must be .*, got \[{'role'"),
+        ([], "is empty"),
+        ([[]], "is empty"),
+        ([[HI], []], "is empty"),
+        ([{"role": "user", "content": "a\ud83d"}], r"half of a surrogate pair \('.*a\\ud83d"),
+        ([{"role": "user", "content": [{"type": "text", "text": None}]}], "needs a string as its 'text', got None"),
+    ],
+    ids=str,
+)
+def test_conversations_of_another_form_are_refused(processor: HoVLEProcessor, conversation, message: str):
+    with pytest.raises(ValueError, match=message):
+        encode(processor, conversation)
+
+
+def test_prompts_and_budgets_of_another_form_are_refused(processor: HoVLEProcessor):
+    with pytest.raises(ValueError, match="text is an empty list"):
+        processor(text=[])
+    with pytest.raises(ValueError, match="half of a surrogate pair"):
+        processor(text=["fine", "a\ud83d"])
+    for given in ("50", [50]):
+        with pytest.raises(ValueError, match="max_image_tokens must be a number of tokens"):
+            encode(processor, [user(picture())], max_image_tokens=given)
+        with pytest.raises(ValueError, match="max_image_tokens must be a number of tokens"):
+            processor(images=picture(), text=CONTEXT, max_image_tokens=given)
+
+
 # --- tiles per call --------------------------------------------------------------------------------------------------
 
 
