@@ -12,6 +12,7 @@ from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import get_json_schema
 
 PRIVATE_RANGES = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE), range(0x100000, 0x10FFFE))
 """Private-use characters; a chat borrows two that occur nowhere in it."""
@@ -94,6 +95,7 @@ class ChatRenderer:
         self.tokenizer = tokenizer
         self.special_tokens = SpecialTokens.of(tokenizer)
         self.template = template
+        self.words = set(re.findall(r"\w+", re.sub(self.special_tokens.pattern, " ", template)))
         self.breaker, self.mark = breaker, mark
         self.text_after_picture = text_after_picture
 
@@ -127,7 +129,12 @@ class ChatRenderer:
 
     def _prepare_message(self, message: dict, pictures: list[dict]) -> dict:
         """Flatten a message's items into one protected string; its picture items join `pictures`."""
-        prepared = {key: self._protect(value) for key, value in message.items() if key != "content"}
+        # A role stays whole at its borders: templates write `<|` + role + `|>`.
+        prepared = {
+            self._protect(key): self._protect(value, at_borders=key != "role")
+            for key, value in message.items()
+            if key != "content"
+        }
         content = message.get("content")
         if content is None:
             return prepared
@@ -144,26 +151,36 @@ class ChatRenderer:
                 text += words if words.startswith(pending) else pending + words
                 pending = ""
             elif kind in ("image", "image_url"):
-                before = self._protect(text + pending, at_borders=True)
-                parts += [before, f"{self.mark}{len(pictures)}{self.mark}"]
+                parts += [self._break_up(text + pending), f"{self.mark}{len(pictures)}{self.mark}"]
                 pictures.append(item)
                 text, pending = "", self.text_after_picture
+            elif kind == "text":
+                raise ValueError(f"An item of type 'text' needs a string as its 'text', got {words!r:.80}.")
             else:
                 found = f"an item of type {kind!r}" if isinstance(item, dict) else type(item).__name__
                 raise ValueError(
                     f'A message holds {found}; items are {{"type": "text", "text": ...}} and {{"type": "image", ...}}.'
                 )
-        prepared["content"] = "".join([*parts, self._protect(text + pending, at_borders=True)])
+        prepared["content"] = "".join([*parts, self._break_up(text + pending)])
         return prepared
 
-    def _protect(self, value: Any, at_borders: bool = False) -> Any:
-        """Break up special tokens in every string of a nested value."""
+    def _break_up(self, text: str, at_borders: bool = True) -> str:
+        return self.special_tokens.break_up(text, self.breaker, at_borders)
+
+    def _protect(self, value: Any, at_borders: bool = True) -> Any:
+        """Break up special tokens in every string of a nested value, keys included.
+
+        Words of the template stay whole at their borders, as it may compare strings with them.
+        """
         if isinstance(value, str):
-            return self.special_tokens.break_up(value, self.breaker, at_borders)
+            return self._break_up(value, at_borders and value not in self.words)
         if isinstance(value, dict):
-            return {key: self._protect(item) for key, item in value.items()}
+            return {
+                self._protect(key, at_borders) if isinstance(key, str) else key: self._protect(item, at_borders)
+                for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
-            return [self._protect(item) for item in value]
+            return [self._protect(item, at_borders) for item in value]
         return value
 
     def _wants_lists(self) -> bool:
@@ -188,6 +205,7 @@ class ChatRenderer:
 
     def _split(self, text: str, items: list[dict]) -> "Prompt":
         """Cut a rendered chat at the template's special tokens and at picture marks."""
+        check_unicode(text)
         border = re.compile(f"({self.mark}[0-9]+{self.mark}|{self.special_tokens.pattern})")
         pieces = [piece.replace(self.breaker, "") for piece in border.split(text)]
         order = [int(piece.strip(self.mark)) for piece in pieces[1::2] if piece.startswith(self.mark)]
@@ -225,6 +243,20 @@ class Prompt:
     def text(self, image_token: str) -> str:
         """Join the pieces, with `image_token` for each picture."""
         return "".join(image_token if self.is_mark(index) else piece for index, piece in enumerate(self.pieces))
+
+
+def check_unicode(text: str) -> None:
+    """Raise for half of a surrogate pair, which tokenizers refuse to read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        around = text[max(error.start - 10, 0) : error.end + 10]
+        raise ValueError(f"A text holds half of a surrogate pair ({around!r}), which is no character.") from error
+
+
+def tool_schemas(tools: Sequence | None) -> list | None:
+    """Describe tools that are functions, as the tokenizer would, so that their docstrings are strings of the chat."""
+    return [get_json_schema(tool) if callable(tool) else tool for tool in tools] if tools else None
 
 
 def unused_characters(values: Any) -> tuple[str, str]:

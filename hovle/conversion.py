@@ -267,11 +267,16 @@ def _same_bits(source: Checkpoint, left: str, right: str) -> bool:
 def _save_tokenizer_files(src: Path, dst: Path, to: str) -> str | None:
     """Copy the tokenizer; return what the user should know about it, or None when there is nothing to say."""
     present = [name for name in TOKENIZER_FILES if (src / name).exists()]
-    for name in present:
-        if name.endswith(".json"):
-            copy_json(src, dst, name)
-        else:
-            shutil.copyfile(inside(src, name), dst / name)
+    try:
+        for name in present:
+            if name.endswith(".json"):
+                copy_json(src, dst, name)
+            else:
+                shutil.copyfile(inside(src, name), dst / name)
+    except ValueError as error:
+        for name in present:
+            (dst / name).unlink(missing_ok=True)
+        return f"No tokenizer was copied: {error} Weights and config are complete."
     if "tokenizer.json" in present:
         return None
     if "tokenizer.model" in present:
@@ -285,7 +290,7 @@ def _save_fast_tokenizer(src: Path, dst: Path) -> str | None:
         tokenizer = fast_tokenizer(src)
     except ImportError:
         return "The tokenizer was not converted, only copied: pip install 'hovle[convert]', then convert again."
-    except ValueError as error:
+    except Exception as error:  # whatever its files hold (tokenizers raises bare ones), weights are kept
         return f"The tokenizer was not converted, only copied: {error}"
     template = read_json(src, CONFIG).get("template")
     known = tokenizer.get_vocab()
@@ -340,7 +345,10 @@ def _save_processor(folder: Path, image_processor: HoVLEImageProcessor) -> str |
     image_processor.save_pretrained(folder)
     if not (folder / "tokenizer.json").exists():
         return None
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    try:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare ones for a damaged file
+        return f"No processor was written: the tokenizer cannot be loaded ({error})."
     missing = [token for token in IMAGE_TOKENS.values() if token not in tokenizer.get_vocab()]
     if missing:
         return f"No processor was written: the tokenizer lacks {', '.join(missing)}."

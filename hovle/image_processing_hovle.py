@@ -139,6 +139,11 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         size = kwargs["size"]
         if size.height is None or size.height != size.width:
             raise ValueError(f"size must be one number or an equal height and width, as tiles are square; got {size}.")
+        if kwargs.get("input_data_format") is not None:
+            raise ValueError(
+                f"input_data_format={kwargs['input_data_format']!r} is not taken: an array's shape tells its layout, "
+                "(H, W, C), (H, W) or (C, H, W); where both ends fit, channels are last in numpy, first in torch."
+            )
         for name, only in FIXED.items():
             if kwargs.get(name) not in (None, only):
                 raise ValueError(f"{name}={kwargs[name]!r} cannot be had: tiles always have {name}={only!r}.")

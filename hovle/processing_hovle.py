@@ -15,13 +15,14 @@ import itertools
 import re
 from collections.abc import Sequence
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
-from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, unused_characters
+from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, check_unicode, tool_schemas, unused_characters
 from .configuration_hovle import HoVLEConfig, count_tile_tokens
 from .image_processing_hovle import HoVLEImageProcessor
 from .language_model import IMAGE_TOKENS, add_image_tokens, load_tokenizer
@@ -253,6 +254,8 @@ class HoVLEProcessor(ProcessorMixin):
         Raises:
             ValueError: When even the fewest tiles take more; pictures are never cut.
         """
+        if not isinstance(max_image_tokens, Real):
+            raise ValueError(f"max_image_tokens must be a number of tokens, got {max_image_tokens!r}.")
         images_kwargs = self._merge(kwargs)["images_kwargs"]
         per_tile = self.tokens_per_tile(self.image_processor.grid_settings(images_kwargs)["size"].height)
         return self.image_processor.spread_tiles(image_sizes, max_image_tokens, per_tile, images_kwargs)
@@ -300,6 +303,10 @@ class HoVLEProcessor(ProcessorMixin):
             text = [text] if isinstance(text, str) else list(text)
             if not all(isinstance(prompt, str) for prompt in text):
                 raise ValueError("text must be a prompt or a list of prompts; messages go to apply_chat_template.")
+            if not text:
+                raise ValueError("text is an empty list; give at least one prompt.")
+            for prompt in text:
+                check_unicode(prompt)
         pictures = _flatten_pictures(images)
         if text is not None:
             self._check_picture_counts(text, images, len(pictures))
@@ -312,14 +319,8 @@ class HoVLEProcessor(ProcessorMixin):
     def _check_picture_counts(self, text: list[str], images: Any, num_pictures: int) -> None:
         """Compare marks and pictures, prompt by prompt where the pictures come that way."""
         num_marks = [prompt.count(self.image_token) for prompt in text]
-        if isinstance(images, list | tuple) and len(images) == len(text) and all(map(_is_sequence, images)):
-            for number, (marks, given) in enumerate(zip(num_marks, images, strict=True), start=1):
-                if marks != len(_flatten_pictures(given)):
-                    raise ValueError(
-                        f"Prompt {number} marks {marks} pictures with {self.image_token} but "
-                        f"{len(_flatten_pictures(given))} are given for it."
-                    )
-        elif sum(num_marks) != num_pictures:
+        _check_nesting(num_marks, images)
+        if sum(num_marks) != num_pictures:
             raise ValueError(
                 f"The prompts mark {sum(num_marks)} pictures with {self.image_token} but {num_pictures} are given."
             )
@@ -425,6 +426,7 @@ class HoVLEProcessor(ProcessorMixin):
 
     def _render(self, template: str, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs):
         """Render chats with characters for breaking up and marking that none of their strings contains."""
+        tools = tool_schemas(tools)
         unused = unused_characters([chats, tools, documents, template, kwargs])
         renderer = ChatRenderer(self.tokenizer, template, *unused, self.text_after_picture)
         return renderer.render(chats, tools, documents, **kwargs)
@@ -569,11 +571,17 @@ def _is_variable(name: str, template: str) -> bool:
 def _as_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
     """Return a list of chats, and whether the caller gave several."""
     conversation = getattr(conversation, "messages", conversation)
-    if not conversation:
+    is_batched = isinstance(conversation, list | tuple) and not any(isinstance(part, dict) for part in conversation)
+    chats = [getattr(chat, "messages", chat) for chat in (conversation if is_batched else [conversation])]
+    if not all(isinstance(chat, Sequence) and not isinstance(chat, str) for chat in chats):
+        raise ValueError("A conversation must be a list of messages, a batch a list of conversations.")
+    if not chats or not all(chats):
         raise ValueError("The conversation is empty; give at least one message.")
-    if isinstance(conversation[0], dict):
-        return [list(conversation)], False
-    return [list(getattr(chat, "messages", chat)) for chat in conversation], True
+    for chat in chats:
+        for message in chat:
+            if not isinstance(message, dict):
+                raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {message!r:.80}.')
+    return [list(chat) for chat in chats], is_batched
 
 
 def _with_labels(chat: list[dict]) -> list[dict]:
@@ -608,6 +616,17 @@ def _flatten_pictures(images: Any) -> list:
     return [images]
 
 
+def _check_nesting(num_expected: list[int], images: Any) -> None:
+    """Raise when pictures come in one list per prompt and a list holds other than its prompt's number."""
+    if not isinstance(images, list | tuple) or len(images) != len(num_expected) or not all(map(_is_sequence, images)):
+        return
+    for number, (expected, given) in enumerate(zip(num_expected, images, strict=True), start=1):
+        if expected != len(_flatten_pictures(given)):
+            raise ValueError(
+                f"Prompt {number} marks {expected} pictures but {len(_flatten_pictures(given))} are given for it."
+            )
+
+
 def _pictures_of(prompts: list[Prompt], images: Any) -> list:
     """Collect the pictures of all chats in prompt order, from their items or, if these carry none, from `images`.
 
@@ -616,6 +635,7 @@ def _pictures_of(prompts: list[Prompt], images: Any) -> list:
     items = [item for prompt in prompts for item in prompt.pictures]
     carried = [_picture_of(item) for item in items]
     if images is not None:
+        _check_nesting([len(prompt.pictures) for prompt in prompts], images)
         given = _flatten_pictures(images)
         if any(source is not None for source in carried) or len(given) != len(items):
             num_carried = sum(source is not None for source in carried)
@@ -639,13 +659,15 @@ def _pictures_of(prompts: list[Prompt], images: Any) -> list:
 
 
 def _picture_of(item: dict) -> tuple[Kind | None, Any] | None:
-    """Take the picture out of an item, with how to read it if it is a string."""
+    """Take the picture out of an item, with how to read it if it is a string; a URL that is None is an error."""
     if item["type"] == "image_url":
         url = item.get("image_url")
         item = {"url": url.get("url") if isinstance(url, dict) else url}
     for key, kind in PICTURE_KEYS.items():
         if item.get(key) is not None:
             return kind, item[key]
+    if "url" in item:  # a stranger's item must not be filled with one of the pictures given beside the messages
+        raise ValueError("A picture item has the url None; give an address, or leave the key out.")
     return None
 
 

@@ -4,16 +4,22 @@ The library parts (vocabulary, merges, byte fallback) are transformers' and toke
 model file, the tokens a tokenizer_config.json adds or renames, and a check against sentencepiece on odd strings.
 """
 
-import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 from transformers.tokenization_utils_base import generate_merges
 
-NORMAL, USER_DEFINED = 1, 4
-"""Types of pieces that text can become; the others are unknown (2), control (3), unused (5) and byte (6)."""
+from .chat_rendering import unused_characters
+from .checkpoint_files import read_json
+
+SETTINGS, ADDED_TOKENS = "tokenizer_config.json", "added_tokens.json"
+
+NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
+"""Types of pieces: text becomes normal ones by merges, user-defined ones as it stands; unknown is 2, byte 6."""
 
 BPE_MODEL = 2
 """`model_type` of a byte-pair model."""
@@ -64,44 +70,33 @@ def fast_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     proto = _read_model(file)
     settings = _read_settings(folder)
     added = _added_tokens(folder, settings)
-    pieces = [piece.piece for piece in proto.pieces]
-    text_pieces = {piece.piece for piece in proto.pieces if piece.type in (NORMAL, USER_DEFINED)}
-    for number, token in sorted(added.items()):
-        if number < len(pieces):  # InternLM2 gives names to unused pieces
-            text_pieces.discard(pieces[number])
-            pieces[number] = token.content
-        elif number > len(pieces):
-            raise ValueError(f"{folder}: token {token.content!r} has the id {number}, but the one before is missing.")
-        else:
-            pieces.append(token.content)
-    vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    if len(vocabulary) != len(pieces):
-        raise ValueError(f"{file}: {len(pieces) - len(vocabulary)} tokens occur twice.")
+    _name_pieces(proto, added)
+    vocabulary = _vocabulary(proto, added, folder)
     tokenizer = Tokenizer(
         BPE(
             vocab=vocabulary,
-            merges=generate_merges(vocabulary, skip_tokens=vocabulary.keys() - text_pieces),
+            merges=generate_merges({piece.piece: -piece.score for piece in proto.pieces if piece.type == NORMAL}),
             unk_token=proto.trainer_spec.unk_piece,
             fuse_unk=True,
             byte_fallback=proto.trainer_spec.byte_fallback,
         )
     )
     tokenizer.normalizer, tokenizer.decoder = _white_space_rules(proto.normalizer_spec)
-    names = _special_names(proto, settings)
+    special = _special_tokens(proto, settings)
+    names = {key: token.content for key, token in special.items()}
     unknown = sorted(set(names.values()) - vocabulary.keys())
     if unknown:
         raise ValueError(f"{folder}: tokenizer_config.json names {', '.join(unknown)}, which the model does not know.")
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
+    described = {token.content for token in added.values()}
+    tokenizer.add_tokens([token for token in special.values() if token.content not in described])
     tokenizer.add_tokens(list(added.values()))
-    if settings.get("add_bos_token", True) and "bos_token" in names:
-        bos = names["bos_token"]
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
-        )
+    # sentencepiece takes user-defined pieces whole, the longest first, from the text in which `▁` stands for a space.
+    whole = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=True, special=False) for piece in whole])
+    tokenizer.post_processor = _text_borders(settings, names, vocabulary)
     kept = {key: settings[key] for key in ("model_max_length", "padding_side", "chat_template") if settings.get(key)}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **names, **kept)
-    # sentencepiece takes user-defined pieces whole before it looks for merges.
-    _check_probes(fast, file, [f"a{piece.piece}b" for piece in proto.pieces if piece.type == USER_DEFINED])
+    _check_probes(fast, proto, file, [text for piece in whole for text in (piece, f"a{piece}b", piece + piece[:-1])])
     return fast
 
 
@@ -122,23 +117,60 @@ def _read_model(file: Path):
 
 
 def _read_settings(folder: Path) -> dict:
-    file = folder / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return read_json(folder, SETTINGS) if (folder / SETTINGS).exists() else {}
 
 
 def _added_tokens(folder: Path, settings: dict) -> dict[int, AddedToken]:
     """Tokens added to the model's pieces or put in their place, by id."""
     added: dict[int, AddedToken] = {}
-    file = folder / "added_tokens.json"
-    if file.exists():
-        for content, number in json.loads(file.read_text(encoding="utf-8")).items():
+    if (folder / ADDED_TOKENS).exists():
+        for content, number in read_json(folder, ADDED_TOKENS).items():
+            if type(number) is not int or number < 0:
+                raise ValueError(f"{folder}: {ADDED_TOKENS} gives {content!r} the id {number!r}; ids are 0, 1, 2, ...")
             added[number] = AddedToken(content, normalized=False, special=True)
-    for number, token in settings.get("added_tokens_decoder", {}).items():
-        added[int(number)] = AddedToken(token["content"], normalized=False, special=bool(token.get("special", True)))
-    return added
+    entries = settings.get("added_tokens_decoder", {})
+    if not isinstance(entries, dict) or not all(number.isdecimal() for number in entries):
+        raise ValueError(f"{folder}: added_tokens_decoder in {SETTINGS} must give tokens by id, got {entries!r}.")
+    return added | {int(number): _token(entry, f"token {number}") for number, entry in entries.items()}
 
 
-def _special_names(proto, settings: dict) -> dict[str, str]:
+def _token(entry: Any, name: str) -> AddedToken:
+    """The token an object of tokenizer_config.json describes."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+        raise ValueError(f'{name} in {SETTINGS} must be an object with "content", a string; got {entry!r}.')
+    flags = {flag: entry.get(flag, False) for flag in ("lstrip", "rstrip", "single_word", "normalized")}
+    flags["special"] = entry.get("special", True)
+    if wrong := [flag for flag, value in flags.items() if not isinstance(value, bool)]:
+        raise ValueError(f"{wrong[0]} of {name} in {SETTINGS} must be true or false, got {flags[wrong[0]]!r}.")
+    return AddedToken(entry["content"], **flags)
+
+
+def _name_pieces(proto, added: dict[int, AddedToken]) -> None:
+    """Put the names of added tokens into the model, as InternLM2 names unused pieces; text no longer becomes them."""
+    for number, token in added.items():
+        if number >= len(proto.pieces):
+            continue
+        piece = proto.pieces[number]
+        if piece.type in (NORMAL, USER_DEFINED, UNUSED) and (token.special or piece.piece != token.content):
+            piece.type = CONTROL
+        piece.piece = token.content
+
+
+def _vocabulary(proto, added: dict[int, AddedToken], folder: Path) -> dict[str, int]:
+    """Ids of the pieces and of the tokens added behind them."""
+    pieces = [piece.piece for piece in proto.pieces]
+    for number, token in sorted(added.items()):
+        if number > len(pieces):
+            raise ValueError(f"{folder}: token {token.content!r} has the id {number}, but the one before is missing.")
+        if number == len(pieces):
+            pieces.append(token.content)
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    if len(vocabulary) != len(pieces):
+        raise ValueError(f"{folder}: {len(pieces) - len(vocabulary)} tokens of tokenizer.model occur twice.")
+    return vocabulary
+
+
+def _special_tokens(proto, settings: dict) -> dict[str, AddedToken]:
     """`bos_token` and the like: as the settings say, or as the model was trained."""
     trained = {
         "unk_token": proto.trainer_spec.unk_piece,
@@ -146,13 +178,20 @@ def _special_names(proto, settings: dict) -> dict[str, str]:
         "eos_token": proto.trainer_spec.eos_piece,
     }
     known = {piece.piece for piece in proto.pieces}
-    names = {key: name for key, name in trained.items() if name in known}
-    for key in ("unk_token", "bos_token", "eos_token", "pad_token"):
-        value = settings.get(key)
-        content = value.get("content") if isinstance(value, dict) else value
-        if content:
-            names[key] = content
-    return names
+    entries: dict[str, Any] = {key: name for key, name in trained.items() if name in known}
+    entries |= {key: settings[key] for key in (*trained, "pad_token") if settings.get(key)}
+    return {
+        key: _token({"content": entry} if isinstance(entry, str) else entry, key) for key, entry in entries.items()
+    }
+
+
+def _text_borders(settings: dict, names: dict[str, str], vocabulary: dict[str, int]):
+    """What stands around each text: its start unless the settings say no, its end if they say so."""
+    bos = names.get("bos_token") if settings.get("add_bos_token", True) else None
+    eos = names.get("eos_token") if settings.get("add_eos_token", False) else None
+    first, second = (" ".join(filter(None, (bos, text, eos))) for text in ("$A", "$B"))
+    used = [(name, vocabulary[name]) for name in (bos, eos) if name]
+    return processors.TemplateProcessing(single=first, pair=f"{first} {second}", special_tokens=used)
 
 
 def _white_space_rules(spec):
@@ -169,15 +208,30 @@ def _white_space_rules(spec):
     return normalizers.Sequence(steps), decoders.Sequence(back)
 
 
-def _check_probes(tokenizer: PreTrainedTokenizerFast, file: Path, more: list[str]) -> None:
+def _check_probes(tokenizer: PreTrainedTokenizerFast, proto, file: Path, more: list[str]) -> None:
     """Compare ids with sentencepiece on `PROBES` and more strings; special tokens stay text on both sides."""
-    from sentencepiece import SentencePieceProcessor
-
-    reference = SentencePieceProcessor(model_file=str(file))
+    encode = _reference(proto, file)
     for probe in (*PROBES, *more):
-        expected = reference.encode(probe)
+        expected = encode(probe)
         found = tokenizer(probe, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if found != expected:
             raise ValueError(
                 f"{file}: the fast tokenizer gives {probe!r} the ids {found}, sentencepiece gives {expected}."
             )
+
+
+def _reference(proto, file: Path) -> Callable[[str], list[int]]:
+    """Give sentencepiece's own encoding; versions that refuse a NUL in a piece see another character in its place."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = [piece.piece for piece in proto.pieces]
+    nul = unused_characters([pieces, PROBES])[0] if any("\0" in piece for piece in pieces) else "\0"
+    readable = type(proto)()
+    readable.CopyFrom(proto)
+    for piece in readable.pieces:
+        piece.piece = piece.piece.replace("\0", nul)
+    try:
+        reference = SentencePieceProcessor(model_proto=readable.SerializeToString())
+    except RuntimeError as error:
+        raise ValueError(f"{file}: sentencepiece cannot read this model ({error}).") from error
+    return lambda text: reference.encode(text.replace("\0", nul))

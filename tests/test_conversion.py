@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
-from hovle import HoVLEForConditionalGeneration, HoVLEImageProcessor, HoVLEProcessor, checkpoint_files, cli
+from hovle import HoVLEForConditionalGeneration, HoVLEImageProcessor, HoVLEProcessor, checkpoint_files, cli, conversion
 from hovle.conversion import convert
 from hovle.remote_code import AUTO_MAP
 
@@ -496,6 +497,38 @@ def test_a_tokenizer_that_cannot_be_converted_does_not_stop_the_weights(released
     (source / "tokenizer.model").write_bytes(b"pieces")
     remarks = convert(source, tmp_path / "hovle")
     assert any("not converted, only copied" in remark and "no SentencePiece model" in remark for remark in remarks)
+    assert load(tmp_path / "hovle").config.num_embedding_layers == 3
+
+
+def test_weights_stay_whatever_error_a_tokenizer_ends_in(released, tmp_path, monkeypatch):
+    def fail(folder):
+        raise RuntimeError("INTERNAL: piece must not include null character.")
+
+    monkeypatch.setattr(conversion, "fast_tokenizer", fail)
+    source = write_checkpoint(tmp_path / "released", *released)
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    remarks = convert(source, tmp_path / "hovle")
+    assert any("not converted, only copied: INTERNAL" in remark for remark in remarks)
+    assert load(tmp_path / "hovle").config.num_embedding_layers == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "tokenizer_config.json",
+            "[]",
+            "No tokenizer was copied: tokenizer_config.json in .* must hold a JSON object",
+        ),
+        ("added_tokens.json", "{", r"No tokenizer was copied: added_tokens.json in .* cannot be read"),
+        ("tokenizer.json", '{"model": 1}', "No processor was written: the tokenizer cannot be loaded"),
+    ],
+)
+def test_weights_stay_whatever_a_tokenizer_s_files_hold(released, tmp_path, name, content, message):
+    source = write_checkpoint(tmp_path / "released", *released)
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    (source / name).write_text(content)
+    assert re.search(message, "\n".join(convert(source, tmp_path / "hovle")))
     assert load(tmp_path / "hovle").config.num_embedding_layers == 3
 
 

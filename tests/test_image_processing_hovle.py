@@ -182,3 +182,14 @@ print(type(hovle.HoVLEProcessor.from_pretrained(sys.argv[1]).image_processor).__
     total, name = result.stdout.split()
     assert float(total) == float(here)
     assert name == "HoVLEImageProcessor"
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_a_layout_of_arrays_is_not_taken_from_the_caller(layout: str):
+    """It was ignored: red in `(3, 28, 3)` became a grey picture."""
+    array = np.zeros((3, 28, 3), dtype=np.uint8)
+    array[0] = 255
+    with pytest.raises(ValueError, match=f"input_data_format='{layout}' is not taken"):
+        HoVLEImageProcessor(tile_size=28)(array, input_data_format=layout)
+    red, green, blue = HoVLEImageProcessor(tile_size=28)(torch.tensor(array), do_normalize=False)["pixel_values"][0]
+    assert (red.mean(), green.mean(), blue.mean()) == (1, 0, 0)
