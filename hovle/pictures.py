@@ -13,7 +13,6 @@ import contextlib
 import http.client
 import io
 import os
-import re
 import struct
 import threading
 import time
@@ -30,6 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .colours import DECODING_ERRORS, SIDEWAYS, UNKNOWN, PictureError, orientation_of, scaled_to_uint8, to_upright_rgb
 from .documents import BEGINNING, document_kind
+from .file_checks import refuse_lost_pixels, strictly_decoded
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -42,12 +42,6 @@ MAX_SECONDS = 10.0
 
 MAX_REDIRECTS = 5
 """Redirects followed by one download."""
-
-LOST_PLACE = ("bad Huffman code", "premature end of data segment", "found marker", "bad arithmetic code")
-"""Words of libjpeg's warnings after which pixels are wrong. (Where a file just ends, Pillow refuses it itself.)"""
-
-MAX_LEFT_OVER_BYTES = 8
-"""Bytes between the last pixel of a JPEG and what follows that are taken for a camera's habit."""
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
@@ -342,51 +336,10 @@ def _decode(data: io.BytesIO) -> Image.Image:
         primaries, transfer = _colour_codes(image.format, data.getvalue())
         _check_size(image)
         if image.format in ("JPEG", "MPO"):
-            image = _strictly_decoded(image, data.getvalue())
+            image = strictly_decoded(image, data.getvalue())
         if image.format == "JPEG2000":
-            _refuse_lost_pixels(image, data.getvalue())
+            refuse_lost_pixels(image, data.getvalue())
         return to_upright_rgb(image, primaries, transfer)
-
-
-def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
-    """A JPEG with simplejpeg's pixels, where it is installed: Pillow's in less time, and damage is told."""
-    try:
-        import simplejpeg
-    except ImportError:
-        return image
-    colours = {"RGB": "RGB", "L": "GRAY"}.get(image.mode, "CMYK")
-    try:
-        pixels = simplejpeg.decode_jpeg(data, colours)
-    except ValueError as error:
-        if _is_damage(str(error), data):
-            raise PictureError(f"is damaged ({error}).") from error
-        return image
-    if colours == "CMYK":  # Pillow knows by Adobe's mark whether the inks are stored inverted
-        return image
-    decoded = Image.fromarray(pixels.squeeze(-1) if colours == "GRAY" else pixels)
-    decoded.info = image.info
-    return decoded
-
-
-def _refuse_lost_pixels(image: Image.Image, data: bytes) -> None:
-    """Refuse a JPEG 2000 file that became black although it holds more than black takes: OpenJPEG lost its place."""
-    image.load()
-    num_bytes = len(data) - data.find(b"\xff\x93")  # where the pixels begin
-    is_black = all(band.getextrema()[1] == 0 for band in image.split())
-    if is_black and num_bytes > 256 + image.width * image.height // 256:
-        raise PictureError("is damaged (its pixels cannot be decoded and would be black).")
-
-
-def _is_damage(warning: str, data: bytes) -> bool:
-    """Whether libjpeg's first remark on a file means lost pixels; many sound files earn one.
-
-    Bytes left over behind the last pixel are a few in the files of some cameras, or padding with zeros. Where there
-    are more, the decoder has lost its place before.
-    """
-    if left_over := re.search(r"(\d+) extraneous bytes before marker", warning):
-        num_bytes = int(left_over[1])
-        return num_bytes > MAX_LEFT_OVER_BYTES and bytes(num_bytes) + b"\xff\xd9" not in data
-    return any(words in warning for words in LOST_PLACE)
 
 
 def _colour_codes(file_format: str | None, data: bytes) -> tuple[int, int]:
