@@ -3,9 +3,12 @@
 Each check knows one file format; `pictures.py` calls it for files that Pillow has recognised.
 """
 
+import contextlib
 import re
+import threading
+from collections.abc import Iterator
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from .colours import PictureError
 
@@ -14,6 +17,34 @@ LOST_PLACE = ("bad Huffman code", "premature end of data segment", "found marker
 
 MAX_LEFT_OVER_BYTES = 8
 """Bytes between the last pixel of a JPEG and what follows that are taken for a camera's habit."""
+
+
+class _Strictness:
+    """How many threads are decoding, and what Pillow's switch for truncated files was before the first began."""
+
+    lock = threading.Lock()
+    num_threads = 0
+    loads_truncated = False
+
+
+@contextlib.contextmanager
+def refusing_truncated_files() -> Iterator[None]:
+    """Have Pillow refuse truncated files, whatever `ImageFile.LOAD_TRUNCATED_IMAGES` is; other packages set it.
+
+    The switch is put back when the last thread is done, so threads decode side by side.
+    """
+    with _Strictness.lock:
+        if not _Strictness.num_threads:
+            _Strictness.loads_truncated = ImageFile.LOAD_TRUNCATED_IMAGES
+        _Strictness.num_threads += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        with _Strictness.lock:
+            _Strictness.num_threads -= 1
+            if not _Strictness.num_threads and _Strictness.loads_truncated:
+                ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
 def strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:

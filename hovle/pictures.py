@@ -29,7 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .colours import DECODING_ERRORS, SIDEWAYS, UNKNOWN, PictureError, orientation_of, scaled_to_uint8, to_upright_rgb
 from .documents import BEGINNING, document_kind
-from .file_checks import refuse_lost_pixels, strictly_decoded
+from .file_checks import refuse_lost_pixels, refusing_truncated_files, strictly_decoded
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -76,7 +76,8 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
 
 def _load(source: Any, kind: Kind | None) -> Image.Image:
     if isinstance(source, Image.Image):
-        return to_upright_rgb(_check_size(source))
+        with refusing_truncated_files():  # it may be a file whose pixels are still to be read
+            return to_upright_rgb(_check_size(source))
     if isinstance(source, np.ndarray | torch.Tensor):
         return to_upright_rgb(_check_size(_from_array(source)))
     if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
@@ -105,7 +106,8 @@ def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
     with _naming(_label(Path(source) if isinstance(source, str) else source, None, None)):
         if not isinstance(source, bytes):
             _check_file(Path(source))
-        with _open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with refusing_truncated_files(), _open_image(file) as image:
             width, height = _check_size(image).size
             if image.format == "TIFF":  # versions of Pillow differ in whether its header gives the upright size
                 width, height = _load(source, None if isinstance(source, bytes) else "path").size
@@ -330,7 +332,7 @@ def _decode(data: io.BytesIO) -> Image.Image:
     """Decode the bytes of a picture file after a look at its header."""
     if not data.getbuffer().nbytes:
         raise PictureError("is empty (0 bytes).")
-    with warnings.catch_warnings():
+    with refusing_truncated_files(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = _open_image(data)
         primaries, transfer = _colour_codes(image.format, data.getvalue())

@@ -1,6 +1,7 @@
 """Every kind of picture source, every colour mode, and every way a picture can be bad."""
 
 import base64
+import concurrent.futures
 import contextlib
 import gzip
 import http.server
@@ -18,7 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from hovle import HoVLEImageProcessor, hdr, pictures
 from hovle.pictures import load_picture, picture_size
@@ -301,6 +302,30 @@ def test_truncated_files_never_become_pictures(name: str):
     for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9):
         with pytest.raises(ValueError, match="picture 3"):
             load_picture(data[: int(len(data) * share)], "picture 3")
+
+
+@pytest.mark.parametrize("name", ["PNG", "GIF", "BMP", "TIFF", "PPM"])
+def test_truncated_files_are_refused_where_another_package_has_told_pillow_to_load_them(name: str, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encoded(sample(64, 64), name)
+    for source in (data[: len(data) // 2], Image.open(io.BytesIO(data[: len(data) // 2]))):
+        with pytest.raises(ValueError, match="picture 3"):
+            load_picture(source, "picture 3")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_threads_that_decode_at_once_leave_pillows_switch_as_they_found_it(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encoded(sample(64, 64))
+
+    def load(number: int) -> None:
+        source = data if number % 2 else data[: len(data) // 2]
+        with contextlib.nullcontext() if number % 2 else pytest.raises(ValueError, match="the picture"):
+            load_picture(source)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(load, range(200)))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 def test_two_thousand_damaged_files_give_a_picture_or_a_value_error():
