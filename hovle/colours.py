@@ -7,7 +7,7 @@ show.
 
 import io
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -55,6 +55,15 @@ SIDEWAYS = (5, 6, 7, 8)
 
 FROM_THE_END = (3, 4, 6, 7)
 """Orientations in which the stored picture's last row comes first, as a row or as a column."""
+
+OVERSHOOT = 1e-3
+"""Share of full scale by which float values may lie outside; resizing overshoots a little."""
+
+FLOAT_RANGES = (1, 255, 65535)
+"""Values of white that float pictures use."""
+
+OVERSHOT_BY = 16
+"""A float picture whose brightest value is less than this part of a range is not taken to be of that range."""
 
 Conversion = Callable[[Image.Image], Image.Image]
 """Turns a band of a picture, of any mode, into RGB."""
@@ -234,13 +243,28 @@ def _full_scale(image: Image.Image) -> int:
     The mode `I;16` is 16 bits by name. `I` and `F` do not tell their range, so the smallest usual one that holds the
     values is taken: 0..1 (`F`), 0..255, 0..65535.
     """
-    # Older Pillow has no mode of its own for PNG files of 16 bits.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    # PPM files and, with older Pillow, PNG files of 16 bits have no mode of their own.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 65535
     extremes = [(values.min(), values.max()) for values in (np.asarray(band) for _, band in _bands(image))]
     low, high = np.min(extremes), np.max(extremes)  # not-a-number where any value is
-    ranges: Iterable[int] = (1, 255, 65535) if image.mode == "F" else (255, 65535)
-    for full_scale in ranges:
+    return _float_full_scale(low, high) if image.mode == "F" else _whole_full_scale(low, high)
+
+
+def _whole_full_scale(low: int, high: int) -> int:
+    for full_scale in (255, 65535):
         if low >= 0 and high <= full_scale:
             return full_scale
-    raise PictureError(f"values of mode {image.mode} must lie in 0..65535, found {low:.6g}..{high:.6g}.")
+    raise PictureError(f"values of mode I must lie in 0..65535, found {low}..{high}.")
+
+
+def _float_full_scale(low: float, high: float) -> int:
+    """The range of float values; a little more than a range is overshoot, what lies between two could be either."""
+    for full_scale in FLOAT_RANGES:
+        least = 0 if full_scale == FLOAT_RANGES[0] else full_scale / OVERSHOT_BY
+        if low >= -OVERSHOOT * full_scale and least <= high <= full_scale * (1 + OVERSHOOT):
+            return full_scale
+    raise PictureError(
+        f"float values must lie in 0..1, 0..255 or 0..65535 and reach a {OVERSHOT_BY}th of it, found "
+        f"{low:.6g}..{high:.6g}. Bring them to 0..1; of a picture of high dynamic range, map the tones first."
+    )

@@ -201,6 +201,28 @@ def test_integer_and_float_modes_find_their_range():
             load_picture(Image.fromarray(bad))
 
 
+def test_float_pictures_a_hair_outside_their_range_do_not_become_black():
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    expected = pixels(ramp).astype(int)
+    for full_scale in (1, 255, 65535):
+        for values in (ramp * 1.0005, ramp - 5e-4):
+            overshot = Image.fromarray((values * full_scale).astype(np.float32))
+            for source in (overshot, encoded(overshot, "TIFF"), encoded(overshot, "PPM")):
+                assert np.abs(pixels(source) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("brightest", [1.02, 1.5, 12.0, 300.0, 4000.0])
+def test_float_pictures_of_no_certain_range_are_refused(brightest: float):
+    values = np.linspace(0, brightest, 64, dtype=np.float32).reshape(8, 8)
+    for source in (Image.fromarray(values), encoded(Image.fromarray(values), "TIFF")):
+        with pytest.raises(ValueError, match=r"^picture 2: float values must lie in 0\.\.1, .* found 0\.\."):
+            load_picture(source, "picture 2")
+
+
+def test_a_dark_picture_in_a_ppm_file_of_sixteen_bits_stays_dark():
+    assert (pixels(b"P5\n4 4\n65535\n" + np.full(16, 200, dtype=">u2").tobytes()) == 1).all()
+
+
 def test_other_modes_become_rgb():
     assert (pixels(Image.new("1", (4, 4), 1)) == 255).all()
     assert (pixels(np.ones((4, 4), dtype=bool)) == 255).all()
