@@ -31,7 +31,7 @@ DECODING_ERRORS = (
     IndexError,
     AttributeError,
     EOFError,
-    OverflowError,
+    ArithmeticError,
     MemoryError,
     NotImplementedError,
     RuntimeError,
@@ -64,6 +64,9 @@ FLOAT_RANGES = (1, 255, 65535)
 
 OVERSHOT_BY = 16
 """A float picture whose brightest value is less than this part of a range is not taken to be of that range."""
+
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
+"""Numbers of TIFF tags."""
 
 Conversion = Callable[[Image.Image], Image.Image]
 """Turns a band of a picture, of any mode, into RGB."""
@@ -217,9 +220,11 @@ def _tone_mapping(image: Image.Image, primaries: int, transfer: int) -> Conversi
 def _grey_scaling(image: Image.Image) -> Conversion:
     """Scale 16-bit, 32-bit and float grey values to 8 bits."""
     full_scale = _full_scale(image)
+    is_negative = _tiff_tag(image, PHOTOMETRIC) == 0  # white is zero; Pillow turns only 8 bits and fewer
 
     def convert(band: Image.Image) -> Image.Image:
-        return _grey_on_white(scaled_to_uint8(np.asarray(band), full_scale), band)
+        grey = scaled_to_uint8(np.asarray(band), full_scale)
+        return _grey_on_white(255 - grey if is_negative else grey, band)
 
     return convert
 
@@ -240,15 +245,21 @@ def _grey_on_white(pixels: np.ndarray, band: Image.Image) -> Image.Image:
 def _full_scale(image: Image.Image) -> int:
     """The value of white.
 
-    The mode `I;16` is 16 bits by name. `I` and `F` do not tell their range, so the smallest usual one that holds the
-    values is taken: 0..1 (`F`), 0..255, 0..65535.
+    The mode `I;16` is 16 bits by name, of which TIFF files may use 12. `I` and `F` do not tell their range, so the
+    smallest usual one that holds the values is taken: 0..1 (`F`), 0..255, 0..65535.
     """
+    if image.mode.startswith("I;16") and _tiff_tag(image, BITS_PER_SAMPLE) == (12,):
+        return 4095
     # PPM files and, with older Pillow, PNG files of 16 bits have no mode of their own.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 65535
     extremes = [(values.min(), values.max()) for values in (np.asarray(band) for _, band in _bands(image))]
     low, high = np.min(extremes), np.max(extremes)  # not-a-number where any value is
     return _float_full_scale(low, high) if image.mode == "F" else _whole_full_scale(low, high)
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int | tuple[int, ...] | None:
+    return image.tag_v2.get(tag) if image.format == "TIFF" and hasattr(image, "tag_v2") else None
 
 
 def _whole_full_scale(low: int, high: int) -> int:

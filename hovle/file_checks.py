@@ -18,6 +18,13 @@ LOST_PLACE = ("bad Huffman code", "premature end of data segment", "found marker
 MAX_LEFT_OVER_BYTES = 8
 """Bytes between the last pixel of a JPEG and what follows that are taken for a camera's habit."""
 
+FAX = ("group3", "group4", "tiff_ccitt")
+"""Pillow's names of compressions in which libtiff paints over damage."""
+
+TIFF_SUBFILE_TYPE, TIFF_SAMPLES, TIFF_ROWS_PER_STRIP, TIFF_PLANAR = 254, 277, 278, 284
+TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT, TIFF_BYTE_COUNTS = 322, 323, 279
+TIFF_OFFSETS = {"strips": 273, "tiles": 324}
+
 
 class _Strictness:
     """How many threads are decoding, and what Pillow's switch for truncated files was before the first began."""
@@ -86,3 +93,37 @@ def refuse_lost_pixels(image: Image.Image, data: bytes) -> None:
     is_black = all(band.getextrema()[1] == 0 for band in image.split())
     if is_black and num_bytes > 256 + image.width * image.height // 256:
         raise PictureError("is damaged (its pixels cannot be decoded and would be black).")
+
+
+def check_tiff(image: Image.Image) -> None:
+    """Refuse a TIFF file that lists less than its picture, or shows a preview of another one."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if tags.get(TIFF_SUBFILE_TYPE, 0) == 1:
+        raise PictureError("shows a preview only, as camera raw files do; save the picture itself as TIFF or PNG.")
+    kind, expected = _tiff_parts(image)
+    if len(tags.get(TIFF_OFFSETS[kind], ())) < expected:
+        found = len(tags.get(TIFF_OFFSETS[kind], ()))
+        raise PictureError(
+            f"is damaged ({found} {kind} are listed where {image.width} x {image.height} take {expected})."
+        )
+
+
+def _tiff_parts(image: Image.Image) -> tuple[str, int]:
+    """Whether a TIFF is made of strips or tiles, and of how many."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    width, height = tags[256], tags[257]  # as stored, not as turned upright
+    if TIFF_OFFSETS["strips"] in tags:
+        kind, num_parts = "strips", -(-height // tags.get(TIFF_ROWS_PER_STRIP, height))
+    else:
+        kind, num_parts = "tiles", -(-width // tags[TIFF_TILE_WIDTH]) * -(-height // tags[TIFF_TILE_HEIGHT])
+    return kind, num_parts * (tags.get(TIFF_SAMPLES, 1) if tags.get(TIFF_PLANAR) == 2 else 1)
+
+
+def refuse_lost_fax(image: Image.Image) -> None:
+    """Refuse a fax of one colour that holds more than that takes: libtiff lost its place and filled the rest."""
+    image.load()
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    row = 1 if image.info["compression"] == "group4" else 40  # fax machines fill up rows of group 3
+    is_blank = len(set(image.convert("L").getextrema())) == 1
+    if is_blank and sum(tags.get(TIFF_BYTE_COUNTS, ())) > 256 + image.height * row:
+        raise PictureError("is damaged (its pixels cannot be decoded and would be of one colour).")

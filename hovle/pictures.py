@@ -29,7 +29,14 @@ from PIL import Image, UnidentifiedImageError
 
 from .colours import DECODING_ERRORS, SIDEWAYS, UNKNOWN, PictureError, orientation_of, scaled_to_uint8, to_upright_rgb
 from .documents import BEGINNING, document_kind
-from .file_checks import refuse_lost_pixels, refusing_truncated_files, strictly_decoded
+from .file_checks import (
+    FAX,
+    check_tiff,
+    refuse_lost_fax,
+    refuse_lost_pixels,
+    refusing_truncated_files,
+    strictly_decoded,
+)
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -339,6 +346,10 @@ def _decode(data: io.BytesIO) -> Image.Image:
         _check_size(image)
         if image.format in ("JPEG", "MPO"):
             image = strictly_decoded(image, data.getvalue())
+        if image.format == "TIFF":
+            check_tiff(image)
+            if image.info.get("compression") in FAX:
+                refuse_lost_fax(image)
         if image.format == "JPEG2000":
             refuse_lost_pixels(image, data.getvalue())
         return to_upright_rgb(image, primaries, transfer)

@@ -7,6 +7,7 @@ import gzip
 import http.server
 import io
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -448,6 +449,60 @@ def test_a_jpeg_2000_that_becomes_black_is_refused_and_a_black_one_is_not():
     data[data.index(b"\xff\x5c") + 5] = 0xA7  # the exponent of the lowest frequencies
     with pytest.raises(ValueError, match="would be black"):
         load_picture(bytes(data))
+
+
+def tiff(strips: list[bytes], height: int, bits: int = 8, photometric: int = 1, width: int = 8) -> bytes:
+    """An uncompressed grey TIFF of strips with 4 rows each, little-endian."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 4, 279: 0}
+    tables = 8 + 2 + 12 * len(tags) + 4
+    data = tables + 8 * len(strips)
+    offsets = [data + sum(map(len, strips[:number])) for number in range(len(strips))]
+    for tag, values, place in ((273, offsets, tables), (279, list(map(len, strips)), tables + 4 * len(strips))):
+        tags[tag] = values[0] if len(strips) == 1 else place
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, len(strips) if tag in (273, 279) else 1, value) for tag, value in tags.items()
+    )
+    lengths = struct.pack(f"<{2 * len(strips)}I", *offsets, *map(len, strips))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + lengths + b"".join(strips)
+
+
+def test_a_tiff_that_lists_fewer_strips_than_it_has_rows_is_refused():
+    strip = bytes([200]) * 32
+    assert (pixels(tiff([strip] * 4, height=16)) == 200).all()
+    with pytest.raises(ValueError, match=r"^picture 2: is damaged \(2 strips are listed where 8 x 16 take 4\)"):
+        load_picture(tiff([strip] * 2, height=16), "picture 2")
+    with pytest.raises(ValueError, match=r"1 strips are listed where 8 x 2228272 take 557068"):
+        load_picture(tiff([strip], height=2_228_272))
+
+
+def test_a_tiff_of_twelve_bits_has_white_at_4095():
+    assert (pixels(tiff([b"\xff" * 48], height=4, bits=12)) == 255).all()
+    assert (pixels(tiff([b"\x80\x08\x00" * 16], height=4, bits=12)) == 128).all()  # 2048
+
+
+def test_a_tiff_of_sixteen_bits_in_which_zero_is_white_is_no_negative():
+    ramp = np.linspace(0, 65535, 32).astype("<u2")
+    expected = pixels(tiff([ramp.tobytes()], height=4, bits=16))
+    assert np.array_equal(pixels(tiff([(65535 - ramp).tobytes()], height=4, bits=16, photometric=0)), expected)
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
+def test_a_fax_that_becomes_blank_is_refused_and_a_blank_one_is_not(compression):
+    for colour in (0, 1):
+        blank = Image.new("1", (1700, 2200), colour)
+        assert (pixels(encoded(blank, "TIFF", compression=compression)) == colour * 255).all()
+    data = encoded(photograph().convert("1"), "TIFF", compression=compression)
+    assert pixels(data).any()
+    start, length = (Image.open(io.BytesIO(data)).tag_v2[tag][0] for tag in (273, 279))
+    filling = b"\xff" if compression == "group4" else b"\x00"
+    with pytest.raises(ValueError, match="would be of one colour"):
+        load_picture(data[:start] + filling * length + data[start + length :])
+
+
+def test_the_preview_in_a_camera_raw_file_is_not_taken_for_its_picture():
+    data = encoded(sample(), "TIFF", tiffinfo={254: 1})
+    with pytest.raises(ValueError, match="shows a preview only"):
+        load_picture(data)
 
 
 def test_huge_pictures_are_refused_by_their_header():
