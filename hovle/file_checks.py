@@ -18,12 +18,24 @@ LOST_PLACE = ("bad Huffman code", "premature end of data segment", "found marker
 MAX_LEFT_OVER_BYTES = 8
 """Bytes between the last pixel of a JPEG and what follows that are taken for a camera's habit."""
 
+MAX_SCANS = 100
+"""Scans of a JPEG, as in libtiff; programs write 1 to a dozen or two, and each takes time for all pixels."""
+
+MAX_SCANNED_PIXELS = 2_000_000_000
+"""Pixels of a JPEG times its scans: 11 scans of the largest picture, about 5 seconds."""
+
 FAX = ("group3", "group4", "tiff_ccitt")
 """Pillow's names of compressions in which libtiff paints over damage."""
 
 TIFF_SUBFILE_TYPE, TIFF_SAMPLES, TIFF_ROWS_PER_STRIP, TIFF_PLANAR = 254, 277, 278, 284
 TIFF_TILE_WIDTH, TIFF_TILE_HEIGHT, TIFF_BYTE_COUNTS = 322, 323, 279
 TIFF_OFFSETS = {"strips": 273, "tiles": 324}
+
+
+JPEG_MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])", re.DOTALL)
+"""A marker that begins a segment with a length, or ends the picture."""
+
+START_OF_SCAN = 0xDA
 
 
 class _Strictness:
@@ -54,7 +66,53 @@ def refusing_truncated_files() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
-def strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
+def checked(image: Image.Image, data: bytes) -> Image.Image:
+    """The picture after the checks of its format, perhaps decoded.
+
+    Args:
+        image: As opened by Pillow.
+        data: All bytes of its file.
+
+    Raises:
+        PictureError: When its pixels are damaged, not all there, or made to take for ever.
+    """
+    if image.format in ("JPEG", "MPO"):
+        refuse_endless_scans(image, data)
+        return _strictly_decoded(image, data)
+    if image.format == "TIFF":
+        _check_tiff(image)
+        if image.info.get("compression") in FAX:
+            _refuse_lost_fax(image)
+    if image.format == "JPEG2000":
+        _refuse_lost_pixels(image, data)
+    return image
+
+
+def refuse_endless_scans(image: Image.Image, data: bytes) -> None:
+    """Refuse a JPEG whose scans repeat until decoding takes minutes: a few bytes each, over all pixels."""
+    most = min(MAX_SCANS, max(1, MAX_SCANNED_PIXELS // (image.width * image.height)))
+    if _has_one_scan(image, data) or data.count(b"\xff\xda") <= most:  # metadata may hold the same two bytes
+        return
+    num_scans = sum(marker == START_OF_SCAN for marker, _, _ in _segments(data))
+    if num_scans > most:
+        raise PictureError(f"has {num_scans} scans; JPEGs of {image.width} x {image.height} may have {most}.")
+
+
+def _has_one_scan(image: Image.Image, data: bytes) -> bool:
+    """Whether the first scan of a JPEG holds all of every pixel; decoders stop after it."""
+    first = next((start for marker, start, _ in _segments(data) if marker == START_OF_SCAN), len(data))
+    return "progressive" not in image.info and data[first + 4 : first + 5] == bytes([len(image.getbands())])
+
+
+def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
+    """Marker, start and end of each segment of the first picture in a JPEG file, up to its last scan."""
+    offset = 2
+    while (found := JPEG_MARKER.search(data, offset)) and found[1] != b"\xd9":
+        offset = found.end() + int.from_bytes(data[found.end() : found.end() + 2])
+        yield found[1][0], found.start(), offset
+
+
+def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
     """A JPEG with simplejpeg's pixels, where it is installed: Pillow's in less time, and damage is told."""
     try:
         import simplejpeg
@@ -86,7 +144,7 @@ def _is_damage(warning: str, data: bytes) -> bool:
     return any(words in warning for words in LOST_PLACE)
 
 
-def refuse_lost_pixels(image: Image.Image, data: bytes) -> None:
+def _refuse_lost_pixels(image: Image.Image, data: bytes) -> None:
     """Refuse a JPEG 2000 file that became black although it holds more than black takes: OpenJPEG lost its place."""
     image.load()
     num_bytes = len(data) - data.find(b"\xff\x93")  # where the pixels begin
@@ -95,7 +153,7 @@ def refuse_lost_pixels(image: Image.Image, data: bytes) -> None:
         raise PictureError("is damaged (its pixels cannot be decoded and would be black).")
 
 
-def check_tiff(image: Image.Image) -> None:
+def _check_tiff(image: Image.Image) -> None:
     """Refuse a TIFF file that lists less than its picture, or shows a preview of another one."""
     tags = image.tag_v2  # type: ignore[attr-defined]
     if tags.get(TIFF_SUBFILE_TYPE, 0) == 1:
@@ -119,7 +177,7 @@ def _tiff_parts(image: Image.Image) -> tuple[str, int]:
     return kind, num_parts * (tags.get(TIFF_SAMPLES, 1) if tags.get(TIFF_PLANAR) == 2 else 1)
 
 
-def refuse_lost_fax(image: Image.Image) -> None:
+def _refuse_lost_fax(image: Image.Image) -> None:
     """Refuse a fax of one colour that holds more than that takes: libtiff lost its place and filled the rest."""
     image.load()
     tags = image.tag_v2  # type: ignore[attr-defined]

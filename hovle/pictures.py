@@ -29,14 +29,7 @@ from PIL import Image, UnidentifiedImageError
 
 from .colours import DECODING_ERRORS, SIDEWAYS, UNKNOWN, PictureError, orientation_of, scaled_to_uint8, to_upright_rgb
 from .documents import BEGINNING, document_kind
-from .file_checks import (
-    FAX,
-    check_tiff,
-    refuse_lost_fax,
-    refuse_lost_pixels,
-    refusing_truncated_files,
-    strictly_decoded,
-)
+from .file_checks import checked, refuse_endless_scans, refusing_truncated_files
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -145,6 +138,7 @@ def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
             is_plain = header.format == "JPEG" and header.mode in ("RGB", "L") and not header.info.get("icc_profile")
             if not is_plain or orientation_of(header) != 1:
                 return None
+            refuse_endless_scans(header, data)
         return simplejpeg.decode_jpeg(data, "RGB")  # strict: raises on what Pillow calls truncated
     except (ImportError, PictureError, *DECODING_ERRORS):
         return None
@@ -344,15 +338,7 @@ def _decode(data: io.BytesIO) -> Image.Image:
         image = _open_image(data)
         primaries, transfer = _colour_codes(image.format, data.getvalue())
         _check_size(image)
-        if image.format in ("JPEG", "MPO"):
-            image = strictly_decoded(image, data.getvalue())
-        if image.format == "TIFF":
-            check_tiff(image)
-            if image.info.get("compression") in FAX:
-                refuse_lost_fax(image)
-        if image.format == "JPEG2000":
-            refuse_lost_pixels(image, data.getvalue())
-        return to_upright_rgb(image, primaries, transfer)
+        return to_upright_rgb(checked(image, data.getvalue()), primaries, transfer)
 
 
 def _colour_codes(file_format: str | None, data: bytes) -> tuple[int, int]:

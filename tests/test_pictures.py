@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from hovle import HoVLEImageProcessor, hdr, pictures
-from hovle.pictures import load_picture, picture_size
+from hovle import HoVLEImageProcessor, file_checks, hdr, pictures
+from hovle.pictures import decode_plain_jpeg, load_picture, picture_size
 
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
@@ -424,6 +424,21 @@ def test_the_error_of_a_damaged_jpeg_says_what_was_found():
     middle = len(data) // 2
     with pytest.raises(ValueError, match=r"^picture 2: is damaged \(Corrupt JPEG data: "):
         load_picture(data[:middle] + bytes(400) + data[middle + 400 :], "picture 2")
+
+
+def test_a_jpeg_whose_scans_repeat_is_refused_before_they_are_decoded(monkeypatch):
+    plain = encoded(Image.new("L", (3000, 3000), 128), "JPEG", progressive=True)
+    last = plain[plain.rindex(b"\xff\xc4", 0, plain.rindex(b"\xff\xda")) : -2]
+    thumbnail = b"\xff\xe1" + (2 + 4 * 150).to_bytes(2) + b"\xff\xda\0\2" * 150
+    assert load_picture(plain[:2] + thumbnail + plain[2:]).size == (3000, 3000)  # markers in metadata are no scans
+    for most, copies in ((pictures.MAX_PIXELS, 2000), (3000 * 3000, 95)):
+        data = plain[:-2] + last * copies + plain[-2:]
+        monkeypatch.setattr(file_checks, "MAX_SCANNED_PIXELS", most * 11)
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"^picture 2: has \d+ scans; JPEGs of 3000 x 3000 may have"):
+            load_picture(data, "picture 2")
+        assert decode_plain_jpeg(data) is None
+        assert time.monotonic() - started < 1
 
 
 def test_jpegs_with_harmless_oddities_load():
