@@ -13,7 +13,6 @@ import contextlib
 import http.client
 import io
 import os
-import struct
 import threading
 import time
 import urllib.parse
@@ -30,6 +29,9 @@ from PIL import Image, UnidentifiedImageError
 from .colours import DECODING_ERRORS, SIDEWAYS, UNKNOWN, PictureError, orientation_of, scaled_to_uint8, to_upright_rgb
 from .documents import BEGINNING, document_kind
 from .file_checks import checked, refuse_endless_scans, refusing_truncated_files
+from .png_chunks import SIGNATURE as PNG_SIGNATURE
+from .png_chunks import examine as examine_png
+from .png_chunks import tells_orientation_late
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -106,13 +108,31 @@ def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
     with _naming(_label(Path(source) if isinstance(source, str) else source, None, None)):
         if not isinstance(source, bytes):
             _check_file(Path(source))
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with refusing_truncated_files(), _open_image(file) as image:
+        upright = _size_in_header(source)
+        if upright is None:
+            upright = _load(source, None if isinstance(source, bytes) else "path").size
+        return upright[1], upright[0]
+
+
+def _size_in_header(source: str | os.PathLike | bytes) -> tuple[int, int] | None:
+    """Width and height of the upright picture; None where the file must be decoded to know."""
+    with refusing_truncated_files():
+        try:
+            image = _open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
+        except DECODING_ERRORS:  # perhaps for metadata only
+            return None
+        with image:
             width, height = _check_size(image).size
             if image.format == "TIFF":  # versions of Pillow differ in whether its header gives the upright size
-                width, height = _load(source, None if isinstance(source, bytes) else "path").size
-                return height, width
-            return (width, height) if orientation_of(image) in SIDEWAYS else (height, width)
+                return None
+            if image.format == "PNG" and _tells_orientation_late(source):
+                return None
+            return (height, width) if orientation_of(image) in SIDEWAYS else (width, height)
+
+
+def _tells_orientation_late(source: str | os.PathLike | bytes) -> bool:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
+        return tells_orientation_late(file)
 
 
 def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
@@ -333,30 +353,24 @@ def _decode(data: io.BytesIO) -> Image.Image:
     """Decode the bytes of a picture file after a look at its header."""
     if not data.getbuffer().nbytes:
         raise PictureError("is empty (0 bytes).")
+    png = examine_png(data.getvalue()) if data.getvalue().startswith(PNG_SIGNATURE) else None
     with refusing_truncated_files(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = _open_image(data)
-        primaries, transfer = _colour_codes(image.format, data.getvalue())
-        _check_size(image)
+        image = _check_size(_open_image(io.BytesIO(png.data) if png else data))
+        primaries, transfer = png[2:] if png else (UNKNOWN, UNKNOWN)
+        if png and png.profile:
+            image.info["icc_profile"] = png.profile
+        if image.format == "AVIF":
+            primaries, transfer = _avif_codes(data.getvalue())
         return to_upright_rgb(checked(image, data.getvalue()), primaries, transfer)
 
 
-def _colour_codes(file_format: str | None, data: bytes) -> tuple[int, int]:
-    """The numbers of primaries and transfer function that a PNG (chunk `cICP`) or an AVIF (box `colr`) names.
-
-    Pillow does not tell them.
-    """
-    if file_format == "AVIF" and (start := data.find(b"colrnclx")) >= 0:
-        return int.from_bytes(data[start + 8 : start + 10]), int.from_bytes(data[start + 10 : start + 12])
-    offset = 8
-    while file_format == "PNG" and offset + 10 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, offset)
-        if name == b"cICP":
-            return data[offset + 8], data[offset + 9]
-        if name == b"IDAT":  # where the pixels begin, all has been said
-            break
-        offset += 12 + length
-    return UNKNOWN, UNKNOWN
+def _avif_codes(data: bytes) -> tuple[int, int]:
+    """The numbers of primaries and transfer function that an AVIF file names in its box `colr`; Pillow does not."""
+    start = data.find(b"colrnclx")
+    if start < 0:
+        return UNKNOWN, UNKNOWN
+    return int.from_bytes(data[start + 8 : start + 10]), int.from_bytes(data[start + 10 : start + 12])
 
 
 def _check_size(image: Image.Image) -> Image.Image:

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from hovle import HoVLEImageProcessor, file_checks, hdr, pictures
+from hovle import HoVLEImageProcessor, file_checks, hdr, pictures, png_chunks
 from hovle.pictures import decode_plain_jpeg, load_picture, picture_size
 
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
@@ -274,7 +274,8 @@ def test_the_size_is_read_without_the_pixels_and_what_is_no_picture_is_refused(t
     truncated.write_bytes(encoded(sample(), "TIFF")[:-900])
     for bad, message in (
         (truncated, "^[^:]*cut.tif: cannot be decoded"),
-        (b"", "not a picture file"),
+        (b"", "is empty"),
+        (b"words", "not a picture file"),
         (tmp_path / "gone.png", "gone.png: no such file"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -520,9 +521,70 @@ def test_the_preview_in_a_camera_raw_file_is_not_taken_for_its_picture():
         load_picture(data)
 
 
+def with_chunk(data: bytes, name: bytes, body: bytes, before: bytes = b"IDAT", checksum: bytes | None = None) -> bytes:
+    """A PNG with one more chunk."""
+    place = data.index(before) - 4
+    checksum = checksum or zlib.crc32(name + body).to_bytes(4)
+    return data[:place] + len(body).to_bytes(4) + name + body + checksum + data[place:]
+
+
+def test_a_png_whose_checksums_are_wrong_is_refused():
+    data = encoded(photograph())
+    unfinished = data[: len(data) * 6 // 10].ljust(len(data) - 12, b"\0") + data[-12:]
+    middle = data.index(b"IDAT") + 500
+    changed = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    clear = with_chunk(data, b"tRNS", bytes(6), checksum=b"none")
+    for damaged, name in ((unfinished, "IDAT"), (changed, "IDAT"), (clear, "tRNS")):
+        with pytest.raises(ValueError, match=rf"^picture 2: is damaged \(the checksum of a chunk {name} is wrong"):
+            load_picture(damaged, "picture 2")
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_a_png_with_large_or_damaged_metadata_loads(before: bytes):
+    sound, text = encoded(sample()), zlib.compress(b"a" * 2**21)
+    for name, body, checksum in (
+        (b"zTXt", b"diagram\0\0" + text, None),
+        (b"iTXt", b"diagram\0\1\0\0\0" + text, None),
+        (b"tEXt", b"words\0words", b"none"),
+        (b"pHYs", bytes(3), None),
+        (b"gAMA", bytes(3), None),
+        (b"cHRM", bytes(31), None),
+    ):
+        data = with_chunk(sound, name, body, before, checksum)
+        assert np.array_equal(pixels(data), sample()), name
+        assert picture_size(data) == (30, 40)
+
+
+def test_a_png_with_a_large_colour_profile_becomes_srgb(monkeypatch):
+    profile = swapped_profile()
+    profile = (len(profile) + 2**21).to_bytes(4) + profile[4:] + bytes(2**21)
+    data = with_chunk(encoded(Image.new("RGB", (4, 4), "red")), b"iCCP", b"big\0\0" + zlib.compress(profile))
+    assert np.abs(pixels(data)[0, 0].astype(int) - (0, 255, 0)).max() <= 2
+    monkeypatch.setattr(png_chunks, "MAX_PROFILE_BYTES", 2**20)
+    with pytest.raises(ValueError, match="colour profile of more than 1 MiB"):
+        load_picture(data)
+
+
+@pytest.mark.parametrize("kind", ["exif", "xmp"])
+def test_an_orientation_behind_the_pixels_of_a_png_counts_for_its_size(kind: str, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    name, body = {
+        "exif": (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")),
+        "xmp": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    }[kind]
+    data = with_chunk(encoded(sample()), name, body, before=b"IEND")
+    (tmp_path / "late.png").write_bytes(data)
+    loaded = load_picture(data)
+    assert loaded.size == (30, 40)
+    assert picture_size(data) == picture_size(tmp_path / "late.png") == (40, 30)
+
+
 def test_huge_pictures_are_refused_by_their_header():
     header = bytearray(encoded(Image.new("1", (8, 8))))
     header[16:24] = (60_000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
     started = time.monotonic()
     for limit in (Image.MAX_IMAGE_PIXELS, None):
         with pytest.MonkeyPatch.context() as patch:
