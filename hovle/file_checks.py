@@ -122,6 +122,9 @@ def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
     try:
         pixels = simplejpeg.decode_jpeg(data, colours)
     except ValueError as error:
+        clean = _without_stray_bytes(data)
+        if len(clean) < len(data):
+            return _strictly_decoded(image, clean)
         if _is_damage(str(error), data):
             raise PictureError(f"is damaged ({error}).") from error
         return image
@@ -130,6 +133,16 @@ def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
     decoded = Image.fromarray(pixels.squeeze(-1) if colours == "GRAY" else pixels)
     decoded.info = image.info
     return decoded
+
+
+def _without_stray_bytes(data: bytes) -> bytes:
+    """A JPEG without what lies between the segments before its pixels: decoders skip that, simplejpeg refuses it."""
+    parts = [data[:2]]
+    for marker, start, end in _segments(data):
+        if marker == START_OF_SCAN:
+            return b"".join([*parts, data[start:]])
+        parts.append(data[start:end])
+    return data
 
 
 def _is_damage(warning: str, data: bytes) -> bool:

@@ -459,6 +459,21 @@ def test_jpegs_with_harmless_oddities_load():
         assert np.array_equal(pixels(changed), sound), name
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["plain", "progressive"])
+@pytest.mark.parametrize("before", [b"\xff\xdb", b"\xff\xc4", b"\xff\xda"], ids=["tables", "codes", "pixels"])
+@pytest.mark.parametrize(
+    "stray", [b" " * 9, b"\xff\x00" * 1000, bytes(40) + b"\xff" * 3], ids=["few", "many", "filled"]
+)
+def test_bytes_between_the_header_segments_of_a_jpeg_do_no_harm_and_hide_no_damage(before, stray, options):
+    data = encoded(photograph(), "JPEG", **options)
+    sound, place = pixels(data), data.index(before)
+    odd = data[:place] + stray + data[place:]
+    assert np.array_equal(pixels(odd), sound)
+    middle = len(odd) - len(data) // 3
+    with pytest.raises(ValueError, match="is damaged"):
+        load_picture(odd[:middle] + bytes(400) + odd[middle + 400 :])
+
+
 def test_a_jpeg_2000_that_becomes_black_is_refused_and_a_black_one_is_not():
     data = bytearray(encoded(sample(32, 32), "JPEG2000"))
     assert not pixels(encoded(Image.new("RGB", (640, 480)), "JPEG2000")).any()
