@@ -476,7 +476,8 @@ def test_bytes_between_the_header_segments_of_a_jpeg_do_no_harm_and_hide_no_dama
 
 def test_a_jpeg_2000_that_becomes_black_is_refused_and_a_black_one_is_not():
     data = bytearray(encoded(sample(32, 32), "JPEG2000"))
-    assert not pixels(encoded(Image.new("RGB", (640, 480)), "JPEG2000")).any()
+    for options in ({}, {"tile_size": (64, 64)}):
+        assert not pixels(encoded(Image.new("RGB", (640, 480)), "JPEG2000", **options)).any()
     data[data.index(b"\xff\x5c") + 5] = 0xA7  # the exponent of the lowest frequencies
     with pytest.raises(ValueError, match="would be black"):
         load_picture(bytes(data))
@@ -594,6 +595,22 @@ def test_an_orientation_behind_the_pixels_of_a_png_counts_for_its_size(kind: str
     loaded = load_picture(data)
     assert loaded.size == (30, 40)
     assert picture_size(data) == picture_size(tmp_path / "late.png") == (40, 30)
+
+
+def test_a_jpeg_2000_that_becomes_black_but_for_a_corner_is_refused_and_a_small_bright_spot_is_not():
+    data = encoded(photograph(), "JPEG2000")
+    spot = photograph()
+    spot.paste((0, 0, 0), (0, 0, 320, 200))
+    spot.paste((0, 0, 0), (20, 0, 320, 240))
+    for mode in ("RGB", "L", "RGBA"):
+        assert np.array_equal(pixels(encoded(spot.convert(mode), "JPEG2000")), spot.convert(mode).convert("RGB"))
+    for mode in ("RGB", "RGBA"):
+        lost = Image.new("RGB", photograph().size)
+        lost.paste(photograph().crop((0, 0, 36, 36)))
+        lost = lost.convert(mode)
+        lost.format = "JPEG2000"
+        with pytest.raises(file_checks.PictureError, match="would be black"):
+            file_checks.checked(lost, data)
 
 
 def test_huge_pictures_are_refused_by_their_header():
