@@ -362,7 +362,28 @@ def _decode(data: io.BytesIO) -> Image.Image:
             image.info["icc_profile"] = png.profile
         if image.format == "AVIF":
             primaries, transfer = _avif_codes(data.getvalue())
-        return to_upright_rgb(checked(image, data.getvalue()), primaries, transfer)
+        image = checked(image, data.getvalue())
+        return to_upright_rgb(_without_gaps(image, data.getvalue()), primaries, transfer)
+
+
+def _without_gaps(image: Image.Image, data: bytes) -> Image.Image:
+    """Replace what a file does not say about transparency, where Pillow guesses."""
+    if image.format in ("TGA", "BMP", "DIB") and image.mode in ("RGBA", "LA"):
+        has_no_alpha = image.format == "TGA" and not data[17] & 15  # bits of alpha, by the header
+        if has_no_alpha or not image.getchannel("A").getextrema()[1]:  # or all is clear: the byte is not used
+            return image.convert(image.mode.removesuffix("A"))
+    if image.format == "GIF" and image.tile and image.tile[0][1] != (0, 0, *image.size):  # type: ignore[attr-defined]
+        return _on_white_canvas(image, image.tile[0][1])  # type: ignore[attr-defined]
+    return image
+
+
+def _on_white_canvas(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """A picture of which only a part is drawn; Pillow fills the rest with some colour, browsers leave it clear."""
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    part = image.crop(box)
+    canvas.paste(part.convert("RGB"), box, part.convert("RGBA"))
+    return canvas
 
 
 def _avif_codes(data: bytes) -> tuple[int, int]:

@@ -135,6 +135,46 @@ def test_transparency_lies_on_white():
     assert ((half > 120) & (half < 135)).all()
 
 
+def test_the_fourth_byte_of_a_tga_or_bmp_that_holds_no_alpha_is_not_taken_for_it():
+    clear = sample().convert("RGBA")
+    clear.putalpha(0)
+    tga = bytearray(encoded(clear, "TGA"))
+    bitmap = encoded(clear, "BMP")
+    assert np.array_equal(pixels(bytes(tga)), sample())
+    assert np.array_equal(pixels(bmp_with_alpha_mask(bitmap)), sample())
+    clear.putalpha(Image.new("L", clear.size, 128))
+    tga = bytearray(encoded(clear, "TGA"))
+    assert pixels(bytes(tga)).min() > 120  # on white
+    tga[17] &= 0xF0
+    assert np.array_equal(pixels(bytes(tga)), sample())
+
+
+def bmp_with_alpha_mask(data: bytes) -> bytes:
+    """A BMP of 32 bits whose header, of version 4, names which bits are alpha."""
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    header = (108).to_bytes(4, "little") + data[18:30] + (3).to_bytes(4, "little") + data[34:54] + masks
+    start = 14 + len(header)
+    rows = data[int.from_bytes(data[10:14], "little") :]
+    return (
+        data[:2] + (start + len(rows)).to_bytes(4, "little") + bytes(4) + start.to_bytes(4, "little") + header + rows
+    )
+
+
+def test_what_the_first_frame_of_a_gif_leaves_free_is_white():
+    image = Image.new("P", (50, 40), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(0, (0, 0, 10, 10))
+    for options, corner in (({}, BLACK), ({"transparency": 0}, WHITE)):
+        data = bytearray(encoded(image, "GIF", **options))
+        data[6:10] = struct.pack("<HH", 100, 90)
+        frame = data.index(b"\x2c" + bytes(4))
+        data[frame + 1 : frame + 5] = struct.pack("<HH", 30, 20)
+        expected = Image.new("RGB", (100, 90), "white")
+        expected.paste((255, 0, 0), (30, 20, 80, 60))
+        expected.paste(corner, (30, 20, 40, 30))
+        assert np.array_equal(pixels(bytes(data)), expected)
+
+
 def test_palette_pictures_keep_their_colours_and_lose_their_transparency():
     image = sample().convert("P", palette=Image.Palette.ADAPTIVE)
     assert np.array_equal(pixels(encoded(image)), np.asarray(image.convert("RGB")))
