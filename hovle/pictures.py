@@ -439,7 +439,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
         return scaled_to_uint8(array, 65535)
     if array.dtype.kind not in "iuf":
         raise PictureError(f"arrays of {array.dtype} are not pictures.")
@@ -447,6 +447,8 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind in "iu":
         if low < 0 or high > 255:
             raise PictureError(f"whole-number arrays must lie in 0..255 (uint16: 0..65535), found {low}..{high}.")
+        if high == 1:
+            raise PictureError(f"an array of {array.dtype} with values 0 and 1 would be black. Make it bool or float.")
         return array.astype(np.uint8)
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # resizing overshoots a little; not-a-number fails here too
         raise PictureError(

@@ -84,6 +84,14 @@ def test_every_source_gives_the_same_picture(tmp_path: Path):
     assert np.array_equal(pixels(str(path), kind="path"), array)
 
 
+def test_the_byte_order_of_an_array_does_not_matter():
+    values = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    for array in (values, values // 300, values / np.float32(65535)):
+        expected = pixels(array)
+        for order in "<>":
+            assert np.array_equal(pixels(array.astype(array.dtype.newbyteorder(order))), expected)
+
+
 def test_a_torch_picture_three_pixels_wide_has_its_channels_first():
     array = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     assert np.array_equal(pixels(array), array)
@@ -103,6 +111,7 @@ def test_bfloat16_and_gradients_do_not_matter():
         (np.full((4, 4, 3), np.nan), "0..1"),
         (np.full((4, 4, 3), 300), "0..255"),
         (np.full((4, 4, 3), -1), "0..255"),
+        (np.eye(4, dtype=np.int64), "would be black"),
         (np.zeros((5, 6, 2), dtype=np.uint8), "(H, W)"),
         (np.zeros((2, 4, 4, 3), dtype=np.uint8), "(H, W)"),
         (np.zeros((0, 4, 3), dtype=np.uint8), "no pixels"),
