@@ -5,6 +5,7 @@ Pillow, memory holds one band of intermediate values. All conversions look at on
 show.
 """
 
+import functools
 import io
 import struct
 from collections.abc import Callable, Iterator
@@ -67,6 +68,9 @@ OVERSHOT_BY = 16
 
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 """Numbers of TIFF tags."""
+
+SRGB_TOLERANCE = 4
+"""Levels of 255 by which profiles of sRGB differ among each other."""
 
 Conversion = Callable[[Image.Image], Image.Image]
 """Turns a band of a picture, of any mode, into RGB."""
@@ -186,14 +190,28 @@ def _profile_conversion(image: Image.Image) -> Conversion | None:
     is_ready = image.mode in ("L", "RGB", "CMYK") if out_mode == "RGB" else image.mode == "RGBA"
     in_mode = image.mode if is_ready else out_mode
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        name = ImageCms.getProfileDescription(source).lower()
-        if "srgb" in name and "linear" not in name:
+        if _is_srgb(data):
             return None
+        source = ImageCms.ImageCmsProfile(io.BytesIO(data))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), in_mode, out_mode)
     except (*DECODING_ERRORS, ImageCms.PyCMSError):  # damaged metadata, or a profile of another mode
         return None
     return lambda band: transform.apply(band if is_ready else band.convert(in_mode))
+
+
+@functools.lru_cache(maxsize=8)
+def _is_srgb(profile: bytes) -> bool:
+    """Whether a colour profile is called sRGB and is; linear ones bear the name, too."""
+    from PIL import ImageCms
+
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "srgb" not in ImageCms.getProfileDescription(source).lower():
+        return False
+    levels = np.arange(0, 256, 17, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(len(levels), -1, 3)
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+    found = np.asarray(transform.apply(Image.fromarray(colours)))
+    return bool(np.abs(found.astype(int) - colours).max() <= SRGB_TOLERANCE)
 
 
 def _tone_mapping(image: Image.Image, primaries: int, transfer: int) -> Conversion:

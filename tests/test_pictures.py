@@ -745,6 +745,35 @@ def test_embedded_colour_profiles_become_srgb():
     assert tuple(pixels(encoded(clear, icc_profile=swapped_profile()))[0, 0]) == WHITE
 
 
+def profile_with_gamma(name: str, gamma: float) -> bytes:
+    """An ICC profile with the colours of sRGB, another curve of tones, and a name."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    number = int.from_bytes(profile[128:132])
+    entries = [struct.unpack_from(">4sII", profile, 132 + 12 * place) for place in range(number)]
+    contents = {tag: profile[start : start + length] for tag, start, length in entries}
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    contents |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    text = name.encode("utf-16-be")
+    contents[b"desc"] = b"mluc" + bytes(4) + struct.pack(">II4sII", 1, 12, b"enUS", len(text), 28) + text
+    table, body = b"", b""
+    for tag, content in contents.items():
+        start = 132 + 12 * number + len(body)
+        table += struct.pack(">4sII", tag, start, len(content))
+        body += content + bytes(-len(content) % 4)
+    data = profile[4:132] + table + body
+    return (len(data) + 4).to_bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    ("name", "gamma"), [("sRGB-elle-V2-g10.icc", 1.0), ("scRGB linear sRGB", 1.0), ("Rec709", 1.0)]
+)
+def test_a_linear_profile_counts_whatever_its_name(name, gamma):
+    grey = Image.new("RGB", (4, 4), (55,) * 3)
+    for file_format in ("PNG", "JPEG"):
+        found = pixels(encoded(grey, file_format, icc_profile=profile_with_gamma(name, gamma)))
+        assert np.abs(found.astype(int) - 128).max() <= 1
+
+
 def test_a_damaged_or_unfit_profile_leaves_the_pixels_alone():
     image = sample()
     for profile in (b"no profile", swapped_profile()[:200]):
