@@ -45,6 +45,9 @@ MAX_SECONDS = 10.0
 MAX_REDIRECTS = 5
 """Redirects followed by one download."""
 
+UNQUOTED = "/%:@!$&'()*+,;=?~[]|{}^`\"<>\\"
+"""ASCII characters that stay as they are in the path and the query of a URL."""
+
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
 
@@ -169,7 +172,7 @@ def _label(source: Any, name: str | None, kind: Kind | None) -> str:
     where = None
     if isinstance(source, os.PathLike) or kind == "path":
         where = os.fspath(source)
-    elif isinstance(source, str) and kind != "base64" and not source.startswith("data:"):
+    elif isinstance(source, str) and kind != "base64" and not _is_data_url(source):
         where = source if len(source) <= 300 else None  # longer is base64, not a name
     elif isinstance(source, Image.Image):
         where = getattr(source, "filename", None)
@@ -224,9 +227,9 @@ def _check_file(file: Path) -> None:
 
 def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
     """Find the bytes a string stands for: a URL, an existing file, or base64."""
-    if kind == "base64" or text.startswith("data:"):
+    if kind == "base64" or _is_data_url(text):
         return io.BytesIO(_decode_base64(text))
-    scheme = text.partition("://")[0].lower() if "://" in text[:32] else ""
+    scheme = text.partition("://")[0].strip().lower() if "://" in text[:32] else ""
     if scheme in ("http", "https"):
         return io.BytesIO(_download(text))
     if scheme or kind == "url":
@@ -244,16 +247,21 @@ def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
     return io.BytesIO(data)
 
 
+def _is_data_url(text: str) -> bool:
+    return text[:32].lstrip()[:5].lower() == "data:"
+
+
 def _decode_base64(text: str) -> bytes:
     """Decode base64, with or without `data:...;base64,`, padding and line breaks; both alphabets."""
     if len(text) > MAX_BYTES * 3 // 2 + 128:  # base64 takes 4 characters for 3 bytes, and line breaks
         raise PictureError(f"the base64 picture is larger than the limit of {_mebibytes(MAX_BYTES)}.")
-    if text.startswith("data:"):
+    if _is_data_url(text):
         header, comma, text = text.partition(",")
         if not comma:
             raise PictureError("the data URL has no comma before its data.")
-        if not header.endswith(";base64"):
+        if not header.rstrip().lower().endswith(";base64"):
             return urllib.parse.unquote_to_bytes(text)
+        text = urllib.parse.unquote(text)
     text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -296,15 +304,36 @@ def _read_url(url: str, deadline: float) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
             raise PictureError(f"the server redirects to {url}; only http and https are followed.")
-        request = urllib.request.Request(url, headers={"User-Agent": "hovle (python-urllib)", "Accept": "image/*"})
+        request = urllib.request.Request(
+            _ascii_url(url), headers={"User-Agent": "hovle (python-urllib)", "Accept": "image/*"}
+        )
         with opener.open(request, timeout=max(deadline - time.monotonic(), 0.01)) as response:
             if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
-                url = urllib.parse.urljoin(url, response.headers["Location"])
+                url = urllib.parse.urljoin(url, _as_utf8(response.headers["Location"]))
                 continue
             if response.status != 200:
                 raise PictureError(f"the server answered {response.status} {response.reason}.")
             return _read_limited(response, deadline)
     raise PictureError(f"more than {MAX_REDIRECTS} redirects.")
+
+
+def _ascii_url(url: str) -> str:
+    """A URL as people write it, with letters beyond ASCII or spaces, in the form that is sent; escapes stay."""
+    parts = urllib.parse.urlsplit(url.strip())
+    user, at, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        name, colon, port = host.partition(":")
+        host = name.encode("idna").decode() + colon + port
+    path, query = (urllib.parse.quote(part, safe=UNQUOTED) for part in (parts.path, parts.query))
+    return urllib.parse.urlunsplit((parts.scheme, user + at + host, path, query, ""))
+
+
+def _as_utf8(header: str) -> str:
+    """A header that http.client has read as Latin-1; servers send UTF-8."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
 
 
 def _read_limited(response: http.client.HTTPResponse, deadline: float) -> bytes:

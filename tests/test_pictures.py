@@ -902,7 +902,7 @@ class PictureServer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has had enough
-            getattr(self, "get_" + self.path.split("?")[0].strip("/").replace(".", "_"))()
+            getattr(self, "get_" + self.path.split("?")[0].strip("/").translate(str.maketrans(".%", "__")).lower())()
 
     def reply(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
@@ -922,6 +922,12 @@ class PictureServer(http.server.BaseHTTPRequestHandler):
 
     def get_redirect(self) -> None:
         self.reply(b"", status=302, Location="/picture.png")
+
+    def get_to_umlaut(self) -> None:
+        self.reply(b"", status=302, Location="/bild ä.png".encode().decode("latin-1"))
+
+    def get_bild_20_c3_a4_png(self) -> None:
+        self.get_picture_png()
 
     def get_loop(self) -> None:
         self.reply(b"", status=302, Location=f"/loop?{time.monotonic_ns()}")
@@ -979,6 +985,34 @@ def test_a_url_is_read_and_redirects_are_followed(server: str):
     for path in ("picture.png", "redirect"):
         assert np.array_equal(pixels(f"{server}/{path}"), np.asarray(sample()))
     assert np.array_equal(pixels(f"{server}/picture.png?a=1", kind="url"), np.asarray(sample()))
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize("path", ["bild ä.png", "bild%20%C3%A4.png", "bild ä.png?größe=1 2#oben", "to_umlaut"])
+def test_a_url_is_read_as_people_write_it(server: str, path: str):
+    for kind in (None, "url"):
+        assert np.array_equal(pixels(f" {server}/{path}\n", kind=kind), sample())
+
+
+def test_a_host_beyond_ascii_is_encoded_and_what_follows_stays():
+    url = "http://user:p%40w@bücher.example:8080/a%2Fb?q=[1]&r=ü#x"
+    expected = "http://user:p%40w@xn--bcher-kva.example:8080/a%2Fb?q=[1]&r=%C3%BC"
+    assert pictures._ascii_url(url) == expected
+    assert pictures._ascii_url("http://[::1]:80/x.png") == "http://[::1]:80/x.png"
+
+
+def test_data_urls_are_read_in_any_case_and_escaped():
+    data = encoded(sample())
+    text = base64.b64encode(data).decode()
+    escaped = text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    for url in (
+        f"DATA:image/png;base64,{text}",
+        f"data:image/png;BASE64,{text}",
+        f" data:image/png;base64,{text}",
+        f"data:image/png;base64,{escaped}",
+        "data:image/png," + "".join(f"%{byte:02x}" for byte in data),
+    ):
+        assert np.array_equal(pixels(url), sample()), url[:30]
 
 
 @pytest.mark.usefixtures("no_proxy")
