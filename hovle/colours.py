@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .hdr import HLG, PQ, PRIMARIES, to_srgb
+from .hdr import HLG, PQ, PRIMARIES, names_other_than_srgb, to_srgb
 
 PIXELS_AT_ONCE = 2**20
 """Pixels of one band."""
@@ -150,7 +150,8 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 def _conversion(image: Image.Image, primaries: int, transfer: int) -> Conversion | None:
     """What brings the picture to RGB; None where it is."""
-    if transfer in (PQ, HLG):
+    has_own_profile = image.format == "AVIF" and image.info.get("icc_profile")  # in a PNG the numbers come first
+    if transfer in (PQ, HLG) or (names_other_than_srgb(primaries, transfer) and not has_own_profile):
         return _tone_mapping(image, primaries, transfer)
     if image.mode.startswith("I") or image.mode == "F":
         return _grey_scaling(image)
@@ -215,7 +216,7 @@ def _is_srgb(profile: bytes) -> bool:
 
 
 def _tone_mapping(image: Image.Image, primaries: int, transfer: int) -> Conversion:
-    """An HDR picture's tones and colours to sRGB; read as sRGB they would look washed out."""
+    """The tones and colours of an HDR picture, or of one that names others than sRGB's; they would look washed out."""
     if primaries not in PRIMARIES:
         raise PictureError(
             f"is an HDR picture with primaries {primaries} (ITU-T H.273); known are "

@@ -1111,6 +1111,24 @@ def test_wide_colours_of_high_dynamic_range_keep_their_hue_and_transparency_lies
         load_picture(png_with_transfer(hdr.PQ, primaries=5), "picture 3")
 
 
+@pytest.mark.parametrize("make", [png_with_transfer, avif_with_transfer])
+@pytest.mark.parametrize(
+    ("primaries", "transfer", "red"),
+    [(12, 13, (234, 51, 35)), (9, 14, (207, 74, 34)), (12, 1, (234, 51, 35)), (1, 13, (255, 0, 0))],
+)
+def test_colours_named_by_number_become_srgb(make, primaries, transfer, red):
+    found = pixels(make(transfer, primaries, Image.new("RGB", (8, 8), red))).astype(int)
+    assert np.abs(found[4, 4] - RED).max() <= (3 if make is png_with_transfer else 12)
+    grey = pixels(make(transfer, primaries, Image.new("RGB", (8, 8), (77, 77, 77)))).astype(int)
+    assert np.abs(grey - 77).max() <= 1
+
+
+@pytest.mark.parametrize(("transfer", "grey"), [(8, 128), (4, 52), (13, 55)])
+def test_the_curve_that_a_png_names_by_number_counts(transfer, grey):
+    found = pixels(png_with_transfer(transfer, 1, Image.new("RGB", (4, 4), (55, 55, 55)))).astype(int)
+    assert np.abs(found - grey).max() <= 2
+
+
 def test_grey_tones_of_sixteen_bits_are_those_of_eight_and_finer():
     coarse = np.tile(np.arange(256, dtype=np.uint8), (4, 1))
     for transfer in (hdr.PQ, hdr.HLG):
