@@ -4,6 +4,7 @@ Each check knows one file format; `pictures.py` calls it for files that Pillow h
 """
 
 import contextlib
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -45,6 +46,15 @@ class _Strictness:
     lock = threading.Lock()
     num_threads = 0
     loads_truncated = False
+
+    @classmethod
+    def start_anew(cls) -> None:
+        """In a forked process no other thread goes on, so none would open the lock again."""
+        cls.lock, cls.num_threads = threading.Lock(), 0
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_Strictness.start_anew)
 
 
 @contextlib.contextmanager

@@ -3,8 +3,9 @@
 Read from top to bottom: `load_picture` -> where the bytes come from (file, URL, base64) -> decoding -> arrays;
 `colours.py` goes on from there. Whatever is found to be wrong with a picture ends in a `ValueError` that names it.
 
-Not all damage can be found. Truncated files are refused in every format. Changed bytes inside a JPEG show only where
-the decoder loses its place: Pillow then fills the rest in silence, simplejpeg (an extra) tells of most such files.
+Not all damage can be found. Truncated files are refused in every format, and PNG files by their checksums. Changed
+bytes inside a JPEG show only where the decoder loses its place: Pillow then fills the rest in silence, simplejpeg (an
+extra) tells of most such files.
 """
 
 import base64
@@ -68,7 +69,7 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
     Returns:
         The picture in mode RGB, upright by its EXIF orientation; the first frame of an animation; transparency lies
         on white; 16-bit values are scaled, not clipped; 8-bit colours of an embedded ICC profile become sRGB, and
-        so do tones and colours of high dynamic range (PQ or HLG named in a PNG or AVIF file).
+        so do tones and colours that a PNG or AVIF file names by number, high dynamic range (PQ, HLG) among them.
 
     Raises:
         ValueError: When the picture is missing, unreadable, damaged, empty or too large; it names the picture.

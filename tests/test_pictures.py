@@ -401,6 +401,21 @@ def test_threads_that_decode_at_once_leave_pillows_switch_as_they_found_it(monke
     assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
+def test_a_process_forked_while_another_thread_decodes_is_not_stuck():
+    code = """
+import os, signal
+from PIL import Image
+from hovle import file_checks, pictures
+file_checks._Strictness.lock.acquire()
+if not os.fork():
+    signal.alarm(20)
+    pictures.load_picture(Image.new("L", (4, 4)))
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_two_thousand_damaged_files_give_a_picture_or_a_value_error():
     rng = np.random.default_rng(0)
     slowest, per_format = 0.0, 2000 // len(pictures.FORMATS) + 1
