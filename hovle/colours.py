@@ -5,14 +5,15 @@ Pillow, memory holds one band of intermediate values. All conversions look at on
 show.
 """
 
+import functools
 import io
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .hdr import HLG, PQ, PRIMARIES, to_srgb
+from .hdr import HLG, PQ, PRIMARIES, names_other_than_srgb, to_srgb
 
 PIXELS_AT_ONCE = 2**20
 """Pixels of one band."""
@@ -31,7 +32,7 @@ DECODING_ERRORS = (
     IndexError,
     AttributeError,
     EOFError,
-    OverflowError,
+    ArithmeticError,
     MemoryError,
     NotImplementedError,
     RuntimeError,
@@ -55,6 +56,21 @@ SIDEWAYS = (5, 6, 7, 8)
 
 FROM_THE_END = (3, 4, 6, 7)
 """Orientations in which the stored picture's last row comes first, as a row or as a column."""
+
+OVERSHOOT = 1e-3
+"""Share of full scale by which float values may lie outside; resizing overshoots a little."""
+
+FLOAT_RANGES = (1, 255, 65535)
+"""Values of white that float pictures use."""
+
+OVERSHOT_BY = 16
+"""A float picture whose brightest value is less than this part of a range is not taken to be of that range."""
+
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
+"""Numbers of TIFF tags."""
+
+SRGB_TOLERANCE = 4
+"""Levels of 255 by which profiles of sRGB differ among each other."""
 
 Conversion = Callable[[Image.Image], Image.Image]
 """Turns a band of a picture, of any mode, into RGB."""
@@ -134,7 +150,8 @@ def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
 
 def _conversion(image: Image.Image, primaries: int, transfer: int) -> Conversion | None:
     """What brings the picture to RGB; None where it is."""
-    if transfer in (PQ, HLG):
+    has_own_profile = image.format == "AVIF" and image.info.get("icc_profile")  # in a PNG the numbers come first
+    if transfer in (PQ, HLG) or (names_other_than_srgb(primaries, transfer) and not has_own_profile):
         return _tone_mapping(image, primaries, transfer)
     if image.mode.startswith("I") or image.mode == "F":
         return _grey_scaling(image)
@@ -174,18 +191,32 @@ def _profile_conversion(image: Image.Image) -> Conversion | None:
     is_ready = image.mode in ("L", "RGB", "CMYK") if out_mode == "RGB" else image.mode == "RGBA"
     in_mode = image.mode if is_ready else out_mode
     try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(data))
-        name = ImageCms.getProfileDescription(source).lower()
-        if "srgb" in name and "linear" not in name:
+        if _is_srgb(data):
             return None
+        source = ImageCms.ImageCmsProfile(io.BytesIO(data))
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), in_mode, out_mode)
     except (*DECODING_ERRORS, ImageCms.PyCMSError):  # damaged metadata, or a profile of another mode
         return None
     return lambda band: transform.apply(band if is_ready else band.convert(in_mode))
 
 
+@functools.lru_cache(maxsize=8)
+def _is_srgb(profile: bytes) -> bool:
+    """Whether a colour profile is called sRGB and is; linear ones bear the name, too."""
+    from PIL import ImageCms
+
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    if "srgb" not in ImageCms.getProfileDescription(source).lower():
+        return False
+    levels = np.arange(0, 256, 17, dtype=np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(len(levels), -1, 3)
+    transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), "RGB", "RGB")
+    found = np.asarray(transform.apply(Image.fromarray(colours)))
+    return bool(np.abs(found.astype(int) - colours).max() <= SRGB_TOLERANCE)
+
+
 def _tone_mapping(image: Image.Image, primaries: int, transfer: int) -> Conversion:
-    """An HDR picture's tones and colours to sRGB; read as sRGB they would look washed out."""
+    """The tones and colours of an HDR picture, or of one that names others than sRGB's; they would look washed out."""
     if primaries not in PRIMARIES:
         raise PictureError(
             f"is an HDR picture with primaries {primaries} (ITU-T H.273); known are "
@@ -208,9 +239,11 @@ def _tone_mapping(image: Image.Image, primaries: int, transfer: int) -> Conversi
 def _grey_scaling(image: Image.Image) -> Conversion:
     """Scale 16-bit, 32-bit and float grey values to 8 bits."""
     full_scale = _full_scale(image)
+    is_negative = _tiff_tag(image, PHOTOMETRIC) == 0  # white is zero; Pillow turns only 8 bits and fewer
 
     def convert(band: Image.Image) -> Image.Image:
-        return _grey_on_white(scaled_to_uint8(np.asarray(band), full_scale), band)
+        grey = scaled_to_uint8(np.asarray(band), full_scale)
+        return _grey_on_white(255 - grey if is_negative else grey, band)
 
     return convert
 
@@ -231,16 +264,37 @@ def _grey_on_white(pixels: np.ndarray, band: Image.Image) -> Image.Image:
 def _full_scale(image: Image.Image) -> int:
     """The value of white.
 
-    The mode `I;16` is 16 bits by name. `I` and `F` do not tell their range, so the smallest usual one that holds the
-    values is taken: 0..1 (`F`), 0..255, 0..65535.
+    The mode `I;16` is 16 bits by name, of which TIFF files may use 12. `I` and `F` do not tell their range, so the
+    smallest usual one that holds the values is taken: 0..1 (`F`), 0..255, 0..65535.
     """
-    # Older Pillow has no mode of its own for PNG files of 16 bits.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+    if image.mode.startswith("I;16") and _tiff_tag(image, BITS_PER_SAMPLE) == (12,):
+        return 4095
+    # PPM files and, with older Pillow, PNG files of 16 bits have no mode of their own.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return 65535
     extremes = [(values.min(), values.max()) for values in (np.asarray(band) for _, band in _bands(image))]
     low, high = np.min(extremes), np.max(extremes)  # not-a-number where any value is
-    ranges: Iterable[int] = (1, 255, 65535) if image.mode == "F" else (255, 65535)
-    for full_scale in ranges:
+    return _float_full_scale(low, high) if image.mode == "F" else _whole_full_scale(low, high)
+
+
+def _tiff_tag(image: Image.Image, tag: int) -> int | tuple[int, ...] | None:
+    return image.tag_v2.get(tag) if image.format == "TIFF" and hasattr(image, "tag_v2") else None
+
+
+def _whole_full_scale(low: int, high: int) -> int:
+    for full_scale in (255, 65535):
         if low >= 0 and high <= full_scale:
             return full_scale
-    raise PictureError(f"values of mode {image.mode} must lie in 0..65535, found {low:.6g}..{high:.6g}.")
+    raise PictureError(f"values of mode I must lie in 0..65535, found {low}..{high}.")
+
+
+def _float_full_scale(low: float, high: float) -> int:
+    """The range of float values; a little more than a range is overshoot, what lies between two could be either."""
+    for full_scale in FLOAT_RANGES:
+        least = 0 if full_scale == FLOAT_RANGES[0] else full_scale / OVERSHOT_BY
+        if low >= -OVERSHOOT * full_scale and least <= high <= full_scale * (1 + OVERSHOOT):
+            return full_scale
+    raise PictureError(
+        f"float values must lie in 0..1, 0..255 or 0..65535 and reach a {OVERSHOT_BY}th of it, found "
+        f"{low:.6g}..{high:.6g}. Bring them to 0..1; of a picture of high dynamic range, map the tones first."
+    )

@@ -6,11 +6,23 @@ import zlib
 BEGINNING = 2**20
 """Bytes from the start of a file that are looked at."""
 
+JPEG_XL = "a JPEG XL picture; save it as PNG or JPEG first"
+CAMERA_RAW = "a camera's raw file; develop it to a PNG or JPEG first"
+
 SIGNS = {
     b"%PDF-": "a PDF document; render the page you want to a PNG first",
     b"#?RADIANCE": "a Radiance HDR picture; map its tones to a PNG first",
     b"\x76\x2f\x31\x01": "an OpenEXR picture; map its tones to a PNG first",
     b"%!PS": "a PostScript document; render the page you want to a PNG first",
+    b"\xc5\xd0\xd3\xc6": "a PostScript document; render the page you want to a PNG first",
+    b"\xff\x0a": JPEG_XL,
+    b"\x0cJXL ": JPEG_XL,
+    b"8BPS": "a Photoshop document; export it as PNG or JPEG first",
+    b"IIRO": CAMERA_RAW,
+    b"IIRS": CAMERA_RAW,
+    b"IIU\x00": CAMERA_RAW,
+    b"FUJIFILMCCD-RAW": CAMERA_RAW,
+    b"FOVb": CAMERA_RAW,
 }
 """First bytes -> what the file is and what to do."""
 
@@ -35,18 +47,24 @@ def document_kind(beginning: bytes) -> str | None:
         if text.startswith(sign) or (sign == b"%PDF-" and sign in beginning[:1024]):  # readers allow bytes before it
             return kind
     if beginning[4:8] == b"ftyp":
+        if beginning[8:12] == b"crx ":
+            return CAMERA_RAW
         length = int.from_bytes(beginning[:4])
         return HEIC if beginning[8:12] in HEIC_BRANDS and b"avif" not in beginning[8:length] else None
     return ROOTS.get(_root_element(_as_text(beginning)))
 
 
 def _as_text(data: bytes) -> str:
-    """A text that may be compressed (SVGZ) or in UTF-16; whatever is not text gives nonsense, not an error."""
+    """A text that may be compressed (SVGZ) or in UTF-16 or -32; whatever is not text gives nonsense, not an error."""
     if data.startswith(b"\x1f\x8b"):
         try:
             data = zlib.decompressobj(wbits=31).decompress(data, BEGINNING)
         except zlib.error:
             return ""
+    if data.startswith((b"\xff\xfe\x00\x00", b"<\x00\x00\x00")):
+        return data.decode("utf-32-le", errors="replace")
+    if data.startswith((b"\x00\x00\xfe\xff", b"\x00\x00\x00<")):
+        return data.decode("utf-32-be", errors="replace")
     if data.startswith((b"\xff\xfe", b"<\x00")):
         return data.decode("utf-16-le", errors="replace")
     if data.startswith((b"\xfe\xff", b"\x00<")):

@@ -1,4 +1,6 @@
-"""Pictures of high dynamic range as sRGB: PQ and HLG signals (ITU-R BT.2100), tones above white rolled off.
+"""Pictures whose colours are named by number as sRGB: wide colours, linear light, and high dynamic range.
+
+PQ and HLG signals (ITU-R BT.2100) have their tones above white rolled off.
 
 Diffuse white is 203 candela per square metre (ITU-R BT.2408); what is darker keeps its light, what is brighter is
 squeezed below the brightest value without changing its hue.
@@ -8,6 +10,12 @@ import numpy as np
 
 PQ, HLG = 16, 18
 """Numbers of the transfer functions in ITU-T H.273."""
+
+GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0}
+"""Transfer functions of ITU-T H.273 that are a power of the signal."""
+
+LIKE_SRGB = (1, 6, 13, 14, 15)
+"""Those of sRGB, and of video, which screens show with sRGB's."""
 
 WHITE = 203.0
 """Diffuse white in candela per square metre."""
@@ -32,11 +40,11 @@ PIXELS_AT_ONCE = 2**18
 
 
 def to_srgb(pixels: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
-    """Map the tones and colours of an HDR picture.
+    """Map tones and colours.
 
     Args:
         pixels: Signal values, shape `(H, W, 3)`, uint8 or uint16.
-        transfer: `PQ` or `HLG`.
+        transfer: `PQ`, `HLG`, a number in `GAMMAS` or in `LIKE_SRGB`.
         primaries: A number in `PRIMARIES`.
 
     Returns:
@@ -44,7 +52,7 @@ def to_srgb(pixels: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
     """
     full_scale = np.iinfo(pixels.dtype).max
     signal = np.arange(full_scale + 1, dtype=np.float32) / full_scale
-    light_of = (pq_light(signal) if transfer == PQ else hlg_scene(signal)).astype(np.float32)
+    light_of = light_of_signal(signal, transfer).astype(np.float32)
     matrix = (np.linalg.inv(rgb_to_xyz(1)) @ rgb_to_xyz(primaries)).astype(np.float32)
     luminance = rgb_to_xyz(primaries)[1].astype(np.float32)
     mapped = np.empty(pixels.shape, dtype=np.uint8)
@@ -53,8 +61,29 @@ def to_srgb(pixels: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
         light = light_of[pixels[start : start + rows]]
         if transfer == HLG:  # the display brightens by what the whole pixel shines, not channel by channel
             light = light * HLG_PEAK * (light @ luminance)[..., None].clip(1e-9) ** 0.2
-        mapped[start : start + rows] = encode(roll_off((light / WHITE @ matrix.T).clip(0)))
+        if transfer in (PQ, HLG):
+            light = roll_off((light / WHITE @ matrix.T).clip(0))
+        else:
+            light = (light @ matrix.T).clip(0, 1)
+        mapped[start : start + rows] = encode(light)
     return mapped
+
+
+def names_other_than_srgb(primaries: int, transfer: int) -> bool:
+    """Whether known numbers of ITU-T H.273 stand for colours of ordinary range that are not sRGB."""
+    is_known = primaries in PRIMARIES and (transfer in GAMMAS or transfer in LIKE_SRGB)
+    return is_known and not (primaries == 1 and transfer in LIKE_SRGB)
+
+
+def light_of_signal(signal: np.ndarray, transfer: int) -> np.ndarray:
+    """Light of a signal in 0..1: of PQ in candela per square metre, otherwise in 0..1."""
+    if transfer == PQ:
+        return pq_light(signal)
+    if transfer == HLG:
+        return hlg_scene(signal)
+    if transfer in GAMMAS:
+        return signal ** GAMMAS[transfer]
+    return np.where(signal <= 0.04045, signal / 12.92, ((signal + 0.055) / 1.055) ** 2.4)
 
 
 def pq_light(signal: np.ndarray) -> np.ndarray:

@@ -3,8 +3,9 @@
 Read from top to bottom: `load_picture` -> where the bytes come from (file, URL, base64) -> decoding -> arrays;
 `colours.py` goes on from there. Whatever is found to be wrong with a picture ends in a `ValueError` that names it.
 
-Not all damage can be found. Truncated files are refused in every format. Changed bytes inside a JPEG show only where
-the decoder loses its place: Pillow then fills the rest in silence, simplejpeg (an extra) tells of most such files.
+Not all damage can be found. Truncated files are refused in every format, and PNG files by their checksums. Changed
+bytes inside a JPEG show only where the decoder loses its place: Pillow then fills the rest in silence, simplejpeg (an
+extra) tells of most such files.
 """
 
 import base64
@@ -13,8 +14,6 @@ import contextlib
 import http.client
 import io
 import os
-import re
-import struct
 import threading
 import time
 import urllib.parse
@@ -30,6 +29,10 @@ from PIL import Image, UnidentifiedImageError
 
 from .colours import DECODING_ERRORS, SIDEWAYS, UNKNOWN, PictureError, orientation_of, scaled_to_uint8, to_upright_rgb
 from .documents import BEGINNING, document_kind
+from .file_checks import checked, refuse_endless_scans, refusing_truncated_files
+from .png_chunks import SIGNATURE as PNG_SIGNATURE
+from .png_chunks import examine as examine_png
+from .png_chunks import tells_orientation_late
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -43,11 +46,8 @@ MAX_SECONDS = 10.0
 MAX_REDIRECTS = 5
 """Redirects followed by one download."""
 
-LOST_PLACE = ("bad Huffman code", "premature end of data segment", "found marker", "bad arithmetic code")
-"""Words of libjpeg's warnings after which pixels are wrong. (Where a file just ends, Pillow refuses it itself.)"""
-
-MAX_LEFT_OVER_BYTES = 8
-"""Bytes between the last pixel of a JPEG and what follows that are taken for a camera's habit."""
+UNQUOTED = "/%:@!$&'()*+,;=?~[]|{}^`\"<>\\"
+"""ASCII characters that stay as they are in the path and the query of a URL."""
 
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
@@ -69,7 +69,7 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
     Returns:
         The picture in mode RGB, upright by its EXIF orientation; the first frame of an animation; transparency lies
         on white; 16-bit values are scaled, not clipped; 8-bit colours of an embedded ICC profile become sRGB, and
-        so do tones and colours of high dynamic range (PQ or HLG named in a PNG or AVIF file).
+        so do tones and colours that a PNG or AVIF file names by number, high dynamic range (PQ, HLG) among them.
 
     Raises:
         ValueError: When the picture is missing, unreadable, damaged, empty or too large; it names the picture.
@@ -82,7 +82,8 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
 
 def _load(source: Any, kind: Kind | None) -> Image.Image:
     if isinstance(source, Image.Image):
-        return to_upright_rgb(_check_size(source))
+        with refusing_truncated_files():  # it may be a file whose pixels are still to be read
+            return to_upright_rgb(_check_size(source))
     if isinstance(source, np.ndarray | torch.Tensor):
         return to_upright_rgb(_check_size(_from_array(source)))
     if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
@@ -111,12 +112,31 @@ def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
     with _naming(_label(Path(source) if isinstance(source, str) else source, None, None)):
         if not isinstance(source, bytes):
             _check_file(Path(source))
-        with _open_image(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        upright = _size_in_header(source)
+        if upright is None:
+            upright = _load(source, None if isinstance(source, bytes) else "path").size
+        return upright[1], upright[0]
+
+
+def _size_in_header(source: str | os.PathLike | bytes) -> tuple[int, int] | None:
+    """Width and height of the upright picture; None where the file must be decoded to know."""
+    with refusing_truncated_files():
+        try:
+            image = _open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
+        except DECODING_ERRORS:  # perhaps for metadata only
+            return None
+        with image:
             width, height = _check_size(image).size
             if image.format == "TIFF":  # versions of Pillow differ in whether its header gives the upright size
-                width, height = _load(source, None if isinstance(source, bytes) else "path").size
-                return height, width
-            return (width, height) if orientation_of(image) in SIDEWAYS else (height, width)
+                return None
+            if image.format == "PNG" and _tells_orientation_late(source):
+                return None
+            return (height, width) if orientation_of(image) in SIDEWAYS else (width, height)
+
+
+def _tells_orientation_late(source: str | os.PathLike | bytes) -> bool:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
+        return tells_orientation_late(file)
 
 
 def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
@@ -142,6 +162,7 @@ def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
             is_plain = header.format == "JPEG" and header.mode in ("RGB", "L") and not header.info.get("icc_profile")
             if not is_plain or orientation_of(header) != 1:
                 return None
+            refuse_endless_scans(header, data)
         return simplejpeg.decode_jpeg(data, "RGB")  # strict: raises on what Pillow calls truncated
     except (ImportError, PictureError, *DECODING_ERRORS):
         return None
@@ -152,7 +173,7 @@ def _label(source: Any, name: str | None, kind: Kind | None) -> str:
     where = None
     if isinstance(source, os.PathLike) or kind == "path":
         where = os.fspath(source)
-    elif isinstance(source, str) and kind != "base64" and not source.startswith("data:"):
+    elif isinstance(source, str) and kind != "base64" and not _is_data_url(source):
         where = source if len(source) <= 300 else None  # longer is base64, not a name
     elif isinstance(source, Image.Image):
         where = getattr(source, "filename", None)
@@ -207,9 +228,9 @@ def _check_file(file: Path) -> None:
 
 def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
     """Find the bytes a string stands for: a URL, an existing file, or base64."""
-    if kind == "base64" or text.startswith("data:"):
+    if kind == "base64" or _is_data_url(text):
         return io.BytesIO(_decode_base64(text))
-    scheme = text.partition("://")[0].lower() if "://" in text[:32] else ""
+    scheme = text.partition("://")[0].strip().lower() if "://" in text[:32] else ""
     if scheme in ("http", "https"):
         return io.BytesIO(_download(text))
     if scheme or kind == "url":
@@ -227,16 +248,21 @@ def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
     return io.BytesIO(data)
 
 
+def _is_data_url(text: str) -> bool:
+    return text[:32].lstrip()[:5].lower() == "data:"
+
+
 def _decode_base64(text: str) -> bytes:
     """Decode base64, with or without `data:...;base64,`, padding and line breaks; both alphabets."""
     if len(text) > MAX_BYTES * 3 // 2 + 128:  # base64 takes 4 characters for 3 bytes, and line breaks
         raise PictureError(f"the base64 picture is larger than the limit of {_mebibytes(MAX_BYTES)}.")
-    if text.startswith("data:"):
+    if _is_data_url(text):
         header, comma, text = text.partition(",")
         if not comma:
             raise PictureError("the data URL has no comma before its data.")
-        if not header.endswith(";base64"):
+        if not header.rstrip().lower().endswith(";base64"):
             return urllib.parse.unquote_to_bytes(text)
+        text = urllib.parse.unquote(text)
     text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
     try:
         return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
@@ -279,15 +305,36 @@ def _read_url(url: str, deadline: float) -> bytes:
     for _ in range(MAX_REDIRECTS + 1):
         if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
             raise PictureError(f"the server redirects to {url}; only http and https are followed.")
-        request = urllib.request.Request(url, headers={"User-Agent": "hovle (python-urllib)", "Accept": "image/*"})
+        request = urllib.request.Request(
+            _ascii_url(url), headers={"User-Agent": "hovle (python-urllib)", "Accept": "image/*"}
+        )
         with opener.open(request, timeout=max(deadline - time.monotonic(), 0.01)) as response:
             if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
-                url = urllib.parse.urljoin(url, response.headers["Location"])
+                url = urllib.parse.urljoin(url, _as_utf8(response.headers["Location"]))
                 continue
             if response.status != 200:
                 raise PictureError(f"the server answered {response.status} {response.reason}.")
             return _read_limited(response, deadline)
     raise PictureError(f"more than {MAX_REDIRECTS} redirects.")
+
+
+def _ascii_url(url: str) -> str:
+    """A URL as people write it, with letters beyond ASCII or spaces, in the form that is sent; escapes stay."""
+    parts = urllib.parse.urlsplit(url.strip())
+    user, at, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        name, colon, port = host.partition(":")
+        host = name.encode("idna").decode() + colon + port
+    path, query = (urllib.parse.quote(part, safe=UNQUOTED) for part in (parts.path, parts.query))
+    return urllib.parse.urlunsplit((parts.scheme, user + at + host, path, query, ""))
+
+
+def _as_utf8(header: str) -> str:
+    """A header that http.client has read as Latin-1; servers send UTF-8."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
 
 
 def _read_limited(response: http.client.HTTPResponse, deadline: float) -> bytes:
@@ -336,75 +383,45 @@ def _decode(data: io.BytesIO) -> Image.Image:
     """Decode the bytes of a picture file after a look at its header."""
     if not data.getbuffer().nbytes:
         raise PictureError("is empty (0 bytes).")
-    with warnings.catch_warnings():
+    png = examine_png(data.getvalue()) if data.getvalue().startswith(PNG_SIGNATURE) else None
+    with refusing_truncated_files(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = _open_image(data)
-        primaries, transfer = _colour_codes(image.format, data.getvalue())
-        _check_size(image)
-        if image.format in ("JPEG", "MPO"):
-            image = _strictly_decoded(image, data.getvalue())
-        if image.format == "JPEG2000":
-            _refuse_lost_pixels(image, data.getvalue())
-        return to_upright_rgb(image, primaries, transfer)
+        image = _check_size(_open_image(io.BytesIO(png.data) if png else data))
+        primaries, transfer = png[2:] if png else (UNKNOWN, UNKNOWN)
+        if png and png.profile:
+            image.info["icc_profile"] = png.profile
+        if image.format == "AVIF":
+            primaries, transfer = _avif_codes(data.getvalue())
+        image = checked(image, data.getvalue())
+        return to_upright_rgb(_without_gaps(image, data.getvalue()), primaries, transfer)
 
 
-def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
-    """A JPEG with simplejpeg's pixels, where it is installed: Pillow's in less time, and damage is told."""
-    try:
-        import simplejpeg
-    except ImportError:
-        return image
-    colours = {"RGB": "RGB", "L": "GRAY"}.get(image.mode, "CMYK")
-    try:
-        pixels = simplejpeg.decode_jpeg(data, colours)
-    except ValueError as error:
-        if _is_damage(str(error), data):
-            raise PictureError(f"is damaged ({error}).") from error
-        return image
-    if colours == "CMYK":  # Pillow knows by Adobe's mark whether the inks are stored inverted
-        return image
-    decoded = Image.fromarray(pixels.squeeze(-1) if colours == "GRAY" else pixels)
-    decoded.info = image.info
-    return decoded
+def _without_gaps(image: Image.Image, data: bytes) -> Image.Image:
+    """Replace what a file does not say about transparency, where Pillow guesses."""
+    if image.format in ("TGA", "BMP", "DIB") and image.mode in ("RGBA", "LA"):
+        has_no_alpha = image.format == "TGA" and not data[17] & 15  # bits of alpha, by the header
+        if has_no_alpha or not image.getchannel("A").getextrema()[1]:  # or all is clear: the byte is not used
+            return image.convert(image.mode.removesuffix("A"))
+    if image.format == "GIF" and image.tile and image.tile[0][1] != (0, 0, *image.size):  # type: ignore[attr-defined]
+        return _on_white_canvas(image, image.tile[0][1])  # type: ignore[attr-defined]
+    return image
 
 
-def _refuse_lost_pixels(image: Image.Image, data: bytes) -> None:
-    """Refuse a JPEG 2000 file that became black although it holds more than black takes: OpenJPEG lost its place."""
-    image.load()
-    num_bytes = len(data) - data.find(b"\xff\x93")  # where the pixels begin
-    is_black = all(band.getextrema()[1] == 0 for band in image.split())
-    if is_black and num_bytes > 256 + image.width * image.height // 256:
-        raise PictureError("is damaged (its pixels cannot be decoded and would be black).")
+def _on_white_canvas(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """A picture of which only a part is drawn; Pillow fills the rest with some colour, browsers leave it clear."""
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    part = image.crop(box)
+    canvas.paste(part.convert("RGB"), box, part.convert("RGBA"))
+    return canvas
 
 
-def _is_damage(warning: str, data: bytes) -> bool:
-    """Whether libjpeg's first remark on a file means lost pixels; many sound files earn one.
-
-    Bytes left over behind the last pixel are a few in the files of some cameras, or padding with zeros. Where there
-    are more, the decoder has lost its place before.
-    """
-    if left_over := re.search(r"(\d+) extraneous bytes before marker", warning):
-        num_bytes = int(left_over[1])
-        return num_bytes > MAX_LEFT_OVER_BYTES and bytes(num_bytes) + b"\xff\xd9" not in data
-    return any(words in warning for words in LOST_PLACE)
-
-
-def _colour_codes(file_format: str | None, data: bytes) -> tuple[int, int]:
-    """The numbers of primaries and transfer function that a PNG (chunk `cICP`) or an AVIF (box `colr`) names.
-
-    Pillow does not tell them.
-    """
-    if file_format == "AVIF" and (start := data.find(b"colrnclx")) >= 0:
-        return int.from_bytes(data[start + 8 : start + 10]), int.from_bytes(data[start + 10 : start + 12])
-    offset = 8
-    while file_format == "PNG" and offset + 10 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, offset)
-        if name == b"cICP":
-            return data[offset + 8], data[offset + 9]
-        if name == b"IDAT":  # where the pixels begin, all has been said
-            break
-        offset += 12 + length
-    return UNKNOWN, UNKNOWN
+def _avif_codes(data: bytes) -> tuple[int, int]:
+    """The numbers of primaries and transfer function that an AVIF file names in its box `colr`; Pillow does not."""
+    start = data.find(b"colrnclx")
+    if start < 0:
+        return UNKNOWN, UNKNOWN
+    return int.from_bytes(data[start + 8 : start + 10]), int.from_bytes(data[start + 10 : start + 12])
 
 
 def _check_size(image: Image.Image) -> Image.Image:
@@ -452,7 +469,7 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
         return array
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * 255
-    if array.dtype == np.uint16:
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
         return scaled_to_uint8(array, 65535)
     if array.dtype.kind not in "iuf":
         raise PictureError(f"arrays of {array.dtype} are not pictures.")
@@ -460,6 +477,8 @@ def _to_uint8(array: np.ndarray) -> np.ndarray:
     if array.dtype.kind in "iu":
         if low < 0 or high > 255:
             raise PictureError(f"whole-number arrays must lie in 0..255 (uint16: 0..65535), found {low}..{high}.")
+        if high == 1:
+            raise PictureError(f"an array of {array.dtype} with values 0 and 1 would be black. Make it bool or float.")
         return array.astype(np.uint8)
     if not (low >= -1e-3 and high <= 1 + 1e-3):  # resizing overshoots a little; not-a-number fails here too
         raise PictureError(

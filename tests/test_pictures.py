@@ -1,11 +1,13 @@
 """Every kind of picture source, every colour mode, and every way a picture can be bad."""
 
 import base64
+import concurrent.futures
 import contextlib
 import gzip
 import http.server
 import io
 import os
+import struct
 import subprocess
 import sys
 import threading
@@ -18,10 +20,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
-from hovle import HoVLEImageProcessor, hdr, pictures
-from hovle.pictures import load_picture, picture_size
+from hovle import HoVLEImageProcessor, file_checks, hdr, pictures, png_chunks
+from hovle.pictures import decode_plain_jpeg, load_picture, picture_size
 
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
@@ -82,6 +84,14 @@ def test_every_source_gives_the_same_picture(tmp_path: Path):
     assert np.array_equal(pixels(str(path), kind="path"), array)
 
 
+def test_the_byte_order_of_an_array_does_not_matter():
+    values = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+    for array in (values, values // 300, values / np.float32(65535)):
+        expected = pixels(array)
+        for order in "<>":
+            assert np.array_equal(pixels(array.astype(array.dtype.newbyteorder(order))), expected)
+
+
 def test_a_torch_picture_three_pixels_wide_has_its_channels_first():
     array = np.arange(27, dtype=np.uint8).reshape(3, 3, 3)
     assert np.array_equal(pixels(array), array)
@@ -101,6 +111,7 @@ def test_bfloat16_and_gradients_do_not_matter():
         (np.full((4, 4, 3), np.nan), "0..1"),
         (np.full((4, 4, 3), 300), "0..255"),
         (np.full((4, 4, 3), -1), "0..255"),
+        (np.eye(4, dtype=np.int64), "would be black"),
         (np.zeros((5, 6, 2), dtype=np.uint8), "(H, W)"),
         (np.zeros((2, 4, 4, 3), dtype=np.uint8), "(H, W)"),
         (np.zeros((0, 4, 3), dtype=np.uint8), "no pixels"),
@@ -131,6 +142,46 @@ def test_transparency_lies_on_white():
     assert (pixels(np.zeros((4, 4, 4), dtype=np.uint8)) == 255).all()
     half = pixels(Image.new("RGBA", (4, 4), (0, 0, 0, 128)))
     assert ((half > 120) & (half < 135)).all()
+
+
+def test_the_fourth_byte_of_a_tga_or_bmp_that_holds_no_alpha_is_not_taken_for_it():
+    clear = sample().convert("RGBA")
+    clear.putalpha(0)
+    tga = bytearray(encoded(clear, "TGA"))
+    bitmap = encoded(clear, "BMP")
+    assert np.array_equal(pixels(bytes(tga)), sample())
+    assert np.array_equal(pixels(bmp_with_alpha_mask(bitmap)), sample())
+    clear.putalpha(Image.new("L", clear.size, 128))
+    tga = bytearray(encoded(clear, "TGA"))
+    assert pixels(bytes(tga)).min() > 120  # on white
+    tga[17] &= 0xF0
+    assert np.array_equal(pixels(bytes(tga)), sample())
+
+
+def bmp_with_alpha_mask(data: bytes) -> bytes:
+    """A BMP of 32 bits whose header, of version 4, names which bits are alpha."""
+    masks = struct.pack("<4I", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + b"BGRs" + bytes(48)
+    header = (108).to_bytes(4, "little") + data[18:30] + (3).to_bytes(4, "little") + data[34:54] + masks
+    start = 14 + len(header)
+    rows = data[int.from_bytes(data[10:14], "little") :]
+    return (
+        data[:2] + (start + len(rows)).to_bytes(4, "little") + bytes(4) + start.to_bytes(4, "little") + header + rows
+    )
+
+
+def test_what_the_first_frame_of_a_gif_leaves_free_is_white():
+    image = Image.new("P", (50, 40), 1)
+    image.putpalette([0, 0, 0, 255, 0, 0])
+    image.paste(0, (0, 0, 10, 10))
+    for options, corner in (({}, BLACK), ({"transparency": 0}, WHITE)):
+        data = bytearray(encoded(image, "GIF", **options))
+        data[6:10] = struct.pack("<HH", 100, 90)
+        frame = data.index(b"\x2c" + bytes(4))
+        data[frame + 1 : frame + 5] = struct.pack("<HH", 30, 20)
+        expected = Image.new("RGB", (100, 90), "white")
+        expected.paste((255, 0, 0), (30, 20, 80, 60))
+        expected.paste(corner, (30, 20, 40, 30))
+        assert np.array_equal(pixels(bytes(data)), expected)
 
 
 def test_palette_pictures_keep_their_colours_and_lose_their_transparency():
@@ -200,6 +251,28 @@ def test_integer_and_float_modes_find_their_range():
             load_picture(Image.fromarray(bad))
 
 
+def test_float_pictures_a_hair_outside_their_range_do_not_become_black():
+    ramp = np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)
+    expected = pixels(ramp).astype(int)
+    for full_scale in (1, 255, 65535):
+        for values in (ramp * 1.0005, ramp - 5e-4):
+            overshot = Image.fromarray((values * full_scale).astype(np.float32))
+            for source in (overshot, encoded(overshot, "TIFF"), encoded(overshot, "PPM")):
+                assert np.abs(pixels(source) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("brightest", [1.02, 1.5, 12.0, 300.0, 4000.0])
+def test_float_pictures_of_no_certain_range_are_refused(brightest: float):
+    values = np.linspace(0, brightest, 64, dtype=np.float32).reshape(8, 8)
+    for source in (Image.fromarray(values), encoded(Image.fromarray(values), "TIFF")):
+        with pytest.raises(ValueError, match=r"^picture 2: float values must lie in 0\.\.1, .* found 0\.\."):
+            load_picture(source, "picture 2")
+
+
+def test_a_dark_picture_in_a_ppm_file_of_sixteen_bits_stays_dark():
+    assert (pixels(b"P5\n4 4\n65535\n" + np.full(16, 200, dtype=">u2").tobytes()) == 1).all()
+
+
 def test_other_modes_become_rgb():
     assert (pixels(Image.new("1", (4, 4), 1)) == 255).all()
     assert (pixels(np.ones((4, 4), dtype=bool)) == 255).all()
@@ -250,7 +323,8 @@ def test_the_size_is_read_without_the_pixels_and_what_is_no_picture_is_refused(t
     truncated.write_bytes(encoded(sample(), "TIFF")[:-900])
     for bad, message in (
         (truncated, "^[^:]*cut.tif: cannot be decoded"),
-        (b"", "not a picture file"),
+        (b"", "is empty"),
+        (b"words", "not a picture file"),
         (tmp_path / "gone.png", "gone.png: no such file"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -301,6 +375,45 @@ def test_truncated_files_never_become_pictures(name: str):
     for share in (0.02, 0.1, 0.3, 0.5, 0.7, 0.9):
         with pytest.raises(ValueError, match="picture 3"):
             load_picture(data[: int(len(data) * share)], "picture 3")
+
+
+@pytest.mark.parametrize("name", ["PNG", "GIF", "BMP", "TIFF", "PPM"])
+def test_truncated_files_are_refused_where_another_package_has_told_pillow_to_load_them(name: str, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encoded(sample(64, 64), name)
+    for source in (data[: len(data) // 2], Image.open(io.BytesIO(data[: len(data) // 2]))):
+        with pytest.raises(ValueError, match="picture 3"):
+            load_picture(source, "picture 3")
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_threads_that_decode_at_once_leave_pillows_switch_as_they_found_it(monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = encoded(sample(64, 64))
+
+    def load(number: int) -> None:
+        source = data if number % 2 else data[: len(data) // 2]
+        with contextlib.nullcontext() if number % 2 else pytest.raises(ValueError, match="the picture"):
+            load_picture(source)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(load, range(200)))
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
+
+
+def test_a_process_forked_while_another_thread_decodes_is_not_stuck():
+    code = """
+import os, signal
+from PIL import Image
+from hovle import file_checks, pictures
+file_checks._Strictness.lock.acquire()
+if not os.fork():
+    signal.alarm(20)
+    pictures.load_picture(Image.new("L", (4, 4)))
+    os._exit(0)
+assert os.wait()[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_two_thousand_damaged_files_give_a_picture_or_a_value_error():
@@ -378,6 +491,21 @@ def test_the_error_of_a_damaged_jpeg_says_what_was_found():
         load_picture(data[:middle] + bytes(400) + data[middle + 400 :], "picture 2")
 
 
+def test_a_jpeg_whose_scans_repeat_is_refused_before_they_are_decoded(monkeypatch):
+    plain = encoded(Image.new("L", (3000, 3000), 128), "JPEG", progressive=True)
+    last = plain[plain.rindex(b"\xff\xc4", 0, plain.rindex(b"\xff\xda")) : -2]
+    thumbnail = b"\xff\xe1" + (2 + 4 * 150).to_bytes(2) + b"\xff\xda\0\2" * 150
+    assert load_picture(plain[:2] + thumbnail + plain[2:]).size == (3000, 3000)  # markers in metadata are no scans
+    for most, copies in ((pictures.MAX_PIXELS, 2000), (3000 * 3000, 95)):
+        data = plain[:-2] + last * copies + plain[-2:]
+        monkeypatch.setattr(file_checks, "MAX_SCANNED_PIXELS", most * 11)
+        started = time.monotonic()
+        with pytest.raises(ValueError, match=r"^picture 2: has \d+ scans; JPEGs of 3000 x 3000 may have"):
+            load_picture(data, "picture 2")
+        assert decode_plain_jpeg(data) is None
+        assert time.monotonic() - started < 1
+
+
 def test_jpegs_with_harmless_oddities_load():
     data = encoded(photograph(), "JPEG")
     sound = pixels(data)
@@ -395,17 +523,164 @@ def test_jpegs_with_harmless_oddities_load():
         assert np.array_equal(pixels(changed), sound), name
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}], ids=["plain", "progressive"])
+@pytest.mark.parametrize("before", [b"\xff\xdb", b"\xff\xc4", b"\xff\xda"], ids=["tables", "codes", "pixels"])
+@pytest.mark.parametrize(
+    "stray", [b" " * 9, b"\xff\x00" * 1000, bytes(40) + b"\xff" * 3], ids=["few", "many", "filled"]
+)
+def test_bytes_between_the_header_segments_of_a_jpeg_do_no_harm_and_hide_no_damage(before, stray, options):
+    data = encoded(photograph(), "JPEG", **options)
+    sound, place = pixels(data), data.index(before)
+    odd = data[:place] + stray + data[place:]
+    assert np.array_equal(pixels(odd), sound)
+    middle = len(odd) - len(data) // 3
+    with pytest.raises(ValueError, match="is damaged"):
+        load_picture(odd[:middle] + bytes(400) + odd[middle + 400 :])
+
+
 def test_a_jpeg_2000_that_becomes_black_is_refused_and_a_black_one_is_not():
     data = bytearray(encoded(sample(32, 32), "JPEG2000"))
-    assert not pixels(encoded(Image.new("RGB", (640, 480)), "JPEG2000")).any()
+    for options in ({}, {"tile_size": (64, 64)}):
+        assert not pixels(encoded(Image.new("RGB", (640, 480)), "JPEG2000", **options)).any()
     data[data.index(b"\xff\x5c") + 5] = 0xA7  # the exponent of the lowest frequencies
     with pytest.raises(ValueError, match="would be black"):
         load_picture(bytes(data))
 
 
+def tiff(strips: list[bytes], height: int, bits: int = 8, photometric: int = 1, width: int = 8) -> bytes:
+    """An uncompressed grey TIFF of strips with 4 rows each, little-endian."""
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: photometric, 273: 0, 277: 1, 278: 4, 279: 0}
+    tables = 8 + 2 + 12 * len(tags) + 4
+    data = tables + 8 * len(strips)
+    offsets = [data + sum(map(len, strips[:number])) for number in range(len(strips))]
+    for tag, values, place in ((273, offsets, tables), (279, list(map(len, strips)), tables + 4 * len(strips))):
+        tags[tag] = values[0] if len(strips) == 1 else place
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, len(strips) if tag in (273, 279) else 1, value) for tag, value in tags.items()
+    )
+    lengths = struct.pack(f"<{2 * len(strips)}I", *offsets, *map(len, strips))
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + lengths + b"".join(strips)
+
+
+def test_a_tiff_that_lists_fewer_strips_than_it_has_rows_is_refused():
+    strip = bytes([200]) * 32
+    assert (pixels(tiff([strip] * 4, height=16)) == 200).all()
+    with pytest.raises(ValueError, match=r"^picture 2: is damaged \(2 strips are listed where 8 x 16 take 4\)"):
+        load_picture(tiff([strip] * 2, height=16), "picture 2")
+    with pytest.raises(ValueError, match=r"1 strips are listed where 8 x 2228272 take 557068"):
+        load_picture(tiff([strip], height=2_228_272))
+
+
+def test_a_tiff_of_twelve_bits_has_white_at_4095():
+    assert (pixels(tiff([b"\xff" * 48], height=4, bits=12)) == 255).all()
+    assert (pixels(tiff([b"\x80\x08\x00" * 16], height=4, bits=12)) == 128).all()  # 2048
+
+
+def test_a_tiff_of_sixteen_bits_in_which_zero_is_white_is_no_negative():
+    ramp = np.linspace(0, 65535, 32).astype("<u2")
+    expected = pixels(tiff([ramp.tobytes()], height=4, bits=16))
+    assert np.array_equal(pixels(tiff([(65535 - ramp).tobytes()], height=4, bits=16, photometric=0)), expected)
+
+
+@pytest.mark.parametrize("compression", ["group3", "group4", "tiff_ccitt"])
+def test_a_fax_that_becomes_blank_is_refused_and_a_blank_one_is_not(compression):
+    for colour in (0, 1):
+        blank = Image.new("1", (1700, 2200), colour)
+        assert (pixels(encoded(blank, "TIFF", compression=compression)) == colour * 255).all()
+    data = encoded(photograph().convert("1"), "TIFF", compression=compression)
+    assert pixels(data).any()
+    start, length = (Image.open(io.BytesIO(data)).tag_v2[tag][0] for tag in (273, 279))
+    filling = b"\xff" if compression == "group4" else b"\x00"
+    with pytest.raises(ValueError, match="would be of one colour"):
+        load_picture(data[:start] + filling * length + data[start + length :])
+
+
+def test_the_preview_in_a_camera_raw_file_is_not_taken_for_its_picture():
+    data = encoded(sample(), "TIFF", tiffinfo={254: 1})
+    with pytest.raises(ValueError, match="shows a preview only"):
+        load_picture(data)
+
+
+def with_chunk(data: bytes, name: bytes, body: bytes, before: bytes = b"IDAT", checksum: bytes | None = None) -> bytes:
+    """A PNG with one more chunk."""
+    place = data.index(before) - 4
+    checksum = checksum or zlib.crc32(name + body).to_bytes(4)
+    return data[:place] + len(body).to_bytes(4) + name + body + checksum + data[place:]
+
+
+def test_a_png_whose_checksums_are_wrong_is_refused():
+    data = encoded(photograph())
+    unfinished = data[: len(data) * 6 // 10].ljust(len(data) - 12, b"\0") + data[-12:]
+    middle = data.index(b"IDAT") + 500
+    changed = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    clear = with_chunk(data, b"tRNS", bytes(6), checksum=b"none")
+    for damaged, name in ((unfinished, "IDAT"), (changed, "IDAT"), (clear, "tRNS")):
+        with pytest.raises(ValueError, match=rf"^picture 2: is damaged \(the checksum of a chunk {name} is wrong"):
+            load_picture(damaged, "picture 2")
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"])
+def test_a_png_with_large_or_damaged_metadata_loads(before: bytes):
+    sound, text = encoded(sample()), zlib.compress(b"a" * 2**21)
+    for name, body, checksum in (
+        (b"zTXt", b"diagram\0\0" + text, None),
+        (b"iTXt", b"diagram\0\1\0\0\0" + text, None),
+        (b"tEXt", b"words\0words", b"none"),
+        (b"pHYs", bytes(3), None),
+        (b"gAMA", bytes(3), None),
+        (b"cHRM", bytes(31), None),
+    ):
+        data = with_chunk(sound, name, body, before, checksum)
+        assert np.array_equal(pixels(data), sample()), name
+        assert picture_size(data) == (30, 40)
+
+
+def test_a_png_with_a_large_colour_profile_becomes_srgb(monkeypatch):
+    profile = swapped_profile()
+    profile = (len(profile) + 2**21).to_bytes(4) + profile[4:] + bytes(2**21)
+    data = with_chunk(encoded(Image.new("RGB", (4, 4), "red")), b"iCCP", b"big\0\0" + zlib.compress(profile))
+    assert np.abs(pixels(data)[0, 0].astype(int) - (0, 255, 0)).max() <= 2
+    monkeypatch.setattr(png_chunks, "MAX_PROFILE_BYTES", 2**20)
+    with pytest.raises(ValueError, match="colour profile of more than 1 MiB"):
+        load_picture(data)
+
+
+@pytest.mark.parametrize("kind", ["exif", "xmp"])
+def test_an_orientation_behind_the_pixels_of_a_png_counts_for_its_size(kind: str, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    name, body = {
+        "exif": (b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")),
+        "xmp": (b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp),
+    }[kind]
+    data = with_chunk(encoded(sample()), name, body, before=b"IEND")
+    (tmp_path / "late.png").write_bytes(data)
+    loaded = load_picture(data)
+    assert loaded.size == (30, 40)
+    assert picture_size(data) == picture_size(tmp_path / "late.png") == (40, 30)
+
+
+def test_a_jpeg_2000_that_becomes_black_but_for_a_corner_is_refused_and_a_small_bright_spot_is_not():
+    data = encoded(photograph(), "JPEG2000")
+    spot = photograph()
+    spot.paste((0, 0, 0), (0, 0, 320, 200))
+    spot.paste((0, 0, 0), (20, 0, 320, 240))
+    for mode in ("RGB", "L", "RGBA"):
+        assert np.array_equal(pixels(encoded(spot.convert(mode), "JPEG2000")), spot.convert(mode).convert("RGB"))
+    for mode in ("RGB", "RGBA"):
+        lost = Image.new("RGB", photograph().size)
+        lost.paste(photograph().crop((0, 0, 36, 36)))
+        lost = lost.convert(mode)
+        lost.format = "JPEG2000"
+        with pytest.raises(file_checks.PictureError, match="would be black"):
+            file_checks.checked(lost, data)
+
+
 def test_huge_pictures_are_refused_by_their_header():
     header = bytearray(encoded(Image.new("1", (8, 8))))
     header[16:24] = (60_000).to_bytes(4, "big") * 2
+    header[29:33] = zlib.crc32(header[12:29]).to_bytes(4)
     started = time.monotonic()
     for limit in (Image.MAX_IMAGE_PIXELS, None):
         with pytest.MonkeyPatch.context() as patch:
@@ -444,6 +719,14 @@ def test_pictures_without_pixels_are_refused():
         (SVG.decode().encode("utf-16"), "is an SVG drawing"),
         (SVG.decode().encode("utf-16-be"), "is an SVG drawing"),
         (gzip.compress(SVG), "is an SVG drawing"),
+        (SVG.decode().encode("utf-32"), "is an SVG drawing"),
+        (SVG.decode().encode("utf-32-be"), "is an SVG drawing"),
+        (b"\xff\x0a" + bytes(50), "is a JPEG XL picture; save it as"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(40), "is a JPEG XL picture"),
+        (b"8BPS\0\1" + bytes(50), "is a Photoshop document; export it"),
+        (b"\xc5\xd0\xd3\xc6\x20\0\0\0" + bytes(50), "is a PostScript document"),
+        (b"FUJIFILMCCD-RAW 0201" + bytes(50), "is a camera's raw file; develop it"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(40), "is a camera's raw file"),
         (b"<!DOCTYPE html>\n<html><body>" + SVG + b"</body></html>", "is an HTML page"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(40), "is an HEIC picture, as phones take them; save it as"),
         (b"just words", "not a picture file of a known format"),
@@ -483,6 +766,35 @@ def test_embedded_colour_profiles_become_srgb():
     assert tuple(pixels(keyed)[0, 0]) == WHITE
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     assert tuple(pixels(encoded(clear, icc_profile=swapped_profile()))[0, 0]) == WHITE
+
+
+def profile_with_gamma(name: str, gamma: float) -> bytes:
+    """An ICC profile with the colours of sRGB, another curve of tones, and a name."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    number = int.from_bytes(profile[128:132])
+    entries = [struct.unpack_from(">4sII", profile, 132 + 12 * place) for place in range(number)]
+    contents = {tag: profile[start : start + length] for tag, start, length in entries}
+    curve = b"curv" + bytes(4) + struct.pack(">IH", 1, round(gamma * 256)) + bytes(2)
+    contents |= {b"rTRC": curve, b"gTRC": curve, b"bTRC": curve}
+    text = name.encode("utf-16-be")
+    contents[b"desc"] = b"mluc" + bytes(4) + struct.pack(">II4sII", 1, 12, b"enUS", len(text), 28) + text
+    table, body = b"", b""
+    for tag, content in contents.items():
+        start = 132 + 12 * number + len(body)
+        table += struct.pack(">4sII", tag, start, len(content))
+        body += content + bytes(-len(content) % 4)
+    data = profile[4:132] + table + body
+    return (len(data) + 4).to_bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    ("name", "gamma"), [("sRGB-elle-V2-g10.icc", 1.0), ("scRGB linear sRGB", 1.0), ("Rec709", 1.0)]
+)
+def test_a_linear_profile_counts_whatever_its_name(name, gamma):
+    grey = Image.new("RGB", (4, 4), (55,) * 3)
+    for file_format in ("PNG", "JPEG"):
+        found = pixels(encoded(grey, file_format, icc_profile=profile_with_gamma(name, gamma)))
+        assert np.abs(found.astype(int) - 128).max() <= 1
 
 
 def test_a_damaged_or_unfit_profile_leaves_the_pixels_alone():
@@ -605,7 +917,7 @@ class PictureServer(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client has had enough
-            getattr(self, "get_" + self.path.split("?")[0].strip("/").replace(".", "_"))()
+            getattr(self, "get_" + self.path.split("?")[0].strip("/").translate(str.maketrans(".%", "__")).lower())()
 
     def reply(self, body: bytes, status: int = 200, **headers: str) -> None:
         self.send_response(status)
@@ -625,6 +937,12 @@ class PictureServer(http.server.BaseHTTPRequestHandler):
 
     def get_redirect(self) -> None:
         self.reply(b"", status=302, Location="/picture.png")
+
+    def get_to_umlaut(self) -> None:
+        self.reply(b"", status=302, Location="/bild ä.png".encode().decode("latin-1"))
+
+    def get_bild_20_c3_a4_png(self) -> None:
+        self.get_picture_png()
 
     def get_loop(self) -> None:
         self.reply(b"", status=302, Location=f"/loop?{time.monotonic_ns()}")
@@ -682,6 +1000,34 @@ def test_a_url_is_read_and_redirects_are_followed(server: str):
     for path in ("picture.png", "redirect"):
         assert np.array_equal(pixels(f"{server}/{path}"), np.asarray(sample()))
     assert np.array_equal(pixels(f"{server}/picture.png?a=1", kind="url"), np.asarray(sample()))
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize("path", ["bild ä.png", "bild%20%C3%A4.png", "bild ä.png?größe=1 2#oben", "to_umlaut"])
+def test_a_url_is_read_as_people_write_it(server: str, path: str):
+    for kind in (None, "url"):
+        assert np.array_equal(pixels(f" {server}/{path}\n", kind=kind), sample())
+
+
+def test_a_host_beyond_ascii_is_encoded_and_what_follows_stays():
+    url = "http://user:p%40w@bücher.example:8080/a%2Fb?q=[1]&r=ü#x"
+    expected = "http://user:p%40w@xn--bcher-kva.example:8080/a%2Fb?q=[1]&r=%C3%BC"
+    assert pictures._ascii_url(url) == expected
+    assert pictures._ascii_url("http://[::1]:80/x.png") == "http://[::1]:80/x.png"
+
+
+def test_data_urls_are_read_in_any_case_and_escaped():
+    data = encoded(sample())
+    text = base64.b64encode(data).decode()
+    escaped = text.replace("+", "%2B").replace("/", "%2F").replace("=", "%3D")
+    for url in (
+        f"DATA:image/png;base64,{text}",
+        f"data:image/png;BASE64,{text}",
+        f" data:image/png;base64,{text}",
+        f"data:image/png;base64,{escaped}",
+        "data:image/png," + "".join(f"%{byte:02x}" for byte in data),
+    ):
+        assert np.array_equal(pixels(url), sample()), url[:30]
 
 
 @pytest.mark.usefixtures("no_proxy")
@@ -778,6 +1124,24 @@ def test_wide_colours_of_high_dynamic_range_keep_their_hue_and_transparency_lies
     assert found[2, 2, 1] > 4 * max(found[2, 2, 0], found[2, 2, 2])
     with pytest.raises(ValueError, match=r"picture 3: is an HDR picture with primaries 5 .* known are 1, 9, 12"):
         load_picture(png_with_transfer(hdr.PQ, primaries=5), "picture 3")
+
+
+@pytest.mark.parametrize("make", [png_with_transfer, avif_with_transfer])
+@pytest.mark.parametrize(
+    ("primaries", "transfer", "red"),
+    [(12, 13, (234, 51, 35)), (9, 14, (207, 74, 34)), (12, 1, (234, 51, 35)), (1, 13, (255, 0, 0))],
+)
+def test_colours_named_by_number_become_srgb(make, primaries, transfer, red):
+    found = pixels(make(transfer, primaries, Image.new("RGB", (8, 8), red))).astype(int)
+    assert np.abs(found[4, 4] - RED).max() <= (3 if make is png_with_transfer else 12)
+    grey = pixels(make(transfer, primaries, Image.new("RGB", (8, 8), (77, 77, 77)))).astype(int)
+    assert np.abs(grey - 77).max() <= 1
+
+
+@pytest.mark.parametrize(("transfer", "grey"), [(8, 128), (4, 52), (13, 55)])
+def test_the_curve_that_a_png_names_by_number_counts(transfer, grey):
+    found = pixels(png_with_transfer(transfer, 1, Image.new("RGB", (4, 4), (55, 55, 55)))).astype(int)
+    assert np.abs(found - grey).max() <= 2
 
 
 def test_grey_tones_of_sixteen_bits_are_those_of_eight_and_finer():
