@@ -11,6 +11,7 @@ Axis legend of this file (logical sizes, never a shard):
   layers see them (L = T unless HD)   N image tiles in the batch   S image tokens of one tile   D hidden size
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -196,6 +197,14 @@ def document_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
     begins[:, 1:] = position_ids.diff(dim=1) != 1
     starts = begins.flatten().nonzero().flatten()
     return nn.functional.pad(starts, (0, 1), value=position_ids.numel()).int()
+
+
+def rope_switch(rotary_emb: nn.Module) -> float:
+    """Longest sequence that a longrope table rotates with its short factors; infinite for tables that never switch."""
+    parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
+    patterns = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    longropes = [pattern for pattern in patterns if pattern.get("rope_type") == "longrope"]
+    return min((pattern["original_max_position_embeddings"] for pattern in longropes), default=math.inf)
 
 
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -393,6 +402,11 @@ class HoVLEModel(HoVLEPreTrainedModel):
     def language_layers(self) -> nn.ModuleList:
         """The layers of the language model."""
         return self.language_model.layers[self.config.num_embedding_layers :]
+
+    @property
+    def rotary_embs(self) -> tuple[nn.Module, nn.Module]:
+        """Rotary tables of the holistic layers and of the language model."""
+        return self.embedding_rotary_emb, self.language_model.rotary_emb
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -976,7 +990,61 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
                 "prefill_chunk_size would cut pictures, which HoVLE-HD and bidirectional pictures do not allow; leave "
                 "it out."
             )
+        switch = min(rope_switch(rotary_emb) for rotary_emb in self.model.rotary_embs)
+        if generation_config.use_cache and switch < math.inf:
+            if generation_config.prefill_chunk_size is not None and generation_config.max_length > switch:
+                raise ValueError(
+                    f"prefill_chunk_size cannot be used where prompt and answer may exceed {switch} tokens: from "
+                    "there on longrope rotates by other factors, which keys in a cache cannot follow. Leave it out."
+                )
+            model_kwargs["max_length"] = generation_config.max_length  # `prepare_inputs_for_generation` takes it out
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` takes what its signature names
+    def prepare_inputs_for_generation(self, input_ids, *args, max_length: int | None = None, **kwargs):
+        if max_length is not None and kwargs.get("is_first_iteration"):
+            self._refuse_rope_switch(input_ids, max_length - input_ids.shape[1] - 1, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _refuse_rope_switch(self, input_ids: torch.Tensor, num_later: int, **model_kwargs) -> None:
+        """Raise ValueError where a sequence would outgrow longrope's short factors, which rotated the cached keys.
+
+        Args:
+            input_ids: Prompts, shape `(B, T)`.
+            num_later: Tokens that will be read after the prompts.
+            **model_kwargs: What `generate` prepares the first pass from.
+        """
+        for rotary_emb, (before, now) in zip(
+            self.model.rotary_embs, self._section_lengths(input_ids, **model_kwargs), strict=True
+        ):
+            begin, end, switch = before or now, now + num_later, rope_switch(rotary_emb)
+            if begin <= switch < end:
+                raise ValueError(
+                    f"Beyond {switch} tokens longrope rotates by other factors, which keys in a cache cannot follow, "
+                    f"and the sequence may grow from {begin} to {end} tokens here: generate with use_cache=False, or "
+                    f"at most {max(0, int(switch) - now + 1)} new tokens."
+                )
+
+    def _section_lengths(
+        self, input_ids, attention_mask=None, inputs_embeds=None, next_sequence_length=None, **model_kwargs
+    ) -> list[tuple[int, int]]:
+        """Tokens of the longest row before and after the first pass: in the holistic layers, in the language model."""
+        cache = model_kwargs.get(CACHE)
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if next_sequence_length is None:  # the new tokens only
+            length += num_cached
+        num_tokens = torch.tensor([length]) if attention_mask is None else attention_mask.sum(dim=1).cpu()
+        now = int(num_tokens.max())
+        padding = length - now
+        before = max(0, num_cached - padding)
+        if not self.model.is_hd:
+            return [(before, now), (before, now)]
+        num_long_cached = 0 if num_cached == 0 else int(self.model._holistic_cache(cache).get_seq_length())
+        is_image = input_ids[:, -(length - num_cached) :] == self.config.image_token_id
+        num_added = is_image.sum(dim=1).cpu() * (self.config.shuffle_factor**2 - 1) + num_long_cached - num_cached
+        long_now = int((num_tokens + num_added).max())
+        return [(max(0, num_long_cached - padding), long_now), (before, now)]
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         if self.model.is_hd:
@@ -992,8 +1060,9 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
                 f"{type(assistant).__name__} cannot assist with pictures: `generate` hands on what this model's stem "
                 "made of them, not the pictures. Take a text-only assistant_model with rows for the picture tokens."
             )
-        if assistant is not None:  # transformers 5.16 hands on what a text model does not take
-            kept = {key: value for key, value in kwargs["model_kwargs"].items() if key != "pixel_values"}
+        if assistant is not None:  # transformers hands on what a text model does not take, pixels in 5.16
+            dropped = ("pixel_values", "max_length")
+            kept = {key: value for key, value in kwargs["model_kwargs"].items() if key not in dropped}
             kwargs["model_kwargs"] = kept
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 

@@ -1,0 +1,145 @@
+"""Caches in the hands of others: edited, continued, of a kind that cannot work."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import DynamicCache, LlamaConfig, Phi3Config, Phi3ForCausalLM
+
+from hovle import HoVLEConfig, HoVLEForConditionalGeneration
+from hovle.backbones import CACHE
+
+IMAGE = 60
+TOKENS = 4  # placeholders of one tile, each 4 patches in HoVLE-HD's holistic layers
+TEXT = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+# Measured worst case: 1.7e-6, on logits of size 3.
+TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
+FIELDS = {"image_size": 56, "image_token_id": IMAGE}
+
+
+def shake(model: nn.Module) -> nn.Module:
+    """Move every weight, so that what is wrong shows in the logits."""
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = 10 if parameter.dim() == 4 else 1
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15 / fan_in)
+    return model.eval()
+
+
+def tiny_model(stem: str, config_class=LlamaConfig, text: dict | None = None, **fields):
+    """2 holistic and 3 language layers."""
+    torch.manual_seed(0)
+    text_config = config_class(**{**TEXT, "num_hidden_layers": 5, **(text or {})})
+    config = HoVLEConfig(
+        text_config=text_config, num_embedding_layers=2, pixel_shuffle_loc=stem, **{**FIELDS, **fields}
+    )
+    return shake(HoVLEForConditionalGeneration(config))
+
+
+@pytest.fixture(params=["pre", "post"])
+def stem(request) -> str:
+    return request.param
+
+
+def prompt(*parts: int | list[int]) -> torch.Tensor:
+    """Token ids of one row; `[n]` stands for the placeholders of n tiles."""
+    row = [token for part in parts for token in ([IMAGE] * TOKENS * part[0] if isinstance(part, list) else [part])]
+    return torch.tensor([row])
+
+
+def tiles(num_tiles: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(num_tiles, 3, 56, 56, generator=torch.Generator().manual_seed(seed))
+
+
+def pad_left(*rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stack rows of different lengths; ids and mask."""
+    length = max(row.shape[1] for row in rows)
+    ids = torch.cat([nn.functional.pad(row, (length - row.shape[1], 0)) for row in rows])
+    mask = torch.cat([nn.functional.pad(torch.ones_like(row), (length - row.shape[1], 0)) for row in rows])
+    return ids, mask
+
+
+def greedy(model, *args, new: int = 5, **kwargs) -> torch.Tensor:
+    return model.generate(*args, max_new_tokens=new, min_new_tokens=new, do_sample=False, **kwargs)
+
+
+SWITCH = 16
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 4.0, 8.0, 16.0],
+    "factor": 16.0,
+    "original_max_position_embeddings": SWITCH,
+}
+
+
+def longrope_model(stem: str, **fields) -> HoVLEForConditionalGeneration:
+    """Phi-3 rotates sequences of more than 16 tokens by other factors."""
+    torch.manual_seed(0)
+    config = Phi3Config(**TEXT, num_hidden_layers=4, original_max_position_embeddings=SWITCH, rope_parameters=LONGROPE)
+    bare = shake(Phi3ForCausalLM(config))
+    return HoVLEForConditionalGeneration.from_language_model(
+        bare, 2, pixel_shuffle_loc=stem, **FIELDS, **fields
+    ).eval()
+
+
+SHORT = torch.arange(5, 17)[None]
+"""12 tokens: with 5 new ones, the last of which is not read, the sequence ends at the switch."""
+
+
+def test_generation_that_would_outgrow_longrope_s_short_factors_is_refused(stem):
+    model = longrope_model(stem)
+    with pytest.raises(ValueError, match=r"Beyond 16 tokens .* from 12 to 17 tokens .* at most 5 new tokens"):
+        greedy(model, SHORT, new=6)
+    with pytest.raises(ValueError, match="Beyond 16 tokens"):
+        greedy(model, SHORT, new=6, num_beams=2)
+    with pytest.raises(ValueError, match="Beyond 16 tokens"):
+        greedy(model, inputs_embeds=model.get_input_embeddings()(SHORT), new=6)
+    with pytest.raises(ValueError, match="prefill_chunk_size cannot be used"):
+        greedy(model, SHORT, new=6, prefill_chunk_size=4)
+    assert greedy(model, SHORT, new=6, use_cache=False).shape[1] == 18
+
+
+def test_generation_on_one_side_of_longrope_s_switch_runs_with_a_cache(stem):
+    model = longrope_model(stem)
+    for ids, mask in [(SHORT, None), (torch.arange(5, 22)[None], None), pad_left(SHORT, SHORT[:, :7])]:
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        assert torch.equal(greedy(model, **inputs), greedy(model, **inputs, use_cache=False))
+    padded = nn.functional.pad(SHORT, (3, 0))  # padding is no part of the sequence
+    inputs = {"input_ids": padded, "attention_mask": (padded > 0).long()}
+    assert torch.equal(greedy(model, **inputs), greedy(model, **inputs, use_cache=False))
+    with pytest.raises(ValueError, match="from 12 to 17"):
+        greedy(model, **inputs, new=6)
+
+
+def test_pictures_of_hd_reach_longrope_s_switch_in_the_holistic_layers():
+    model = longrope_model("post")
+    ids, pixels = prompt(5, [1], 6, 7), tiles(1)  # 7 tokens, 19 in the holistic layers
+    assert torch.equal(
+        greedy(model, ids, pixel_values=pixels), greedy(model, ids, pixel_values=pixels, use_cache=False)
+    )
+    with pytest.raises(ValueError, match="from 7 to 17 tokens"):
+        greedy(model, ids, pixel_values=pixels, new=11)
+    with pytest.raises(ValueError, match=r"Beyond 16 tokens .* from 16 to 17 tokens"):
+        greedy(model, prompt([1]), pixel_values=pixels, new=2)
+
+
+def test_a_second_turn_beyond_longrope_s_switch_is_refused(stem):
+    model = longrope_model(stem)
+    turns = torch.arange(5, 22)[None]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(SHORT, cache=cache)
+    with pytest.raises(ValueError, match="from 12 to 17 tokens"):
+        greedy(model, turns, new=1, **{CACHE: cache})
