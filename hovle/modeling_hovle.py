@@ -637,6 +637,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             )
             embeds = merge_image_tokens(layout.spread(embeds), inputs.image_features, layout.image_mask)
         view = self._holistic_cache(cache)
+        self._refuse_padding_within_a_window(layout, cache)
         self._make_room_in_static_cache(view, embeds.shape[1], embeds.shape[1] - inputs.embeds.shape[1])
         past_mask = getattr(cache, "holistic_attention_mask", None)
         long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, view, past_mask)
@@ -668,6 +669,25 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """View of the cache that speaks for the holistic layers of HD (the slots after the language model's)."""
         layers = [] if cache is None else cache.layers[self.config.num_language_layers :]
         return Cache(layers=layers) if layers else None
+
+    def _refuse_padding_within_a_window(self, layout: HolisticLayout | None, cache: Cache | None) -> None:
+        """Raise ValueError where HD's own padding would come to lie between cached tokens and a sliding window's end.
+
+        Windows count slots, so that padding would push tokens out of them.
+        """
+        if layout is None or cache is None or len(layout.is_token) == 1:
+            return
+        if "sliding_attention" not in self.attention_types:
+            return
+        if torch.compiler.is_compiling():  # cannot look: a static cache tells its length as a tensor
+            is_wrong = cache.is_compileable or cache.get_seq_length() > 0
+        else:
+            is_wrong = bool(cache.get_seq_length() > 0) and not bool(layout.is_token.all())
+        if is_wrong:
+            raise ValueError(
+                "HoVLE-HD with a sliding window cannot continue a cache with rows that gain different numbers of image "
+                "tokens: give the whole conversation at once, or one row at a time."
+            )
 
     def _make_room_in_static_cache(self, view: Cache | None, num_new: int, num_added: int) -> None:
         """Lengthen HD's holistic layers of a static cache by what the pictures add to the longest row.
@@ -1040,7 +1060,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         before = max(0, num_cached - padding)
         if not self.model.is_hd:
             return [(before, now), (before, now)]
-        num_long_cached = 0 if num_cached == 0 else int(self.model._holistic_cache(cache).get_seq_length())
+        view = self.model._holistic_cache(cache)
+        num_long_cached = 0 if view is None else int(view.get_seq_length())
         is_image = input_ids[:, -(length - num_cached) :] == self.config.image_token_id
         num_added = is_image.sum(dim=1).cpu() * (self.config.shuffle_factor**2 - 1) + num_long_cached - num_cached
         long_now = int((num_tokens + num_added).max())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig, Phi3Config, Phi3ForCausalLM
+from transformers import DynamicCache, LlamaConfig, MistralConfig, Phi3Config, Phi3ForCausalLM, StaticCache
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from hovle.backbones import CACHE
@@ -143,3 +143,22 @@ def test_a_second_turn_beyond_longrope_s_switch_is_refused(stem):
         model(SHORT, cache=cache)
     with pytest.raises(ValueError, match="from 12 to 17 tokens"):
         greedy(model, turns, new=1, **{CACHE: cache})
+
+
+@pytest.mark.parametrize("make_cache", [lambda c: DynamicCache(config=c), lambda c: StaticCache(c, max_cache_len=60)])
+def test_hd_s_own_padding_within_a_sliding_window_is_refused(make_cache):
+    model = tiny_model("post", MistralConfig, {"sliding_window": 6})
+    first = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    with torch.no_grad():
+        cache = make_cache(model.config.text_config)
+        model(first, cache=cache)
+        with pytest.raises(ValueError, match="with a sliding window cannot continue a cache"):
+            model(torch.cat([prompt(13, [1], 14), prompt(15, 16, 17, 18, 19, 20)]), tiles(1), cache=cache)
+        second = torch.cat([prompt(13, [1], 14), prompt([1], 15, 16)])  # rows that gain the same
+        cache = make_cache(model.config.text_config)
+        model(first, cache=cache)
+        found = model(second, tiles(2), cache=cache).logits
+        for row in range(2):
+            whole = torch.cat([first[row : row + 1], second[row : row + 1]], dim=1)
+            expected = model(whole, tiles(2)[row : row + 1], use_cache=False).logits[:, 4:]
+            torch.testing.assert_close(found[row : row + 1], expected, **TOLERANCE)
