@@ -685,8 +685,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             is_wrong = bool(cache.get_seq_length() > 0) and not bool(layout.is_token.all())
         if is_wrong:
             raise ValueError(
-                "HoVLE-HD with a sliding window cannot continue a cache with rows that gain different numbers of image "
-                "tokens: give the whole conversation at once, or one row at a time."
+                "HoVLE-HD with a sliding window cannot continue a cache with rows that gain different numbers of "
+                "image tokens: give the whole conversation at once, or one row at a time."
             )
 
     def _make_room_in_static_cache(self, view: Cache | None, num_new: int, num_added: int) -> None:
@@ -1066,6 +1066,12 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         num_added = is_image.sum(dim=1).cpu() * (self.config.shuffle_factor**2 - 1) + num_long_cached - num_cached
         long_now = int((num_tokens + num_added).max())
         return [(max(0, num_long_cached - padding), long_now), (before, now)]
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        # A placeholder means a picture, never a word. Prompt lookup would copy it from the prompt.
+        suppressed = {*(generation_config.suppress_tokens or []), self.config.image_token_id}
+        generation_config.suppress_tokens = sorted(suppressed)
+        return super()._get_logits_processor(generation_config, *args, **kwargs)
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         if self.model.is_hd:

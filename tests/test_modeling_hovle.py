@@ -531,8 +531,7 @@ def test_the_loss_divides_by_the_items_of_the_whole_step(model):
 # ---------------------------------------------------------------------------------------------- caching and generation
 
 
-SAMPLING = {"eos_token_id": None, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
-"""Random weights may emit a placeholder, which means a picture to an uncached model; a trained one does not."""
+SAMPLING = {"eos_token_id": None, "pad_token_id": 0}
 
 
 def greedy(model, *args, **kwargs) -> torch.Tensor:
@@ -858,6 +857,25 @@ def test_prompt_lookup_decoding_gives_the_greedy_tokens():
     expected = greedy(model, ids, pixel_values=PICTURES[0], max_new_tokens=12)
     found = greedy(model, ids, pixel_values=PICTURES[0], max_new_tokens=12, prompt_lookup_num_tokens=3)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 10])
+def test_prompt_lookup_never_proposes_a_picture(num_tokens):
+    model = shared_model("pre")
+    ids = prompt(7, 8, [1], 9, 7, 8)  # what followed the last words is a picture
+    expected = greedy(model, ids, pixel_values=tiles(1), max_new_tokens=6)
+    found = greedy(model, ids, pixel_values=tiles(1), max_new_tokens=6, prompt_lookup_num_tokens=num_tokens)
+    assert torch.equal(found, expected)
+
+
+def test_no_placeholder_is_generated_whatever_the_generation_config_says():
+    model = tiny_model("pre")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[[7, IMAGE]] = model(PROMPTS[2], output_hidden_states=True).hidden_states[-1][0, -1]
+        model.lm_head.weight[IMAGE] *= 2  # what greedy search would take, then token 7
+    assert greedy(model, PROMPTS[2], max_new_tokens=1)[0, -1] == 7
+    assert model.generate(PROMPTS[2], max_new_tokens=1, do_sample=False, suppress_tokens=[7])[0, -1] not in (7, IMAGE)
 
 
 def test_assisted_decoding_that_would_go_wrong_is_refused():
