@@ -312,6 +312,54 @@ class PreparedInputs:
     """Shape `(B, T)` or `(1, T)`."""
 
 
+@dataclass
+class HolisticCacheState:
+    """What HoVLE-HD keeps beside a cache: its padding mask, and by what it notices that others edited the cache."""
+
+    attention_mask: torch.Tensor | None = None
+    """Padding of the long sequence, shape `(B, L)`; None where nothing is padded."""
+    keys: torch.Tensor | None = None
+    """Keys of the first holistic layer: whoever reorders, repeats or selects rows gives them other memory."""
+    short_length: int = 0
+    """Slots of the language model's layers."""
+    long_length: int = 0
+    """Slots of the holistic layers."""
+    num_text: int = 0
+    """Slots at the end without a picture in any row: of these a crop takes as many from either section."""
+
+    def note(self, cache: Cache, holistic_layers: list, num_short: int, num_long: int) -> None:
+        """Note what the cache holds after a pass that gave either section so many slots."""
+        self.num_text = self.num_text + num_long if num_short == num_long else 0
+        self.short_length += num_short
+        self.long_length += num_long
+        keys = holistic_layers[0].keys if holistic_layers else None
+        is_still = keys is not None and keys.dim() == 4 and not cache.offloading
+        self.keys = keys if is_still else None  # offloaded keys move by themselves, quantised ones are elsewhere
+
+    def follow_crop(self, short_length: int, long_length: int) -> None:
+        """Shorten what is known to the lengths found; ValueError where the crop went back into pictures."""
+        removed = self.short_length - short_length
+        if removed != self.long_length - long_length or not 0 <= removed <= self.num_text:
+            raise ValueError(
+                f"The cache was cropped from {self.short_length} to {short_length} tokens, but HoVLE-HD can take back "
+                f"only the last {self.num_text}, which follow all pictures. Start with an empty cache."
+            )
+        self.short_length, self.long_length, self.num_text = short_length, long_length, self.num_text - removed
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[:, :long_length]
+
+    def check_rows(self, keys: torch.Tensor) -> None:
+        """Raise ValueError where the mask may describe other rows than the cache holds."""
+        if self.attention_mask is None or self.keys is None:
+            return
+        is_same = keys.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
+        if not is_same or len(keys) != len(self.attention_mask):
+            raise ValueError(
+                "Rows of this cache were reordered, repeated or selected, but not by `generate`: HoVLE-HD cannot tell "
+                "which of its padding belongs to which row. Start with an empty cache."
+            )
+
+
 class HoVLEPreTrainedModel(PreTrainedModel):
     """Weight initialisation and the contracts with transformers."""
 
@@ -639,8 +687,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         view = self._holistic_cache(cache)
         self._refuse_padding_within_a_window(layout, cache)
         self._make_room_in_static_cache(view, embeds.shape[1], embeds.shape[1] - inputs.embeds.shape[1])
-        past_mask = getattr(cache, "holistic_attention_mask", None)
-        long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, view, past_mask)
+        state = self._holistic_state(cache, view)
+        long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, view, state.attention_mask)
         long_positions = self._long_positions(embeds, layout, long_mask, inputs, view)
         pictures = None
         if layout is not None and self.config.image_attention == "bidirectional":
@@ -656,7 +704,11 @@ class HoVLEModel(HoVLEPreTrainedModel):
             **kwargs,
         )
         if cache is not None:
-            cache.holistic_attention_mask = long_mask
+            state.attention_mask = long_mask
+            cache.holistic_state = state
+            if not torch.compiler.is_compiling():
+                holistic_layers = cache.layers[self.config.num_language_layers :]
+                state.note(cache, holistic_layers, inputs.embeds.shape[1], embeds.shape[1])
         if layout is None:
             return HolisticEmbeddingOutput(hidden_states, None, self._normalize(hidden_states))
         patches = take_image_tokens(hidden_states, layout.image_mask, *inputs.image_features.shape[:2])
@@ -669,6 +721,20 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """View of the cache that speaks for the holistic layers of HD (the slots after the language model's)."""
         layers = [] if cache is None else cache.layers[self.config.num_language_layers :]
         return Cache(layers=layers) if layers else None
+
+    def _holistic_state(self, cache: Cache | None, view: Cache | None) -> HolisticCacheState:
+        """What was kept beside a cache, empty for a new one; ValueError where an edit of the cache made it wrong."""
+        state = getattr(cache, "holistic_state", None)
+        if state is None or (torch.compiler.is_compiling() and view is not None):
+            return state or HolisticCacheState()
+        if cache is None or view is None or (not view.is_compileable and not view.get_seq_length()):
+            return HolisticCacheState()
+        if not view.is_compileable:
+            # The language model's layers are empty when the holistic layers were run alone.
+            state.follow_crop(cache.get_seq_length() or state.short_length, view.get_seq_length())
+        state.check_rows(view.layers[0].keys)
+        state.keys = None  # their memory is free as soon as longer ones take their place
+        return state
 
     def _refuse_padding_within_a_window(self, layout: HolisticLayout | None, cache: Cache | None) -> None:
         """Raise ValueError where HD's own padding would come to lie between cached tokens and a sliding window's end.
@@ -1066,6 +1132,15 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         num_added = is_image.sum(dim=1).cpu() * (self.config.shuffle_factor**2 - 1) + num_long_cached - num_cached
         long_now = int((num_tokens + num_added).max())
         return [(max(0, num_long_cached - padding), long_now), (before, now)]
+
+    def _reorder_cache(self, cache: Cache, beam_idx: torch.Tensor) -> Cache:
+        cache.reorder_cache(beam_idx)
+        state: HolisticCacheState | None = getattr(cache, "holistic_state", None)
+        if state is not None and state.attention_mask is not None:
+            state.attention_mask = state.attention_mask.index_select(0, beam_idx.to(state.attention_mask.device))
+        if state is not None and state.keys is not None:
+            state.keys = cache.layers[self.config.num_language_layers].keys
+        return cache
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):
         # A placeholder means a picture, never a word. Prompt lookup would copy it from the prompt.

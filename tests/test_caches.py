@@ -1,5 +1,7 @@
 """Caches in the hands of others: edited, continued, of a kind that cannot work."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -162,3 +164,102 @@ def test_hd_s_own_padding_within_a_sliding_window_is_refused(make_cache):
             whole = torch.cat([first[row : row + 1], second[row : row + 1]], dim=1)
             expected = model(whole, tiles(2)[row : row + 1], use_cache=False).logits[:, 4:]
             torch.testing.assert_close(found[row : row + 1], expected, **TOLERANCE)
+
+
+CONVERSATIONS = [prompt(5, [1], 6, 7, 8), prompt(9, 10, [3], 11, [1], 12)]
+PICTURES = [tiles(1, 1), tiles(4, 2)]
+
+
+def cached_batch(model) -> tuple[DynamicCache, torch.Tensor]:
+    """A cache that holds the two conversations, the first one padded; and their mask."""
+    ids, mask = pad_left(*CONVERSATIONS)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, torch.cat(PICTURES), mask, cache=cache)
+    return cache, mask
+
+
+def go_on(model, cache, mask, token: int = 7) -> torch.Tensor:
+    """Logits after one more token."""
+    mask = nn.functional.pad(mask, (0, 1), value=1)
+    with torch.no_grad():
+        return model(torch.full((len(mask), 1), token), attention_mask=mask, cache=cache).logits[:, -1]
+
+
+def alone(model, row: int, *tokens: int) -> torch.Tensor:
+    """Logits after a conversation and more tokens, without a cache."""
+    ids = torch.cat([CONVERSATIONS[row], torch.tensor([tokens])], dim=1)
+    with torch.no_grad():
+        return model(ids, PICTURES[row], use_cache=False).logits[0, -1]
+
+
+EDITS = {
+    "reorder": (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+    "select": (lambda cache: cache.batch_select_indices(torch.tensor([0])), [0]),
+    "repeat": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_rows_of_a_cache_that_others_moved_are_right_or_refused(stem, edit):
+    model = tiny_model(stem)
+    move, rows = EDITS[edit]
+    cache, mask = cached_batch(model)
+    move(cache)
+    if stem == "post":
+        with pytest.raises(ValueError, match="Rows of this cache were reordered"):
+            go_on(model, cache, mask[rows])
+    else:
+        expected = torch.stack([alone(model, row, 7) for row in rows])
+        torch.testing.assert_close(go_on(model, cache, mask[rows]), expected, **TOLERANCE)
+
+
+def test_rows_without_padding_may_be_moved(stem):
+    model = tiny_model(stem)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(CONVERSATIONS[0], PICTURES[0], cache=cache)
+    cache.batch_repeat_interleave(2)
+    mask = torch.ones(2, CONVERSATIONS[0].shape[1], dtype=torch.long)
+    expected = alone(model, 0, 7).expand(2, -1)
+    torch.testing.assert_close(go_on(model, cache, mask), expected, **TOLERANCE)
+
+
+def test_generate_reorders_the_padding_of_hd_with_its_rows():
+    model = tiny_model("post")
+    cache, mask = cached_batch(model)
+    model._reorder_cache(cache, torch.tensor([1, 0]))
+    expected = torch.stack([alone(model, row, 7) for row in (1, 0)])
+    torch.testing.assert_close(go_on(model, cache, mask[[1, 0]]), expected, **TOLERANCE)
+
+
+def test_a_cache_may_be_copied(stem):
+    model = tiny_model(stem)
+    cache, mask = cached_batch(model)
+    copied = copy.deepcopy(cache)
+    assert torch.equal(go_on(model, copied, mask), go_on(model, cache, mask))
+
+
+def test_words_of_an_answer_may_be_taken_back(stem):
+    model = tiny_model(stem)
+    cache, mask = cached_batch(model)
+    for _ in range(2):
+        go_on(model, cache, mask, token=20)
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+    cache.crop(-1)
+    expected = torch.stack([alone(model, row, 20, 7) for row in (0, 1)])
+    torch.testing.assert_close(go_on(model, cache, mask[:, :-1]), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_hd_refuses_a_cache_whose_pictures_were_cropped(padded):
+    model = tiny_model("post")
+    if padded:
+        cache, mask = cached_batch(model)
+    else:
+        cache, mask = DynamicCache(config=model.config), torch.ones_like(CONVERSATIONS[0])
+        with torch.no_grad():
+            model(CONVERSATIONS[0], PICTURES[0], cache=cache)
+    cache.crop(-5)
+    with pytest.raises(ValueError, match="can take back only the last 0, which follow all pictures"):
+        go_on(model, cache, mask[:, :-5])
