@@ -199,6 +199,29 @@ def document_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
     return nn.functional.pad(starts, (0, 1), value=position_ids.numel()).int()
 
 
+def check_padding_mask(
+    attention_mask: torch.Tensor | dict | None, batch_size: int, num_new: int, cache: Cache | None
+) -> None:
+    """Raise ValueError unless a 2-D mask covers the rows of a batch with all tokens, cached and new.
+
+    Args:
+        attention_mask: The caller's; others than 2-D ones pass.
+        batch_size: B.
+        num_new: T.
+        cache: Of earlier tokens.
+    """
+    if torch.compiler.is_compiling() or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return
+    if cache is not None and cache.is_compileable and num_new == 1:
+        return  # a static cache tells its length as a tensor, which each step would wait for
+    num_cached = 0 if cache is None else int(cache.get_seq_length())
+    if attention_mask.shape != (batch_size, num_cached + num_new):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but {batch_size} rows of {num_cached} cached "
+            f"and {num_new} new tokens need {(batch_size, num_cached + num_new)}: it covers what the cache holds too."
+        )
+
+
 def rope_switch(rotary_emb: nn.Module) -> float:
     """Longest sequence that a longrope table rotates with its short factors; infinite for tables that never switch."""
     parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
@@ -624,6 +647,35 @@ class HoVLEModel(HoVLEPreTrainedModel):
             check_image_tokens(image_mask, 0, self.config.image_seq_length)
         return None, None
 
+    def _check_cache_kind(self, cache: Cache | None) -> None:
+        if cache is not None and cache.is_compileable and "flex" in self.config.text_config._attn_implementation:
+            raise ValueError(
+                "flex_attention with a static cache reads a wrong length in transformers' masks: take a dynamic "
+                "cache, or sdpa or eager attention."
+            )
+
+    def _check_positions(self, position_ids, attention_mask, length: int, cache: Cache | None) -> None:
+        """Raise ValueError for position ids that nothing would follow; not for single tokens, nor while compiling."""
+        if length == 1 or torch.compiler.is_compiling():
+            return
+        steps = position_ids.diff(dim=1)
+        if attention_mask is None and cache is not None and (cache.is_compileable or cache.get_seq_length()):
+            if bool((steps != 1).any()):
+                raise ValueError(
+                    "position_ids restart or jump, as those of packed documents do, but with a static cache, or one "
+                    "that holds tokens, the documents would see each other: use an empty dynamic cache, or none."
+                )
+        elif self.is_hd:
+            is_fine = (steps == 1) | (position_ids[:, 1:] == 0)
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+                is_token = attention_mask[:, -length:].bool()
+                is_fine = is_fine | ~(is_token[:, 1:] & is_token[:, :-1])
+            if not bool(is_fine.all()):
+                raise ValueError(
+                    "HoVLE-HD counts the positions of its long sequence by itself: position_ids must go on by 1, or "
+                    "restart at 0 where a document begins."
+                )
+
     def _prepare(self, input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_features):
         """Embed text and pictures and settle positions and mask of the language model's sequence."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -634,7 +686,11 @@ class HoVLEModel(HoVLEPreTrainedModel):
             image_features, image_mask = self._embed_pictures(input_ids, pixel_values, cache, image_features)
         elif pixel_values is not None or image_features is not None:
             raise ValueError("Pictures need input_ids, which say where they stand; inputs_embeds do not.")
-        length = inputs_embeds.shape[1]
+        batch_size, length = inputs_embeds.shape[:2]
+        self._check_cache_kind(cache)
+        check_padding_mask(attention_mask, batch_size, length, cache)
+        if position_ids is not None:
+            self._check_positions(position_ids, attention_mask, length, cache)
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             position_ids = positions_from_mask(attention_mask)[:, -length:]
         elif position_ids is None:
@@ -865,7 +921,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`; or who may look at whom, bool,
                 shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
-                `attention_mask=None`: any mask lets them see each other.
+                `attention_mask=None` (any mask lets them see each other) and no cache but an empty dynamic one. Those
+                of HD go on by 1 or restart at 0.
             cache: Cache of earlier tokens, extended in place; `past_key_values` is the same.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             image_features: What `get_image_features` made of the tiles, instead of `pixel_values`.
@@ -982,7 +1039,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`; or who may look at whom, bool,
                 shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
-                `attention_mask=None`: any mask lets them see each other.
+                `attention_mask=None` (any mask lets them see each other) and no cache but an empty dynamic one. Those
+                of HD go on by 1 or restart at 0.
             cache: Cache of earlier tokens, extended in place; `past_key_values` is the same.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             labels: Ids to predict, shape `(B, T)`; -100 and every image position are ignored.
@@ -1060,6 +1118,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(self, attention_mask=None, is_first_iteration=False, **kwargs):
         # HoVLE-HD needs a mask for each of its two sequences, and bidirectional pictures need to know where they are:
         # both are built in the forward pass, from the padding mask.
+        self.model._check_cache_kind(kwargs.get(CACHE))
         if self.model.is_hd or (is_first_iteration and self.config.image_attention == "bidirectional"):
             return attention_mask
         masks = create_masks_for_generate(

@@ -263,3 +263,56 @@ def test_hd_refuses_a_cache_whose_pictures_were_cropped(padded):
     cache.crop(-5)
     with pytest.raises(ValueError, match="can take back only the last 0, which follow all pictures"):
         go_on(model, cache, mask[:, :-5])
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 5), r"\(1, 5\), but 1 rows of 8 cached and 5 new tokens need \(1, 13\)"),
+        ((1, 14), r"need \(1, 13\)"),
+        ((2, 13), r"need \(1, 13\)"),
+    ],
+)
+@pytest.mark.parametrize("make_cache", [lambda c: DynamicCache(config=c), lambda c: StaticCache(c, max_cache_len=60)])
+def test_a_mask_that_does_not_cover_cached_and_new_tokens_is_refused(stem, make_cache, shape, message):
+    model = tiny_model(stem)
+    cache = make_cache(model.config.text_config)
+    with torch.no_grad():
+        model(CONVERSATIONS[0], PICTURES[0], cache=cache)
+        with pytest.raises(ValueError, match=message):
+            model(torch.arange(20, 25)[None], attention_mask=torch.ones(shape, dtype=torch.long), cache=cache)
+
+
+def test_a_mask_of_another_length_than_the_prompt_is_refused(stem):
+    model = tiny_model(stem)
+    for length in (4, 6):
+        with pytest.raises(ValueError, match=rf"\(1, {length}\), but 1 rows of 0 cached and 5 new tokens"):
+            model(torch.arange(20, 25)[None], attention_mask=torch.ones(1, length, dtype=torch.long))
+
+
+PACKED = {"input_ids": torch.arange(5, 11)[None], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]])}
+
+
+def test_packed_documents_in_a_cache_that_cannot_part_them_are_refused(stem):
+    model = tiny_model(stem)
+    static = StaticCache(config=model.config.text_config, max_cache_len=40)
+    used = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.arange(20, 25)[None], cache=used)
+        for cache in (static, used):
+            with pytest.raises(ValueError, match="position_ids restart or jump"):
+                model(**PACKED, cache=cache)
+        found = model(**PACKED, cache=DynamicCache(config=model.config)).logits[:, 3:]
+        expected = model(PACKED["input_ids"][:, 3:], use_cache=False).logits
+    torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", [{}, {"image_attention": "bidirectional"}])
+def test_flex_attention_with_a_static_cache_is_refused(stem, kind):
+    model = tiny_model(stem, **kind)
+    model.set_attn_implementation("flex_attention")
+    ids = torch.arange(5, 11)[None]
+    with pytest.raises(ValueError, match="flex_attention with a static cache"):
+        model(ids, cache=StaticCache(config=model.config.text_config, max_cache_len=40))
+    with pytest.raises(ValueError, match="flex_attention with a static cache"):
+        greedy(model, ids, cache_implementation="static", disable_compile=True)

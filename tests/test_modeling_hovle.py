@@ -1030,6 +1030,17 @@ def test_hd_refuses_packed_rows_of_different_long_lengths():
 # ---------------------------------------------------------------------------------------------- saving
 
 
+def test_hd_refuses_positions_its_long_sequence_would_not_follow():
+    model, ids = shared_model("post"), PROMPTS[2]
+    mask = torch.ones_like(ids)
+    for attention_mask in (None, mask):
+        with torch.no_grad(), pytest.raises(ValueError, match="position_ids must go on by 1, or restart at 0"):
+            model(ids, attention_mask=attention_mask, position_ids=torch.tensor([[0, 1, 2, 50, 51]]))
+        with torch.no_grad():
+            shifted = model(ids, attention_mask=attention_mask, position_ids=torch.arange(7, 12)[None]).logits
+            assert_close(shifted, model(ids).logits)
+
+
 def reload(model, folder, **kwargs):
     model.save_pretrained(folder, **{key: kwargs.pop(key) for key in ("max_shard_size",) if key in kwargs})
     loaded, info = HoVLEForConditionalGeneration.from_pretrained(folder, output_loading_info=True, **kwargs)
