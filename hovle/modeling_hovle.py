@@ -133,6 +133,25 @@ def number_pictures(image_mask: torch.Tensor) -> torch.Tensor:
     return torch.where(image_mask, is_first.cumsum(dim=1) - 1, -1)
 
 
+def check_whole_tiles(image_mask: torch.Tensor, tokens_per_tile: int) -> None:
+    """Raise unless each unbroken run of placeholders is filled by whole tiles: a tile belongs to one prompt.
+
+    Args:
+        image_mask: True at placeholders, shape `(B, T)`, bool.
+        tokens_per_tile: Placeholders one tile fills.
+    """
+    if torch.compiler.is_compiling():
+        return
+    is_last = image_mask & ~nn.functional.pad(image_mask, (-1, 1))
+    counts = image_mask.flatten().cumsum(0).view_as(image_mask)
+    rows = (is_last & (counts % tokens_per_tile != 0)).any(dim=1).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"Row {rows[0]} of the prompts holds image tokens that are no whole number of tiles ({tokens_per_tile} "
+            "tokens each), so a tile would be torn apart. Build prompts with HoVLEProcessor."
+        )
+
+
 @dataclass
 class HolisticLayout:
     """How the short sequence of the language model spreads into the long one of HoVLE-HD's holistic layers.
@@ -638,7 +657,10 @@ class HoVLEModel(HoVLEPreTrainedModel):
         image_mask = input_ids == self.config.image_token_id
         if image_features is not None:
             slots_per_placeholder = self.config.shuffle_factor**2 if self.is_hd else 1
-            check_image_tokens(image_mask, len(image_features), image_features.shape[1] // slots_per_placeholder)
+            tokens_per_tile = image_features.shape[1] // slots_per_placeholder
+            check_image_tokens(image_mask, len(image_features), tokens_per_tile)
+            if pixel_values is not None:  # `generate` may cut encoded pictures into chunks
+                check_whole_tiles(image_mask, tokens_per_tile)
             return image_features, image_mask
         if torch.compiler.is_compiling():  # a static cache tells its length as a tensor
             return None, None
@@ -676,6 +698,22 @@ class HoVLEModel(HoVLEPreTrainedModel):
                     "restart at 0 where a document begins."
                 )
 
+    def _refuse_a_cut_through_a_picture(self, image_mask: torch.Tensor | None, cache: Cache | None) -> None:
+        """Raise ValueError where a picture goes on that earlier tokens should have seen in both directions."""
+        if cache is None or self.config.image_attention == "causal":
+            return
+        ended_in_picture = getattr(cache, "ended_in_picture", None)
+        cache.ended_in_picture = None if image_mask is None else image_mask[:, -1]  # type: ignore[attr-defined]
+        if ended_in_picture is None or image_mask is None or torch.compiler.is_compiling():
+            return
+        if len(ended_in_picture) != len(image_mask):  # others have changed the rows
+            ended_in_picture = ended_in_picture.any()
+        if cache.get_seq_length() and bool((ended_in_picture & image_mask[:, 0]).any()):
+            raise ValueError(
+                "A pass ended within a picture that this one goes on with; bidirectional pictures must be given "
+                "whole: all tiles of a picture in one pass."
+            )
+
     def _prepare(self, input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_features):
         """Embed text and pictures and settle positions and mask of the language model's sequence."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -696,6 +734,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         elif position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
+        self._refuse_a_cut_through_a_picture(image_mask, cache)
         causal_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, cache)
         holistic_masks = causal_masks
         if image_mask is not None and self.config.image_attention == "bidirectional" and not self.is_hd:
@@ -1103,13 +1142,16 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         if pixel_values is None and image_outputs is None:
             return input_ids, model_kwargs
         num_cached = 0 if cache is None else cache.get_seq_length()
-        num_placeholders = (prompts[:, num_cached:] == self.config.image_token_id).sum(dim=1)
+        image_mask = prompts[:, num_cached:] == self.config.image_token_id
+        num_placeholders = image_mask.sum(dim=1)
         if pixel_values is not None:
             tokens_per_tile = self.config.tokens_per_tile(pixel_values.shape[-1])
             model_kwargs["pixel_values"] = _repeat_tiles(pixel_values, num_placeholders, tokens_per_tile, expand_size)
         if image_outputs is not None:
             features = image_outputs.pooler_output
             tokens_per_tile = features.shape[1] // (self.config.shuffle_factor**2 if self.model.is_hd else 1)
+            if int(num_placeholders.sum()) == len(features) * tokens_per_tile:  # else the forward pass reports it
+                check_whole_tiles(image_mask, tokens_per_tile)
             features = _repeat_tiles(features, num_placeholders, tokens_per_tile, expand_size)
             outputs = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
             model_kwargs["mm_encoder_outputs"] = {"image": outputs}

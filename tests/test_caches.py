@@ -316,3 +316,24 @@ def test_flex_attention_with_a_static_cache_is_refused(stem, kind):
         model(ids, cache=StaticCache(config=model.config.text_config, max_cache_len=40))
     with pytest.raises(ValueError, match="flex_attention with a static cache"):
         greedy(model, ids, cache_implementation="static", disable_compile=True)
+
+
+def test_a_bidirectional_picture_in_two_passes_is_refused(stem):
+    ids, pixels = prompt(5, [2], 6, 7), tiles(2)
+    with torch.no_grad():
+        model = tiny_model(stem, image_attention="bidirectional")
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :5], pixels[:1], cache=cache)
+        with pytest.raises(ValueError, match="A pass ended within a picture"):
+            model(ids[:, 5:], pixels[1:], cache=cache)
+        cache = DynamicCache(config=model.config)
+        outputs = [model(ids[:, :5], pixels[:1], cache=cache), model(ids[:, -1:], cache=cache)]
+        outputs.append(model(prompt([1], 7), pixels[1:], cache=cache))  # another picture, after a word
+        found = torch.cat([output.logits for output in outputs], dim=1)
+        expected = model(torch.cat([ids[:, :5], ids[:, -1:], prompt([1], 7)], dim=1), pixels, use_cache=False).logits
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+        causal = tiny_model(stem)
+        cache = DynamicCache(config=causal.config)
+        parts = [causal(ids[:, :5], pixels[:1], cache=cache), causal(ids[:, 5:], pixels[1:], cache=cache)]
+        expected = causal(ids, pixels, use_cache=False).logits
+        torch.testing.assert_close(torch.cat([part.logits for part in parts], dim=1), expected, **TOLERANCE)

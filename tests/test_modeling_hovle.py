@@ -461,6 +461,16 @@ def test_a_mismatch_of_placeholders_and_tiles_names_both_counts(model, input_ids
         model(input_ids, tiles(num_tiles) if num_tiles else None)
 
 
+def test_a_tile_torn_apart_is_refused(model):
+    two_rows = torch.tensor([[5, *[IMAGE] * 6, 6], [7, *[IMAGE] * 2, 8, 9, 10, 11, 12]])
+    one_row = torch.tensor([[*prompt([1], 5)[0], 6, *[IMAGE] * 3, 7, IMAGE]])
+    for ids in (two_rows, one_row):
+        with pytest.raises(ValueError, match="Row 0 of the prompts holds image tokens that are no whole number"):
+            model(ids, tiles(2))
+        with pytest.raises(ValueError, match="Row 0 of the prompts holds image tokens that are no whole number"):
+            greedy(model, ids, pixel_values=tiles(2), max_new_tokens=2)
+
+
 def test_pictures_may_come_as_features_or_pixels_but_not_both(model):
     features = model.get_image_features(PICTURES[0])
     with torch.no_grad():
