@@ -75,7 +75,7 @@ class HoVLEConfig(PreTrainedConfig):
 
     model_type = "hovle"
     sub_configs = {"text_config": AutoConfig}  # noqa: RUF012 - the base class declares it this way
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]  # noqa: RUF012 - for `Trainer.evaluate`
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "image_hidden_states"]  # noqa: RUF012 - for `Trainer.evaluate`
 
     text_config: Any = None  # a dict or a config; type checkers cannot know that it is a config once built
     num_embedding_layers: int = 8

@@ -11,6 +11,7 @@ Axis legend of this file (logical sizes, never a shard):
   layers see them (L = T unless HD)   N image tiles in the batch   S image tokens of one tile   D hidden size
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -132,6 +133,25 @@ def number_pictures(image_mask: torch.Tensor) -> torch.Tensor:
     return torch.where(image_mask, is_first.cumsum(dim=1) - 1, -1)
 
 
+def check_whole_tiles(image_mask: torch.Tensor, tokens_per_tile: int) -> None:
+    """Raise unless each unbroken run of placeholders is filled by whole tiles: a tile belongs to one prompt.
+
+    Args:
+        image_mask: True at placeholders, shape `(B, T)`, bool.
+        tokens_per_tile: Placeholders one tile fills.
+    """
+    if torch.compiler.is_compiling():
+        return
+    is_last = image_mask & ~nn.functional.pad(image_mask, (-1, 1))
+    counts = image_mask.flatten().cumsum(0).view_as(image_mask)
+    rows = (is_last & (counts % tokens_per_tile != 0)).any(dim=1).nonzero().flatten().tolist()
+    if rows:
+        raise ValueError(
+            f"Row {rows[0]} of the prompts holds image tokens that are no whole number of tiles ({tokens_per_tile} "
+            "tokens each), so a tile would be torn apart. Build prompts with HoVLEProcessor."
+        )
+
+
 @dataclass
 class HolisticLayout:
     """How the short sequence of the language model spreads into the long one of HoVLE-HD's holistic layers.
@@ -196,6 +216,37 @@ def document_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
     begins[:, 1:] = position_ids.diff(dim=1) != 1
     starts = begins.flatten().nonzero().flatten()
     return nn.functional.pad(starts, (0, 1), value=position_ids.numel()).int()
+
+
+def check_padding_mask(
+    attention_mask: torch.Tensor | dict | None, batch_size: int, num_new: int, cache: Cache | None
+) -> None:
+    """Raise ValueError unless a 2-D mask covers the rows of a batch with all tokens, cached and new.
+
+    Args:
+        attention_mask: The caller's; others than 2-D ones pass.
+        batch_size: B.
+        num_new: T.
+        cache: Of earlier tokens.
+    """
+    if torch.compiler.is_compiling() or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+        return
+    if cache is not None and cache.is_compileable and num_new == 1:
+        return  # a static cache tells its length as a tensor, which each step would wait for
+    num_cached = 0 if cache is None else int(cache.get_seq_length())
+    if attention_mask.shape != (batch_size, num_cached + num_new):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, but {batch_size} rows of {num_cached} cached "
+            f"and {num_new} new tokens need {(batch_size, num_cached + num_new)}: it covers what the cache holds too."
+        )
+
+
+def rope_switch(rotary_emb: nn.Module) -> float:
+    """Longest sequence that a longrope table rotates with its short factors; infinite for tables that never switch."""
+    parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
+    patterns = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    longropes = [pattern for pattern in patterns if pattern.get("rope_type") == "longrope"]
+    return min((pattern["original_max_position_embeddings"] for pattern in longropes), default=math.inf)
 
 
 def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -303,6 +354,54 @@ class PreparedInputs:
     """Shape `(B, T)` or `(1, T)`."""
 
 
+@dataclass
+class HolisticCacheState:
+    """What HoVLE-HD keeps beside a cache: its padding mask, and by what it notices that others edited the cache."""
+
+    attention_mask: torch.Tensor | None = None
+    """Padding of the long sequence, shape `(B, L)`; None where nothing is padded."""
+    keys: torch.Tensor | None = None
+    """Keys of the first holistic layer: whoever reorders, repeats or selects rows gives them other memory."""
+    short_length: int = 0
+    """Slots of the language model's layers."""
+    long_length: int = 0
+    """Slots of the holistic layers."""
+    num_text: int = 0
+    """Slots at the end without a picture in any row: of these a crop takes as many from either section."""
+
+    def note(self, cache: Cache, holistic_layers: list, num_short: int, num_long: int) -> None:
+        """Note what the cache holds after a pass that gave either section so many slots."""
+        self.num_text = self.num_text + num_long if num_short == num_long else 0
+        self.short_length += num_short
+        self.long_length += num_long
+        keys = holistic_layers[0].keys if holistic_layers else None
+        is_still = keys is not None and keys.dim() == 4 and not cache.offloading
+        self.keys = keys if is_still else None  # offloaded keys move by themselves, quantised ones are elsewhere
+
+    def follow_crop(self, short_length: int, long_length: int) -> None:
+        """Shorten what is known to the lengths found; ValueError where the crop went back into pictures."""
+        removed = self.short_length - short_length
+        if removed != self.long_length - long_length or not 0 <= removed <= self.num_text:
+            raise ValueError(
+                f"The cache was cropped from {self.short_length} to {short_length} tokens, but HoVLE-HD can take back "
+                f"only the last {self.num_text}, which follow all pictures. Start with an empty cache."
+            )
+        self.short_length, self.long_length, self.num_text = short_length, long_length, self.num_text - removed
+        if self.attention_mask is not None:
+            self.attention_mask = self.attention_mask[:, :long_length]
+
+    def check_rows(self, keys: torch.Tensor) -> None:
+        """Raise ValueError where the mask may describe other rows than the cache holds."""
+        if self.attention_mask is None or self.keys is None:
+            return
+        is_same = keys.untyped_storage().data_ptr() == self.keys.untyped_storage().data_ptr()
+        if not is_same or len(keys) != len(self.attention_mask):
+            raise ValueError(
+                "Rows of this cache were reordered, repeated or selected, but not by `generate`: HoVLE-HD cannot tell "
+                "which of its padding belongs to which row. Start with an empty cache."
+            )
+
+
 class HoVLEPreTrainedModel(PreTrainedModel):
     """Weight initialisation and the contracts with transformers."""
 
@@ -393,6 +492,11 @@ class HoVLEModel(HoVLEPreTrainedModel):
     def language_layers(self) -> nn.ModuleList:
         """The layers of the language model."""
         return self.language_model.layers[self.config.num_embedding_layers :]
+
+    @property
+    def rotary_embs(self) -> tuple[nn.Module, nn.Module]:
+        """Rotary tables of the holistic layers and of the language model."""
+        return self.embedding_rotary_emb, self.language_model.rotary_emb
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -553,7 +657,10 @@ class HoVLEModel(HoVLEPreTrainedModel):
         image_mask = input_ids == self.config.image_token_id
         if image_features is not None:
             slots_per_placeholder = self.config.shuffle_factor**2 if self.is_hd else 1
-            check_image_tokens(image_mask, len(image_features), image_features.shape[1] // slots_per_placeholder)
+            tokens_per_tile = image_features.shape[1] // slots_per_placeholder
+            check_image_tokens(image_mask, len(image_features), tokens_per_tile)
+            if pixel_values is not None:  # `generate` may cut encoded pictures into chunks
+                check_whole_tiles(image_mask, tokens_per_tile)
             return image_features, image_mask
         if torch.compiler.is_compiling():  # a static cache tells its length as a tensor
             return None, None
@@ -561,6 +668,51 @@ class HoVLEModel(HoVLEPreTrainedModel):
         if cache is None or cache.get_seq_length() == 0 or input_ids.shape[1] > 1:
             check_image_tokens(image_mask, 0, self.config.image_seq_length)
         return None, None
+
+    def _check_cache_kind(self, cache: Cache | None) -> None:
+        if cache is not None and cache.is_compileable and "flex" in self.config.text_config._attn_implementation:
+            raise ValueError(
+                "flex_attention with a static cache reads a wrong length in transformers' masks: take a dynamic "
+                "cache, or sdpa or eager attention."
+            )
+
+    def _check_positions(self, position_ids, attention_mask, length: int, cache: Cache | None) -> None:
+        """Raise ValueError for position ids that nothing would follow; not for single tokens, nor while compiling."""
+        if length == 1 or torch.compiler.is_compiling():
+            return
+        steps = position_ids.diff(dim=1)
+        if attention_mask is None and cache is not None and (cache.is_compileable or cache.get_seq_length()):
+            if bool((steps != 1).any()):
+                raise ValueError(
+                    "position_ids restart or jump, as those of packed documents do, but with a static cache, or one "
+                    "that holds tokens, the documents would see each other: use an empty dynamic cache, or none."
+                )
+        elif self.is_hd:
+            is_fine = (steps == 1) | (position_ids[:, 1:] == 0)
+            if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+                is_token = attention_mask[:, -length:].bool()
+                is_fine = is_fine | ~(is_token[:, 1:] & is_token[:, :-1])
+            if not bool(is_fine.all()):
+                raise ValueError(
+                    "HoVLE-HD counts the positions of its long sequence by itself: position_ids must go on by 1, or "
+                    "restart at 0 where a document begins."
+                )
+
+    def _refuse_a_cut_through_a_picture(self, image_mask: torch.Tensor | None, cache: Cache | None) -> None:
+        """Raise ValueError where a picture goes on that earlier tokens should have seen in both directions."""
+        if cache is None or self.config.image_attention == "causal":
+            return
+        ended_in_picture = getattr(cache, "ended_in_picture", None)
+        cache.ended_in_picture = None if image_mask is None else image_mask[:, -1]  # type: ignore[attr-defined]
+        if ended_in_picture is None or image_mask is None or torch.compiler.is_compiling():
+            return
+        if len(ended_in_picture) != len(image_mask):  # others have changed the rows
+            ended_in_picture = ended_in_picture.any()
+        if cache.get_seq_length() and bool((ended_in_picture & image_mask[:, 0]).any()):
+            raise ValueError(
+                "A pass ended within a picture that this one goes on with; bidirectional pictures must be given "
+                "whole: all tiles of a picture in one pass."
+            )
 
     def _prepare(self, input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_features):
         """Embed text and pictures and settle positions and mask of the language model's sequence."""
@@ -572,12 +724,17 @@ class HoVLEModel(HoVLEPreTrainedModel):
             image_features, image_mask = self._embed_pictures(input_ids, pixel_values, cache, image_features)
         elif pixel_values is not None or image_features is not None:
             raise ValueError("Pictures need input_ids, which say where they stand; inputs_embeds do not.")
-        length = inputs_embeds.shape[1]
+        batch_size, length = inputs_embeds.shape[:2]
+        self._check_cache_kind(cache)
+        check_padding_mask(attention_mask, batch_size, length, cache)
+        if position_ids is not None:
+            self._check_positions(position_ids, attention_mask, length, cache)
         if position_ids is None and isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
             position_ids = positions_from_mask(attention_mask)[:, -length:]
         elif position_ids is None:
             past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(length, device=inputs_embeds.device) + past_length)[None]
+        self._refuse_a_cut_through_a_picture(image_mask, cache)
         causal_masks = self._causal_masks(inputs_embeds, attention_mask, position_ids, cache)
         holistic_masks = causal_masks
         if image_mask is not None and self.config.image_attention == "bidirectional" and not self.is_hd:
@@ -623,9 +780,10 @@ class HoVLEModel(HoVLEPreTrainedModel):
             )
             embeds = merge_image_tokens(layout.spread(embeds), inputs.image_features, layout.image_mask)
         view = self._holistic_cache(cache)
+        self._refuse_padding_within_a_window(layout, cache)
         self._make_room_in_static_cache(view, embeds.shape[1], embeds.shape[1] - inputs.embeds.shape[1])
-        past_mask = getattr(cache, "holistic_attention_mask", None)
-        long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, view, past_mask)
+        state = self._holistic_state(cache, view)
+        long_mask = self._long_attention_mask(embeds, layout, inputs.attention_mask, view, state.attention_mask)
         long_positions = self._long_positions(embeds, layout, long_mask, inputs, view)
         pictures = None
         if layout is not None and self.config.image_attention == "bidirectional":
@@ -641,7 +799,11 @@ class HoVLEModel(HoVLEPreTrainedModel):
             **kwargs,
         )
         if cache is not None:
-            cache.holistic_attention_mask = long_mask
+            state.attention_mask = long_mask
+            cache.holistic_state = state
+            if not torch.compiler.is_compiling():
+                holistic_layers = cache.layers[self.config.num_language_layers :]
+                state.note(cache, holistic_layers, inputs.embeds.shape[1], embeds.shape[1])
         if layout is None:
             return HolisticEmbeddingOutput(hidden_states, None, self._normalize(hidden_states))
         patches = take_image_tokens(hidden_states, layout.image_mask, *inputs.image_features.shape[:2])
@@ -654,6 +816,39 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """View of the cache that speaks for the holistic layers of HD (the slots after the language model's)."""
         layers = [] if cache is None else cache.layers[self.config.num_language_layers :]
         return Cache(layers=layers) if layers else None
+
+    def _holistic_state(self, cache: Cache | None, view: Cache | None) -> HolisticCacheState:
+        """What was kept beside a cache, empty for a new one; ValueError where an edit of the cache made it wrong."""
+        state = getattr(cache, "holistic_state", None)
+        if state is None or (torch.compiler.is_compiling() and view is not None):
+            return state or HolisticCacheState()
+        if cache is None or view is None or (not view.is_compileable and not view.get_seq_length()):
+            return HolisticCacheState()
+        if not view.is_compileable:
+            # The language model's layers are empty when the holistic layers were run alone.
+            state.follow_crop(cache.get_seq_length() or state.short_length, view.get_seq_length())
+        state.check_rows(view.layers[0].keys)
+        state.keys = None  # their memory is free as soon as longer ones take their place
+        return state
+
+    def _refuse_padding_within_a_window(self, layout: HolisticLayout | None, cache: Cache | None) -> None:
+        """Raise ValueError where HD's own padding would come to lie between cached tokens and a sliding window's end.
+
+        Windows count slots, so that padding would push tokens out of them.
+        """
+        if layout is None or cache is None or len(layout.is_token) == 1:
+            return
+        if "sliding_attention" not in self.attention_types:
+            return
+        if torch.compiler.is_compiling():  # cannot look: a static cache tells its length as a tensor
+            is_wrong = cache.is_compileable or cache.get_seq_length() > 0
+        else:
+            is_wrong = bool(cache.get_seq_length() > 0) and not bool(layout.is_token.all())
+        if is_wrong:
+            raise ValueError(
+                "HoVLE-HD with a sliding window cannot continue a cache with rows that gain different numbers of "
+                "image tokens: give the whole conversation at once, or one row at a time."
+            )
 
     def _make_room_in_static_cache(self, view: Cache | None, num_new: int, num_added: int) -> None:
         """Lengthen HD's holistic layers of a static cache by what the pictures add to the longest row.
@@ -765,7 +960,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
             attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`; or who may look at whom, bool,
                 shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
-                `attention_mask=None`: any mask lets them see each other.
+                `attention_mask=None` (any mask lets them see each other) and no cache but an empty dynamic one. Those
+                of HD go on by 1 or restart at 0.
             cache: Cache of earlier tokens, extended in place; `past_key_values` is the same.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             image_features: What `get_image_features` made of the tiles, instead of `pixel_values`.
@@ -882,7 +1078,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`; or who may look at whom, bool,
                 shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs
-                `attention_mask=None`: any mask lets them see each other.
+                `attention_mask=None` (any mask lets them see each other) and no cache but an empty dynamic one. Those
+                of HD go on by 1 or restart at 0.
             cache: Cache of earlier tokens, extended in place; `past_key_values` is the same.
             inputs_embeds: Text embeddings instead of `input_ids`, shape `(B, T, D)`; then without pictures.
             labels: Ids to predict, shape `(B, T)`; -100 and every image position are ignored.
@@ -944,13 +1141,16 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         if pixel_values is None and image_outputs is None:
             return input_ids, model_kwargs
         num_cached = 0 if cache is None else cache.get_seq_length()
-        num_placeholders = (prompts[:, num_cached:] == self.config.image_token_id).sum(dim=1)
+        image_mask = prompts[:, num_cached:] == self.config.image_token_id
+        num_placeholders = image_mask.sum(dim=1)
         if pixel_values is not None:
             tokens_per_tile = self.config.tokens_per_tile(pixel_values.shape[-1])
             model_kwargs["pixel_values"] = _repeat_tiles(pixel_values, num_placeholders, tokens_per_tile, expand_size)
         if image_outputs is not None:
             features = image_outputs.pooler_output
             tokens_per_tile = features.shape[1] // (self.config.shuffle_factor**2 if self.model.is_hd else 1)
+            if int(num_placeholders.sum()) == len(features) * tokens_per_tile:  # else the forward pass reports it
+                check_whole_tiles(image_mask, tokens_per_tile)
             features = _repeat_tiles(features, num_placeholders, tokens_per_tile, expand_size)
             outputs = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
             model_kwargs["mm_encoder_outputs"] = {"image": outputs}
@@ -959,6 +1159,7 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
     def create_masks_for_generate(self, attention_mask=None, is_first_iteration=False, **kwargs):
         # HoVLE-HD needs a mask for each of its two sequences, and bidirectional pictures need to know where they are:
         # both are built in the forward pass, from the padding mask.
+        self.model._check_cache_kind(kwargs.get(CACHE))
         if self.model.is_hd or (is_first_iteration and self.config.image_attention == "bidirectional"):
             return attention_mask
         masks = create_masks_for_generate(
@@ -975,7 +1176,77 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
                 "prefill_chunk_size would cut pictures, which HoVLE-HD and bidirectional pictures do not allow; leave "
                 "it out."
             )
+        switch = min(rope_switch(rotary_emb) for rotary_emb in self.model.rotary_embs)
+        if generation_config.use_cache and switch < math.inf:
+            if generation_config.prefill_chunk_size is not None and generation_config.max_length > switch:
+                raise ValueError(
+                    f"prefill_chunk_size cannot be used where prompt and answer may exceed {switch} tokens: from "
+                    "there on longrope rotates by other factors, which keys in a cache cannot follow. Leave it out."
+                )
+            model_kwargs["max_length"] = generation_config.max_length  # `prepare_inputs_for_generation` takes it out
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` takes what its signature names
+    def prepare_inputs_for_generation(self, input_ids, *args, max_length: int | None = None, **kwargs):
+        if max_length is not None and kwargs.get("is_first_iteration"):
+            self._refuse_rope_switch(input_ids, max_length - input_ids.shape[1] - 1, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+
+    def _refuse_rope_switch(self, input_ids: torch.Tensor, num_later: int, **model_kwargs) -> None:
+        """Raise ValueError where a sequence would outgrow longrope's short factors, which rotated the cached keys.
+
+        Args:
+            input_ids: Prompts, shape `(B, T)`.
+            num_later: Tokens that will be read after the prompts.
+            **model_kwargs: What `generate` prepares the first pass from.
+        """
+        for rotary_emb, (before, now) in zip(
+            self.model.rotary_embs, self._section_lengths(input_ids, **model_kwargs), strict=True
+        ):
+            begin, end, switch = before or now, now + num_later, rope_switch(rotary_emb)
+            if begin <= switch < end:
+                raise ValueError(
+                    f"Beyond {switch} tokens longrope rotates by other factors, which keys in a cache cannot follow, "
+                    f"and the sequence may grow from {begin} to {end} tokens here: generate with use_cache=False, or "
+                    f"at most {max(0, int(switch) - now + 1)} new tokens."
+                )
+
+    def _section_lengths(
+        self, input_ids, attention_mask=None, inputs_embeds=None, next_sequence_length=None, **model_kwargs
+    ) -> list[tuple[int, int]]:
+        """Tokens of the longest row before and after the first pass: in the holistic layers, in the language model."""
+        cache = model_kwargs.get(CACHE)
+        num_cached = 0 if cache is None else int(cache.get_seq_length())
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if next_sequence_length is None:  # the new tokens only
+            length += num_cached
+        num_tokens = torch.tensor([length]) if attention_mask is None else attention_mask.sum(dim=1).cpu()
+        now = int(num_tokens.max())
+        padding = length - now
+        before = max(0, num_cached - padding)
+        if not self.model.is_hd:
+            return [(before, now), (before, now)]
+        view = self.model._holistic_cache(cache)
+        num_long_cached = 0 if view is None else int(view.get_seq_length())
+        is_image = input_ids[:, -(length - num_cached) :] == self.config.image_token_id
+        num_added = is_image.sum(dim=1).cpu() * (self.config.shuffle_factor**2 - 1) + num_long_cached - num_cached
+        long_now = int((num_tokens + num_added).max())
+        return [(max(0, num_long_cached - padding), long_now), (before, now)]
+
+    def _reorder_cache(self, cache: Cache, beam_idx: torch.Tensor) -> Cache:
+        cache.reorder_cache(beam_idx)
+        state: HolisticCacheState | None = getattr(cache, "holistic_state", None)
+        if state is not None and state.attention_mask is not None:
+            state.attention_mask = state.attention_mask.index_select(0, beam_idx.to(state.attention_mask.device))
+        if state is not None and state.keys is not None:
+            state.keys = cache.layers[self.config.num_language_layers].keys
+        return cache
+
+    def _get_logits_processor(self, generation_config, *args, **kwargs):
+        # A placeholder means a picture, never a word. Prompt lookup would copy it from the prompt.
+        suppressed = {*(generation_config.suppress_tokens or []), self.config.image_token_id}
+        generation_config.suppress_tokens = sorted(suppressed)
+        return super()._get_logits_processor(generation_config, *args, **kwargs)
 
     def _get_candidate_generator(self, generation_config, *args, **kwargs):
         if self.model.is_hd:
@@ -991,8 +1262,9 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
                 f"{type(assistant).__name__} cannot assist with pictures: `generate` hands on what this model's stem "
                 "made of them, not the pictures. Take a text-only assistant_model with rows for the picture tokens."
             )
-        if assistant is not None:  # transformers 5.16 hands on what a text model does not take
-            kept = {key: value for key, value in kwargs["model_kwargs"].items() if key != "pixel_values"}
+        if assistant is not None:  # transformers hands on what a text model does not take, pixels in 5.16
+            dropped = ("pixel_values", "max_length")
+            kept = {key: value for key, value in kwargs["model_kwargs"].items() if key not in dropped}
             kwargs["model_kwargs"] = kept
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
 

@@ -461,6 +461,16 @@ def test_a_mismatch_of_placeholders_and_tiles_names_both_counts(model, input_ids
         model(input_ids, tiles(num_tiles) if num_tiles else None)
 
 
+def test_a_tile_torn_apart_is_refused(model):
+    two_rows = torch.tensor([[5, *[IMAGE] * 6, 6], [7, *[IMAGE] * 2, 8, 9, 10, 11, 12]])
+    one_row = torch.tensor([[*prompt([1], 5)[0], 6, *[IMAGE] * 3, 7, IMAGE]])
+    for ids in (two_rows, one_row):
+        with pytest.raises(ValueError, match="Row 0 of the prompts holds image tokens that are no whole number"):
+            model(ids, tiles(2))
+        with pytest.raises(ValueError, match="Row 0 of the prompts holds image tokens that are no whole number"):
+            greedy(model, ids, pixel_values=tiles(2), max_new_tokens=2)
+
+
 def test_pictures_may_come_as_features_or_pixels_but_not_both(model):
     features = model.get_image_features(PICTURES[0])
     with torch.no_grad():
@@ -531,8 +541,7 @@ def test_the_loss_divides_by_the_items_of_the_whole_step(model):
 # ---------------------------------------------------------------------------------------------- caching and generation
 
 
-SAMPLING = {"eos_token_id": None, "pad_token_id": 0, "suppress_tokens": [IMAGE]}
-"""Random weights may emit a placeholder, which means a picture to an uncached model; a trained one does not."""
+SAMPLING = {"eos_token_id": None, "pad_token_id": 0}
 
 
 def greedy(model, *args, **kwargs) -> torch.Tensor:
@@ -860,6 +869,25 @@ def test_prompt_lookup_decoding_gives_the_greedy_tokens():
     assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 10])
+def test_prompt_lookup_never_proposes_a_picture(num_tokens):
+    model = shared_model("pre")
+    ids = prompt(7, 8, [1], 9, 7, 8)  # what followed the last words is a picture
+    expected = greedy(model, ids, pixel_values=tiles(1), max_new_tokens=6)
+    found = greedy(model, ids, pixel_values=tiles(1), max_new_tokens=6, prompt_lookup_num_tokens=num_tokens)
+    assert torch.equal(found, expected)
+
+
+def test_no_placeholder_is_generated_whatever_the_generation_config_says():
+    model = tiny_model("pre")
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.weight[[7, IMAGE]] = model(PROMPTS[2], output_hidden_states=True).hidden_states[-1][0, -1]
+        model.lm_head.weight[IMAGE] *= 2  # what greedy search would take, then token 7
+    assert greedy(model, PROMPTS[2], max_new_tokens=1)[0, -1] == 7
+    assert model.generate(PROMPTS[2], max_new_tokens=1, do_sample=False, suppress_tokens=[7])[0, -1] not in (7, IMAGE)
+
+
 def test_assisted_decoding_that_would_go_wrong_is_refused():
     kwargs = {"pixel_values": PICTURES[0], "max_new_tokens": 4}
     with pytest.raises(ValueError, match="HoVLE-HD cannot take back tokens"):
@@ -1010,6 +1038,17 @@ def test_hd_refuses_packed_rows_of_different_long_lengths():
 
 
 # ---------------------------------------------------------------------------------------------- saving
+
+
+def test_hd_refuses_positions_its_long_sequence_would_not_follow():
+    model, ids = shared_model("post"), PROMPTS[2]
+    mask = torch.ones_like(ids)
+    for attention_mask in (None, mask):
+        with torch.no_grad(), pytest.raises(ValueError, match="position_ids must go on by 1, or restart at 0"):
+            model(ids, attention_mask=attention_mask, position_ids=torch.tensor([[0, 1, 2, 50, 51]]))
+        with torch.no_grad():
+            shifted = model(ids, attention_mask=attention_mask, position_ids=torch.arange(7, 12)[None]).logits
+            assert_close(shifted, model(ids).logits)
 
 
 def reload(model, folder, **kwargs):
