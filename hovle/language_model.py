@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import logging
 import os
 from types import ModuleType
 
@@ -14,6 +15,8 @@ from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizer
 from .backbones import check_backbone, scale_embeddings, zero_residual_writers
 from .configuration_hovle import HoVLEConfig
 from .modeling_hovle import HoVLEForConditionalGeneration
+
+logger = logging.getLogger(__name__)
 
 IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 """Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
@@ -46,6 +49,13 @@ def build_around_language_model(
         language_model = name_or_path
     else:
         language_model = load_language_model(name_or_path, **kwargs)
+    own_config = language_part(language_model.config)
+    if type(own_config) is not type(language_model.config):
+        logger.warning(
+            "Of %s only the language model (%s) becomes part of HoVLE; the rest, such as a vision tower, is left out.",
+            type(language_model).__name__,
+            own_config.model_type,
+        )
     check_backbone(language_model.get_decoder())
     vocab_size = language_model.get_input_embeddings().num_embeddings
     if image_token_id is None:
@@ -55,7 +65,7 @@ def build_around_language_model(
     else:
         min_vocab_size = image_token_id + 1
     config = config_around(
-        language_model.config,
+        own_config,
         num_embedding_layers,
         image_token_id=image_token_id,
         vocab_size=max(vocab_size, min_vocab_size),
@@ -67,7 +77,7 @@ def build_around_language_model(
     model = model_class._from_config(
         config,
         dtype=language_model.dtype,
-        attn_implementation=language_model.config._attn_implementation,
+        attn_implementation=own_config._attn_implementation,
     ).to(language_model.device)
     _copy_language_model(model, language_model)
     _begin_as_language_model(model, language_model)
@@ -88,14 +98,14 @@ def config_around(
     """Describe the HoVLE of a bare language model's config; no weights are needed.
 
     Args:
-        language_config: Config of the language model; left as it is.
+        language_config: Config of the language model, or of a vision-language model that holds one; left as it is.
         num_embedding_layers: Holistic layers to put below it.
         image_token_id: Id of the placeholder.
         vocab_size: Rows of the text table, picture tokens included.
         untie_text_embeddings: Give the holistic layers a text table of their own.
         **kwargs: Other fields of `HoVLEConfig`.
     """
-    text_config = copy.deepcopy(language_config)
+    text_config = language_part(language_config)
     _add_layers_below(text_config, num_embedding_layers)
     text_config.vocab_size = vocab_size
     if untie_text_embeddings:
@@ -108,18 +118,35 @@ def config_around(
     )
 
 
+def language_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Copy a language model's config, out of a vision-language model's where it is one (Gemma 3)."""
+    _refuse_hovle(config.name_or_path or "The language model", config.model_type)
+    part = copy.deepcopy(config.get_text_config(decoder=True))
+    part.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # the outermost config decides
+    return part
+
+
+def _refuse_hovle(name: str | os.PathLike, model_type: str | None) -> None:
+    if model_type == HoVLEConfig.model_type:
+        raise ValueError(
+            f"{name} is a HoVLE already, which cannot be the backbone of another: give the bare language model that "
+            "it was built around."
+        )
+
+
 def load_language_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """Load a causal language model as `AutoModelForCausalLM` does; InternLM2's own files become a Llama."""
     if (own := _own_reader(name_or_path, **kwargs)) is not None:
         return own.load_model(name_or_path, **kwargs)
+    _refuse_hovle(name_or_path, _stored_model_type(name_or_path, **kwargs))
     return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
 
 
 def load_language_config(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedConfig:
-    """Load a language model's config as `AutoConfig` does; InternLM2's own becomes a Llama's."""
+    """Load the config of a language model, or of a vision-language model's; InternLM2's own becomes a Llama's."""
     if (own := _own_reader(name_or_path, **kwargs)) is not None:
         return own.load_config(name_or_path, **kwargs)
-    return AutoConfig.from_pretrained(name_or_path, **kwargs)
+    return language_part(AutoConfig.from_pretrained(name_or_path, **kwargs))
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
@@ -131,14 +158,7 @@ def load_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedToken
 
 def _own_reader(name_or_path: str | os.PathLike, **kwargs) -> ModuleType | None:
     """The module that reads this language model's files, where transformers would need the files' own code."""
-    location = {key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs and key != "trust_remote_code"}
-    if "gguf_file" in location:
-        return None
-    try:
-        content, _ = PreTrainedConfig.get_config_dict(name_or_path, **location)
-    except (OSError, ValueError):  # no config, or none that can be read: transformers says so with its own words
-        return None
-    if content.get("model_type") != "internlm2":
+    if _stored_model_type(name_or_path, **kwargs) != "internlm2":
         return None
     try:
         # By its full name: a model folder's copy of this file has no copy of what converts checkpoints.
@@ -147,6 +167,18 @@ def _own_reader(name_or_path: str | os.PathLike, **kwargs) -> ModuleType | None:
         raise ValueError(
             f"{name_or_path} is in InternLM2's own layout, which only an installed hovle reads ({error})."
         ) from error
+
+
+def _stored_model_type(name_or_path: str | os.PathLike, **kwargs) -> str | None:
+    """What a folder's or Hub id's config calls its type of model; None where it has no config, or one in GGUF."""
+    location = {key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs and key != "trust_remote_code"}
+    if "gguf_file" in location:
+        return None
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name_or_path, **location)
+    except (OSError, ValueError):  # no config, or none that can be read: transformers says so with its own words
+        return None
+    return content.get("model_type")
 
 
 @torch.no_grad()
