@@ -24,6 +24,11 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 NORM_NAMES = ("norm", "final_layernorm")
 """Names of the norm after the last layer: most families', Phi's."""
 
+NO_ROPE_IN_FULL_ATTENTION = frozenset(
+    ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"),
+)
+"""Model types whose layers of full attention know no positions, but for what the sliding ones tell them."""
+
 RESIDUAL_WRITERS = re.compile(r"(^|\.)(o_proj|dense|down_proj|fc2|c_proj|output_linear)([._](weight|bias))?$")
 """Parameters of attention and MLP whose product is added to the residual stream, experts included."""
 
@@ -35,6 +40,20 @@ def attention_types(text_config: PreTrainedConfig) -> list[str]:
         return list(layer_types)
     sliding = getattr(text_config, "sliding_window", None) is not None
     return ["sliding_attention" if sliding else "full_attention"] * text_config.num_hidden_layers
+
+
+def only_sliding_layers_rotate(text_config: PreTrainedConfig) -> bool:
+    """Whether layers of full attention leave queries and keys as they are, whatever their positions."""
+    sliding = getattr(text_config, "sliding_window", None) is not None
+    return sliding and text_config.model_type in NO_ROPE_IN_FULL_ATTENTION
+
+
+def rotating_layers(text_config: PreTrainedConfig) -> list[bool]:
+    """Say of each decoder layer whether it uses a rotary table."""
+    if (flags := getattr(text_config, "no_rope_layers", None)) is not None:  # 1 means with rotary positions
+        return [bool(flag) for flag in flags]
+    types = attention_types(text_config)
+    return [pattern == "sliding_attention" or not only_sliding_layers_rotate(text_config) for pattern in types]
 
 
 def check_backbone(decoder: PreTrainedModel) -> None:

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from .backbones import rotating_layers
 from .remote_code import AUTO_MAP, copy_code, register_names
 
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
@@ -109,6 +110,13 @@ class HoVLEConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_embedding_layers ({self.num_embedding_layers}) must lie between 0 and "
                 f"text_config.num_hidden_layers - 1 ({num_layers - 1}): text_config counts the holistic layers too."
+            )
+        rotating = rotating_layers(self.text_config)[: self.num_embedding_layers]
+        if self.embedding_rope_parameters is not None and rotating and not any(rotating):
+            raise ValueError(
+                f"embedding_rope_parameters would have no effect: the first {len(rotating)} layers of this "
+                f"{self.text_config.model_type} use no rotary positions. Leave them out, or give these layers "
+                "another attention pattern."
             )
         if self.pixel_shuffle_loc not in PIXEL_SHUFFLE_LOCATIONS:
             raise ValueError(

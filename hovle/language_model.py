@@ -12,7 +12,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
-from .backbones import check_backbone, scale_embeddings, zero_residual_writers
+from .backbones import check_backbone, only_sliding_layers_rotate, scale_embeddings, zero_residual_writers
 from .configuration_hovle import HoVLEConfig
 from .modeling_hovle import HoVLEForConditionalGeneration
 
@@ -221,6 +221,7 @@ def _begin_as_language_model(model, language_model: PreTrainedModel) -> None:
     normalizes, model.config.normalize_encoder_output = model.config.normalize_encoder_output, False
     try:
         _start_as_identity(model)
+        _check_positions(model)
         _check_same_text_logits(model, language_model)
     except TypeError as error:
         raise ValueError(
@@ -243,6 +244,28 @@ def _start_as_identity(model) -> None:
         raise ValueError(
             f"{type(model.model.language_model).__name__} cannot be the backbone of HoVLE: its layers change their "
             "input even with zero output projections of attention and MLP, so new ones cannot start as the identity."
+        )
+
+
+def _check_positions(model) -> None:
+    """Raise ValueError unless the holistic layers use their rotary table, which then has a gradient."""
+    if not model.config.num_embedding_layers:
+        return
+    tables: list[torch.Tensor] = []
+
+    def watch(_module, _inputs, output):
+        parts = [part.detach().requires_grad_() for part in (output if isinstance(output, tuple) else (output,))]
+        tables.extend(parts)
+        return tuple(parts) if isinstance(output, tuple) else parts[0]
+
+    hook = model.model.embedding_rotary_emb.register_forward_hook(watch)
+    with torch.enable_grad():
+        states = model.get_holistic_embeddings(_some_token_ids(model)).last_hidden_state
+    hook.remove()
+    if all(gradient is None for gradient in torch.autograd.grad(states.sum(), tables, allow_unused=True)):
+        raise ValueError(
+            f"{type(model.model.language_model).__name__} cannot be the backbone of HoVLE: new layers of it would not "
+            "know the order of words and patches, because they use no rotary positions."
         )
 
 
@@ -278,10 +301,22 @@ def _add_layers_below(text_config: PreTrainedConfig, num_new: int) -> None:
     text_config.num_hidden_layers += num_new
     layer_types = getattr(text_config, "layer_types", None)
     if layer_types is not None:
-        new_type = "full_attention" if "full_attention" in layer_types else layer_types[0]
-        text_config.layer_types = [new_type] * num_new + list(layer_types)
+        text_config.layer_types = [_new_layer_type(text_config)] * num_new + list(layer_types)
     if getattr(text_config, "no_rope_layers", None) is not None:  # SmolLM3; 1 means with rotary positions
         text_config.no_rope_layers = [1] * num_new + list(text_config.no_rope_layers)
+
+
+def _new_layer_type(text_config: PreTrainedConfig) -> str:
+    """Attention pattern of the holistic layers: full where that knows positions, else sliding, else the first one."""
+    if only_sliding_layers_rotate(text_config):
+        logger.warning(
+            "The holistic layers see %d tokens back, pictures included: in %s only layers of sliding attention know "
+            "positions.",
+            text_config.sliding_window,
+            text_config.model_type,
+        )
+        return "sliding_attention"
+    return "full_attention" if "full_attention" in text_config.layer_types else text_config.layer_types[0]
 
 
 def add_image_tokens(tokenizer) -> None:

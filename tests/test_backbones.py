@@ -4,9 +4,12 @@ import logging
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Cohere2Config,
+    Exaone4Config,
     Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
@@ -15,7 +18,7 @@ from transformers import (
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
-from hovle import HoVLEForConditionalGeneration
+from hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from hovle.language_model import load_language_config
 
 IMAGE = 60  # placeholder id of the tiny models
@@ -101,3 +104,58 @@ def test_a_hovle_is_refused_as_the_backbone_of_another(tmp_path):
             build(given)
     with pytest.raises(ValueError, match="is a HoVLE already"):
         load_language_config(tmp_path)
+
+
+MIXED = {"sliding_window": 8, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2}
+
+
+def assert_order_matters(model: HoVLEForConditionalGeneration) -> None:
+    """The last token must notice swapped words and swapped tiles of one picture."""
+    words, picture, tiles = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[*[IMAGE] * 8, 6]]), torch.randn(2, 3, 56, 56)
+    embed = model.get_holistic_embeddings
+    with torch.no_grad():
+        spoken = [embed(ids).last_hidden_state[0, -1] for ids in (words, words[:, [2, 0, 1, 3]])]
+        seen = [embed(picture, pixels).last_hidden_state[0, -1] for pixels in (tiles, tiles.flip(0))]
+    # Without positions: 6e-7.
+    assert (spoken[0] - spoken[1]).abs().max() > 1e-2
+    assert (seen[0] - seen[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("config_class", [Cohere2Config, Exaone4Config])
+def test_holistic_layers_know_positions_where_only_sliding_layers_do(config_class, caplog):
+    bare = bare_language_model(config_class, num_hidden_layers=6, **MIXED)
+    with caplog.at_level(logging.WARNING, "hovle.language_model"):
+        model = build(bare, 1).eval()
+    assert f"see 8 tokens back, pictures included: in {bare.config.model_type} only" in caplog.text
+    assert_same_text(model, bare)
+    assert_order_matters(shake(model))
+    own_rope = shake(build(bare, 1, embedding_rope_parameters={"rope_theta": 7.0}))
+    with torch.no_grad():
+        found, other = (part.get_holistic_embeddings(torch.arange(3, 9)[None]) for part in (model, own_rope))
+    assert (found.last_hidden_state - other.last_hidden_state).abs().max() > 1e-2
+
+
+def test_exaone_4_without_a_window_keeps_full_attention():
+    bare = bare_language_model(Exaone4Config, sliding_window=None, layer_types=["full_attention"] * 4)
+    model = build(bare)
+    assert model.config.text_config.layer_types == ["full_attention"] * 6
+    assert_order_matters(shake(model))
+
+
+def test_separate_rope_of_layers_without_positions_is_refused():
+    text_config = Cohere2Config(
+        **TEXT, sliding_window=8, layer_types=["full_attention"] * 2 + ["sliding_attention"] * 2
+    )
+    fields = {"num_embedding_layers": 2, "embedding_rope_parameters": {"rope_theta": 7.0}, **STEM}
+    with pytest.raises(
+        StrictDataclassClassValidationError,
+        match="no effect: the first 2 layers of this cohere2 use no rotary positions",
+    ):
+        HoVLEConfig(text_config=text_config, **fields)
+    assert HoVLEConfig(text_config=text_config, **{**fields, "num_embedding_layers": 3}).num_embedding_layers == 3
+
+
+def test_a_backbone_without_any_positions_is_refused_by_name():
+    bare = bare_language_model(Cohere2Config, sliding_window=None, layer_types=["full_attention"] * 4)
+    with pytest.raises(ValueError, match=r"Cohere2Model cannot be the backbone of HoVLE: .* use no rotary positions"):
+        build(bare)
