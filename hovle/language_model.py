@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 """Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
 
+DECIDED_FIELDS = ("text_config", "tie_word_embeddings", "language_head_bias")
+"""Fields of `HoVLEConfig` that follow from the language model."""
+
 LOCATION_OPTIONS = (
     "cache_dir",
     "gguf_file",
@@ -43,8 +46,12 @@ def build_around_language_model(
     **kwargs,
 ) -> HoVLEForConditionalGeneration:
     """Do the work of `HoVLEForConditionalGeneration.from_language_model`, which explains the arguments."""
-    # Its own fields only: those it inherits, such as dtype, are options of `from_pretrained` too.
-    config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__annotations__}
+    config_kwargs = _take_config_fields(kwargs)
+    if isinstance(name_or_path, PreTrainedModel) and kwargs:
+        raise ValueError(
+            f"{', '.join(kwargs)}: no field of HoVLEConfig, and options of loading have no use beside a language "
+            "model that is loaded already."
+        )
     if isinstance(name_or_path, PreTrainedModel):
         language_model = name_or_path
     else:
@@ -84,6 +91,17 @@ def build_around_language_model(
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [image_token_id]  # a placeholder means a picture, never a word
     return model
+
+
+def _take_config_fields(kwargs: dict) -> dict:
+    """Take fields of `HoVLEConfig` out of keyword arguments; ValueError for those the language model decides."""
+    if decided := [key for key in DECIDED_FIELDS if key in kwargs]:
+        raise ValueError(
+            f"{', '.join(decided)}: the language model decides; leave out what it says. To untie the holistic layers' "
+            "text table from the head, use untie_text_embeddings=True."
+        )
+    # Its own fields only: those it inherits, such as dtype, are options of `from_pretrained` too.
+    return {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__annotations__}
 
 
 def config_around(

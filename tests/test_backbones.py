@@ -159,3 +159,20 @@ def test_a_backbone_without_any_positions_is_refused_by_name():
     bare = bare_language_model(Cohere2Config, sliding_window=None, layer_types=["full_attention"] * 4)
     with pytest.raises(ValueError, match=r"Cohere2Model cannot be the backbone of HoVLE: .* use no rotary positions"):
         build(bare)
+
+
+def test_arguments_without_use_beside_a_loaded_language_model_are_refused():
+    bare = bare_language_model()
+    with pytest.raises(
+        ValueError, match="image_sise, dtype: no field of HoVLEConfig, and options of loading have no use"
+    ):
+        build(bare, image_sise=56, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("field", ["text_config", "tie_word_embeddings", "language_head_bias"])
+def test_fields_that_the_language_model_decides_are_refused(field, tmp_path):
+    bare = bare_language_model()
+    bare.save_pretrained(tmp_path)
+    for given in (bare, str(tmp_path)):
+        with pytest.raises(ValueError, match=f"{field}: the language model decides.* untie_text_embeddings=True"):
+            build(given, **{field: True})
