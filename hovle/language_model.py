@@ -1,18 +1,28 @@
 """Build a new HoVLE around a pretrained language model: copy it untouched, put identity layers below it."""
 
+import contextlib
 import copy
 import importlib
 import logging
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
-from .backbones import check_backbone, only_sliding_layers_rotate, scale_embeddings, zero_residual_writers
+from .backbones import (
+    add_layers_below,
+    attention_types,
+    check_backbone,
+    only_sliding_layers_rotate,
+    scale_embeddings,
+    zero_residual_writers,
+)
 from .configuration_hovle import HoVLEConfig
 from .modeling_hovle import HoVLEForConditionalGeneration
 
@@ -63,7 +73,7 @@ def build_around_language_model(
             type(language_model).__name__,
             own_config.model_type,
         )
-    check_backbone(language_model.get_decoder())
+    _check_language_model(language_model)
     vocab_size = language_model.get_input_embeddings().num_embeddings
     if image_token_id is None:
         image_token_id, min_vocab_size = _image_token_for(
@@ -80,17 +90,46 @@ def build_around_language_model(
         language_head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
         **config_kwargs,
     )
-    # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
-    model = model_class._from_config(
-        config,
-        dtype=language_model.dtype,
-        attn_implementation=own_config._attn_implementation,
-    ).to(language_model.device)
+    with _name_in_errors(type(language_model).__name__):
+        # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
+        model = model_class._from_config(
+            config,
+            dtype=language_model.dtype,
+            attn_implementation=own_config._attn_implementation,
+        ).to(language_model.device)
     _copy_language_model(model, language_model)
     _begin_as_language_model(model, language_model)
     model.generation_config = copy.deepcopy(language_model.generation_config)
     model.generation_config.suppress_tokens = [image_token_id]  # a placeholder means a picture, never a word
     return model
+
+
+def _check_language_model(language_model: PreTrainedModel) -> None:
+    """Raise ValueError unless a model has the parts of a language model: a decoder that HoVLE can run, and a head."""
+    decoder = language_model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(
+            f"{type(language_model).__name__} cannot be the backbone of HoVLE: it has no decoder built like Llama's."
+        )
+    check_backbone(decoder)
+    if language_model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot be the backbone of HoVLE: it lacks the head that makes logits. "
+            "Load the language model with AutoModelForCausalLM."
+        )
+
+
+@contextlib.contextmanager
+def _name_in_errors(name: str, more: type[Exception] = LookupError) -> Iterator[None]:
+    """Turn what foreign code raises, of one `more` type as well, into a ValueError that names the language model."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, StrictDataclassError, more) as error:
+        cause = error.__cause__ or error  # the first line of a strict config's error only names a validator
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: its layers need more than Llama's, or lack what those have "
+            f"({type(cause).__name__}: {cause})."
+        ) from error
 
 
 def _take_config_fields(kwargs: dict) -> dict:
@@ -124,12 +163,14 @@ def config_around(
         **kwargs: Other fields of `HoVLEConfig`.
     """
     text_config = language_part(language_config)
-    _add_layers_below(text_config, num_embedding_layers)
+    add_layers_below(text_config, num_embedding_layers, _new_layer_type(text_config))
     text_config.vocab_size = vocab_size
     if untie_text_embeddings:
         text_config.tie_word_embeddings = False
+    with _name_in_errors(text_config.model_type, ValueError):
+        text_config = AutoConfig.for_model(**text_config.to_dict())
     return HoVLEConfig(
-        text_config=text_config.to_dict(),
+        text_config=text_config,
         num_embedding_layers=num_embedding_layers,
         image_token_id=image_token_id,
         **kwargs,
@@ -238,14 +279,10 @@ def _begin_as_language_model(model, language_model: PreTrainedModel) -> None:
     # Normalised output cannot give the bare model's logits, but the rest of the forward pass must.
     normalizes, model.config.normalize_encoder_output = model.config.normalize_encoder_output, False
     try:
-        _start_as_identity(model)
-        _check_positions(model)
-        _check_same_text_logits(model, language_model)
-    except TypeError as error:
-        raise ValueError(
-            f"{type(language_model).__name__} cannot be the backbone of HoVLE: its layers need more than Llama's "
-            f"({error})."
-        ) from error
+        with _name_in_errors(type(language_model).__name__, RuntimeError):
+            _start_as_identity(model)
+            _check_positions(model)
+            _check_same_text_logits(model, language_model)
     finally:
         model.config.normalize_encoder_output = normalizes
 
@@ -314,16 +351,6 @@ def _check_same_text_logits(model, language_model: PreTrainedModel) -> None:
         )
 
 
-def _add_layers_below(text_config: PreTrainedConfig, num_new: int) -> None:
-    """Count `num_new` more layers in a decoder's config, placed below those it has."""
-    text_config.num_hidden_layers += num_new
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is not None:
-        text_config.layer_types = [_new_layer_type(text_config)] * num_new + list(layer_types)
-    if getattr(text_config, "no_rope_layers", None) is not None:  # SmolLM3; 1 means with rotary positions
-        text_config.no_rope_layers = [1] * num_new + list(text_config.no_rope_layers)
-
-
 def _new_layer_type(text_config: PreTrainedConfig) -> str:
     """Attention pattern of the holistic layers: full where that knows positions, else sliding, else the first one."""
     if only_sliding_layers_rotate(text_config):
@@ -334,7 +361,8 @@ def _new_layer_type(text_config: PreTrainedConfig) -> str:
             text_config.model_type,
         )
         return "sliding_attention"
-    return "full_attention" if "full_attention" in text_config.layer_types else text_config.layer_types[0]
+    types = attention_types(text_config)
+    return "full_attention" if "full_attention" in types else types[0]
 
 
 def add_image_tokens(tokenizer) -> None:

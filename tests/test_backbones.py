@@ -13,10 +13,12 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     LlamaConfig,
+    LlamaModel,
     SiglipVisionConfig,
 )
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from hovle.language_model import load_language_config
@@ -176,3 +178,82 @@ def test_fields_that_the_language_model_decides_are_refused(field, tmp_path):
     for given in (bare, str(tmp_path)):
         with pytest.raises(ValueError, match=f"{field}: the language model decides.* untie_text_embeddings=True"):
             build(given, **{field: True})
+
+
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}
+LATENT = {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+ROUTED = {**EXPERTS, "n_routed_experts": 4}
+BACKBONES = {
+    # The lowest layers are dense: first a number of them, then an index, then a step, then one entry per layer.
+    "deepseek_v3": {**ROUTED, **LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 2},
+    "glm4_moe": {**ROUTED, "head_dim": 8, "first_k_dense_replace": 1},
+    "afmoe": {**EXPERTS, "num_experts": 4, "num_dense_layers": 1, "head_dim": 8, "sliding_window": 4},
+    "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1},
+    "qwen3_moe": {**EXPERTS, "num_experts": 4, "head_dim": 8, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    "glm4_moe_lite": {**ROUTED, **LATENT, "num_key_value_heads": 4},
+    "exaone_moe": {**EXPERTS, "num_experts": 4, "head_dim": 8, "sliding_window": 4},
+    "hy_v3": {**EXPERTS, "num_experts": 4, "head_dim": 8},
+    "mellum": {**EXPERTS, "num_experts": 4, "head_dim": 8, "sliding_window": 4},
+    "laguna": {**EXPERTS, "num_experts": 4, "head_dim": 8, "num_attention_heads_per_layer": [4, 4, 4, 4]},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name in CONFIG_MAPPING])
+@pytest.mark.parametrize("num_embedding_layers", [1, 2])
+def test_layers_that_differ_by_index_keep_what_they_are(name, num_embedding_layers, tmp_path):
+    bare = bare_language_model(CONFIG_MAPPING[name], **BACKBONES[name])
+    model = build(bare, num_embedding_layers).eval()
+    assert_same_text(model, bare)
+    for found, expected in zip(model.model.language_layers, bare.model.layers, strict=True):
+        assert type(found.mlp) is type(expected.mlp)
+    assert all(type(layer.mlp) is type(bare.model.layers[0].mlp) for layer in model.model.embedding_layers)
+    model.save_pretrained(tmp_path)
+    assert_same_text(HoVLEForConditionalGeneration.from_pretrained(tmp_path), bare)
+
+
+REFUSED = {
+    "modernbert-decoder": ({"local_attention": 8}, "ModernBertDecoderForCausalLM", "no decoder built like Llama's"),
+    "granitemoehybrid": (
+        {
+            "position_embedding_type": "nope",
+            "layer_types": ["attention"] * 4,
+            "num_local_experts": 2,
+            "shared_intermediate_size": 48,
+            "mamba_n_heads": 2,
+        },
+        "GraniteMoeHybridModel",
+        "lacks rotary positions",
+    ),
+    "jetmoe": (
+        {"kv_channels": 8, "num_local_experts": 2, "num_experts_per_tok": 2, "num_attention_heads": None},
+        "JetMoeForCausalLM",
+        "AttributeError: 'JetMoeDecoderLayer' object has no attribute 'self_attn'",
+    ),
+    "gemma3n_text": (
+        {
+            "head_dim": 8,
+            "laurel_rank": 4,
+            "vocab_size_per_layer_input": 64,
+            "hidden_size_per_layer_input": 8,
+            "num_kv_shared_layers": 0,
+            "activation_sparsity_pattern": None,
+            "intermediate_size": [48] * 4,
+        },
+        "gemma3n_text",
+        "intermediate size for every layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_work_is_refused_with_the_reason(name):
+    """JetMoe works but as HoVLE-HD, which reorders the cache slots of attention modules it must find."""
+    fields, who, reason = REFUSED[name]
+    bare = bare_language_model(CONFIG_MAPPING[name], **fields)
+    with pytest.raises(ValueError, match=f"^{who}.* cannot be the backbone of HoVLE: .*{reason}"):
+        build(bare, pixel_shuffle_loc="post")
+
+
+def test_a_language_model_without_its_head_is_refused():
+    with pytest.raises(ValueError, match=r"LlamaModel cannot be .* lacks the head .* AutoModelForCausalLM"):
+        build(LlamaModel(LlamaConfig(**TEXT)))
