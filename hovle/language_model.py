@@ -100,8 +100,9 @@ def build_around_language_model(
     _copy_language_model(model, language_model)
     _begin_as_language_model(model, language_model)
     model.generation_config = copy.deepcopy(language_model.generation_config)
-    model.generation_config.suppress_tokens = [image_token_id]  # a placeholder means a picture, never a word
-    return model
+    suppressed = model.generation_config.suppress_tokens or []
+    model.generation_config.suppress_tokens = [*suppressed, image_token_id]  # it means a picture, never a word
+    return model.train(language_model.training)  # a loaded one is in evaluation mode
 
 
 def _check_language_model(language_model: PreTrainedModel) -> None:

@@ -257,3 +257,18 @@ def test_what_cannot_work_is_refused_with_the_reason(name):
 def test_a_language_model_without_its_head_is_refused():
     with pytest.raises(ValueError, match=r"LlamaModel cannot be .* lacks the head .* AutoModelForCausalLM"):
         build(LlamaModel(LlamaConfig(**TEXT)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_new_model_is_in_the_mode_of_the_language_model(training, tmp_path):
+    bare = bare_language_model().train(training)
+    assert all(module.training == training for module in build(bare).modules())
+    bare.save_pretrained(tmp_path)
+    assert not any(module.training for module in build(str(tmp_path)).modules())
+
+
+def test_tokens_that_the_language_model_never_writes_stay_suppressed():
+    bare = bare_language_model()
+    bare.generation_config.suppress_tokens = [7, 8]
+    assert build(bare).generation_config.suppress_tokens == [7, 8, IMAGE]
+    assert bare.generation_config.suppress_tokens == [7, 8]
