@@ -32,6 +32,9 @@ NO_ROPE_IN_FULL_ATTENTION = frozenset(
 DENSE_LAYER_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "moe_layer_end_index")
 """Config fields that say which layers are dense, the others a mixture of experts, by an index counted from below."""
 
+EMBEDDING_DROPOUTS = ("embd_pdrop", "embedding_dropout")
+"""Config fields of a dropout between text table and first layer: Phi's, Starcoder 2's."""
+
 RESIDUAL_WRITERS = re.compile(r"(^|\.)(o_proj|dense|down_proj|fc2|c_proj|output_linear)([._](weight|bias))?$")
 """Parameters of attention and MLP whose product is added to the residual stream, experts included."""
 
@@ -104,6 +107,12 @@ def check_backbone(decoder: PreTrainedModel) -> None:
         raise ValueError(
             f"{name} cannot be the backbone of HoVLE: it lacks {', '.join(missing)}. HoVLE needs a decoder built like "
             "Llama's."
+        )
+    if dropouts := [field for field in EMBEDDING_DROPOUTS if getattr(config, field, 0)]:
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE with {dropouts[0]}={getattr(config, dropouts[0])}: words and "
+            f"pictures enter without dropout. Set it to 0 in its config; from_language_model takes {dropouts[0]}=0.0 "
+            "beside a folder or Hub id."
         )
     if differing := sorted(getattr(config, "per_layer_attributes", None) or ()):  # Gemma 4's global heads
         raise ValueError(

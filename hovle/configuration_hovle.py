@@ -111,6 +111,8 @@ class HoVLEConfig(PreTrainedConfig):
                 f"num_embedding_layers ({self.num_embedding_layers}) must lie between 0 and "
                 f"text_config.num_hidden_layers - 1 ({num_layers - 1}): text_config counts the holistic layers too."
             )
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id ({self.image_token_id}) must be the id of a token, 0 or more.")
         rotating = rotating_layers(self.text_config)[: self.num_embedding_layers]
         if self.embedding_rope_parameters is not None and rotating and not any(rotating):
             raise ValueError(
@@ -169,6 +171,14 @@ class HoVLEConfig(PreTrainedConfig):
     def image_seq_length(self) -> int:
         """Placeholders in the prompt for one tile of `image_size`."""
         return self.tokens_per_tile(self.image_size)
+
+    def check_image_token_id(self) -> None:
+        """Raise ValueError unless the placeholder has a row in the text table; for whoever builds a model."""
+        if self.image_token_id >= (vocab_size := self.text_config.vocab_size):
+            raise ValueError(
+                f"image_token_id ({self.image_token_id}) must lie below text_config.vocab_size ({vocab_size}): the "
+                f"placeholder is a row of the text table. Set another, or vocab_size to {self.image_token_id + 1}."
+            )
 
     def tokens_per_tile(self, tile_size: int) -> int:
         """Count the tokens the language model sees for one square tile.

@@ -170,12 +170,14 @@ def config_around(
         text_config.tie_word_embeddings = False
     with _name_in_errors(text_config.model_type, ValueError):
         text_config = AutoConfig.for_model(**text_config.to_dict())
-    return HoVLEConfig(
+    config = HoVLEConfig(
         text_config=text_config,
         num_embedding_layers=num_embedding_layers,
         image_token_id=image_token_id,
         **kwargs,
     )
+    config.check_image_token_id()
+    return config
 
 
 def language_part(config: PreTrainedConfig) -> PreTrainedConfig:

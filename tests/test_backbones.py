@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from huggingface_hub.errors import StrictDataclassClassValidationError
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -14,14 +14,16 @@ from transformers import (
     Gemma3TextConfig,
     LlamaConfig,
     LlamaModel,
+    PhiConfig,
     SiglipVisionConfig,
+    Starcoder2Config,
 )
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
-from hovle.language_model import load_language_config
+from hovle.language_model import config_around, load_language_config
 
 IMAGE = 60  # placeholder id of the tiny models
 STEM = {"image_size": 56, "image_token_id": IMAGE}  # a tile of 56 px is 4 tokens
@@ -150,7 +152,7 @@ def test_separate_rope_of_layers_without_positions_is_refused():
     )
     fields = {"num_embedding_layers": 2, "embedding_rope_parameters": {"rope_theta": 7.0}, **STEM}
     with pytest.raises(
-        StrictDataclassClassValidationError,
+        StrictDataclassError,
         match="no effect: the first 2 layers of this cohere2 use no rotary positions",
     ):
         HoVLEConfig(text_config=text_config, **fields)
@@ -272,3 +274,28 @@ def test_tokens_that_the_language_model_never_writes_stay_suppressed():
     bare.generation_config.suppress_tokens = [7, 8]
     assert build(bare).generation_config.suppress_tokens == [7, 8, IMAGE]
     assert bare.generation_config.suppress_tokens == [7, 8]
+
+
+def test_a_placeholder_outside_the_vocabulary_is_refused():
+    with pytest.raises(StrictDataclassError, match=r"image_token_id \(-1\) must be the id of a token"):
+        build(bare_language_model(), image_token_id=-1)
+    config = HoVLEConfig(text_config=LlamaConfig(**TEXT), num_embedding_layers=1, **{**STEM, "image_token_id": 64})
+    with pytest.raises(
+        ValueError, match=r"image_token_id \(64\) must lie below .*vocab_size \(64\).* vocab_size to 65"
+    ):
+        config.check_image_token_id()
+    with pytest.raises(ValueError, match=r"image_token_id \(64\) must lie below"):
+        config_around(LlamaConfig(**TEXT), 1, image_token_id=64, vocab_size=64)
+
+
+@pytest.mark.parametrize(
+    ("config_class", "field"), [(PhiConfig, "embd_pdrop"), (Starcoder2Config, "embedding_dropout")]
+)
+def test_dropout_after_the_embedding_is_refused_unless_it_is_taken_back(config_class, field, tmp_path):
+    """Training would otherwise lose it without a word."""
+    bare = bare_language_model(config_class, **{field: 0.1})
+    bare.save_pretrained(tmp_path)
+    for given in (bare, str(tmp_path)):
+        with pytest.raises(ValueError, match=rf"cannot be the backbone of HoVLE with {field}=0.1.* takes {field}=0.0"):
+            build(given)
+    assert_same_text(build(str(tmp_path), **{field: 0.0}), bare)
