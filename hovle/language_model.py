@@ -342,16 +342,37 @@ def _check_same_text_logits(model, language_model: PreTrainedModel) -> None:
     training = model.training, language_model.training
     model.eval()
     language_model.eval()
-    expected = language_model(input_ids, use_cache=False).logits.float()
-    found = model(input_ids, use_cache=False).logits[..., :vocab_size].float()
+    with _narrow_window(language_model.get_decoder(), model.model.language_model, model) as window:
+        expected = language_model(input_ids, use_cache=False).logits.float()
+        found = model(input_ids, use_cache=False).logits[..., :vocab_size].float()
     model.train(training[0])
     language_model.train(training[1])
     difference, scale = (found - expected).abs().max(), expected.abs().max().clamp(min=1)
     if not difference <= (1e-5 if model.dtype == torch.float32 else 2e-2) * scale:
         raise ValueError(
             f"{type(language_model).__name__} cannot be the backbone of HoVLE: text logits differ from the bare "
-            f"model's by {difference:.3g}, because its forward does more than Llama's."
+            f"model's by {difference:.3g}, because its forward does more than Llama's"
+            + (f", or does not use sliding_window={window} of its config: then set it to None." if window else ".")
         )
+
+
+@contextlib.contextmanager
+def _narrow_window(*models: PreTrainedModel) -> Iterator[int | None]:
+    """Let sliding windows, whose size masks read from the config, be shorter than the text that is compared.
+
+    Yields the window, None where there is none.
+    """
+    configs = [model.config.get_text_config(decoder=True) for model in models]
+    windows = [getattr(config, "sliding_window", None) for config in configs]
+    for config, window in zip(configs, windows, strict=True):
+        if window is not None:
+            config.sliding_window = min(window, 16)
+    try:
+        yield windows[0]
+    finally:
+        for config, window in zip(configs, windows, strict=True):
+            if window is not None:
+                config.sliding_window = window
 
 
 def _new_layer_type(text_config: PreTrainedConfig) -> str:

@@ -12,10 +12,13 @@ from transformers import (
     Exaone4Config,
     Gemma3Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     LlamaModel,
+    MistralConfig,
     PhiConfig,
     SiglipVisionConfig,
+    StableLmConfig,
     Starcoder2Config,
 )
 from transformers.configuration_utils import PreTrainedConfig
@@ -299,3 +302,23 @@ def test_dropout_after_the_embedding_is_refused_unless_it_is_taken_back(config_c
         with pytest.raises(ValueError, match=rf"cannot be the backbone of HoVLE with {field}=0.1.* takes {field}=0.0"):
             build(given)
     assert_same_text(build(str(tmp_path), **{field: 0.0}), bare)
+
+
+@pytest.mark.parametrize("config_class", [LlamaConfig, StableLmConfig, GraniteConfig])
+def test_a_window_that_the_family_ignores_is_refused(config_class):
+    """Far longer than the text that is compared: such windows used to show only in prompts beyond them."""
+    bare = bare_language_model(config_class, sliding_window=200)
+    with pytest.raises(ValueError, match=r"ForCausalLM cannot be .* does not use sliding_window=200 of its config"):
+        build(bare)
+    assert bare.config.sliding_window == 200
+
+
+def test_a_window_that_the_family_uses_is_kept():
+    bare = bare_language_model(MistralConfig, sliding_window=200)
+    model = build(bare).eval()
+    assert model.config.text_config.sliding_window == bare.config.sliding_window == 200
+    assert model.model.language_model.config.sliding_window == 200
+    input_ids = torch.randint(3, 59, (1, 240), generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        found, expected = model(input_ids).logits[..., :64], bare(input_ids).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0.0)
