@@ -25,6 +25,17 @@ CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters e
 NORM_NAMES = ("norm", "final_layernorm")
 """Names of the norm after the last layer: most families', Phi's."""
 
+NO_ROPE_IN_FULL_ATTENTION = frozenset(
+    ("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"),
+)
+"""Model types whose layers of full attention know no positions, but for what the sliding ones tell them."""
+
+DENSE_LAYER_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "moe_layer_end_index")
+"""Config fields that say which layers are dense, the others a mixture of experts, by an index counted from below."""
+
+EMBEDDING_DROPOUTS = ("embd_pdrop", "embedding_dropout")
+"""Config fields of a dropout between text table and first layer: Phi's, Starcoder 2's."""
+
 RESIDUAL_WRITERS = re.compile(r"(^|\.)(o_proj|dense|down_proj|fc2|c_proj|output_linear)([._](weight|bias))?$")
 """Parameters of attention and MLP whose product is added to the residual stream, experts included."""
 
@@ -38,6 +49,52 @@ def attention_types(text_config: PreTrainedConfig) -> list[str]:
     return ["sliding_attention" if sliding else "full_attention"] * text_config.num_hidden_layers
 
 
+def only_sliding_layers_rotate(text_config: PreTrainedConfig) -> bool:
+    """Whether layers of full attention leave queries and keys as they are, whatever their positions."""
+    sliding = getattr(text_config, "sliding_window", None) is not None
+    return sliding and text_config.model_type in NO_ROPE_IN_FULL_ATTENTION
+
+
+def rotating_layers(text_config: PreTrainedConfig) -> list[bool]:
+    """Say of each decoder layer whether it uses a rotary table."""
+    if (flags := getattr(text_config, "no_rope_layers", None)) is not None:  # 1 means with rotary positions
+        return [bool(flag) for flag in flags]
+    types = attention_types(text_config)
+    return [pattern == "sliding_attention" or not only_sliding_layers_rotate(text_config) for pattern in types]
+
+
+def add_layers_below(text_config: PreTrainedConfig, num_new: int, new_type: str) -> None:
+    """Count `num_new` more layers in a decoder's config, placed below those it has and built like the lowest one.
+
+    Args:
+        text_config: Config of the decoder, changed in place.
+        num_new: Layers to add.
+        new_type: Their attention pattern, where layers differ in it.
+    """
+    num_old = text_config.num_hidden_layers
+    text_config.num_hidden_layers += num_new
+    _shift_dense_layers(text_config, num_old, num_new)
+    for name, values in list(vars(text_config).items()):
+        if "layer" in name and name != "mlp_only_layers" and isinstance(values, list) and len(values) == num_old:
+            # SmolLM3's no_rope_layers: 1 means with rotary positions.
+            new = {"layer_types": new_type, "no_rope_layers": 1}.get(name, values[0])
+            setattr(text_config, name, [new] * num_new + values)
+
+
+def _shift_dense_layers(text_config: PreTrainedConfig, num_old: int, num_new: int) -> None:
+    """Keep a mixture of experts' dense layers dense, whose index in the decoder grows by `num_new`."""
+    for name in DENSE_LAYER_COUNTS:
+        if getattr(text_config, name, None):
+            setattr(text_config, name, getattr(text_config, name) + num_new)
+    if getattr(text_config, "mlp_only_layers", None) is None:
+        return
+    step = getattr(text_config, "decoder_sparse_step", 1)
+    dense = [index for index in range(num_old) if index in text_config.mlp_only_layers or (index + 1) % step]
+    new = [*range(num_new)] if 0 in dense else []
+    text_config.mlp_only_layers = [*new, *(index + num_new for index in dense)]
+    text_config.decoder_sparse_step = 1
+
+
 def check_backbone(decoder: PreTrainedModel) -> None:
     """Raise ValueError, with the backbone's name, unless it is a decoder that HoVLE can run section by section."""
     config = decoder.config
@@ -45,10 +102,18 @@ def check_backbone(decoder: PreTrainedModel) -> None:
     missing = [part for part in ("embed_tokens", "layers", "rotary_emb") if not hasattr(decoder, part)]
     if not any(hasattr(decoder, norm) for norm in NORM_NAMES):
         missing.append("norm")
+    if not missing and decoder.rotary_emb is None:
+        missing.append("rotary positions")
     if missing:
         raise ValueError(
             f"{name} cannot be the backbone of HoVLE: it lacks {', '.join(missing)}. HoVLE needs a decoder built like "
             "Llama's."
+        )
+    if dropouts := [field for field in EMBEDDING_DROPOUTS if getattr(config, field, 0)]:
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE with {dropouts[0]}={getattr(config, dropouts[0])}: words and "
+            f"pictures enter without dropout. Set it to 0 in its config; from_language_model takes {dropouts[0]}=0.0 "
+            "beside a folder or Hub id."
         )
     if differing := sorted(getattr(config, "per_layer_attributes", None) or ()):  # Gemma 4's global heads
         raise ValueError(

@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
+from .backbones import rotating_layers
 from .remote_code import AUTO_MAP, copy_code, register_names
 
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
@@ -110,6 +111,15 @@ class HoVLEConfig(PreTrainedConfig):
                 f"num_embedding_layers ({self.num_embedding_layers}) must lie between 0 and "
                 f"text_config.num_hidden_layers - 1 ({num_layers - 1}): text_config counts the holistic layers too."
             )
+        if self.image_token_id < 0:
+            raise ValueError(f"image_token_id ({self.image_token_id}) must be the id of a token, 0 or more.")
+        rotating = rotating_layers(self.text_config)[: self.num_embedding_layers]
+        if self.embedding_rope_parameters is not None and rotating and not any(rotating):
+            raise ValueError(
+                f"embedding_rope_parameters would have no effect: the first {len(rotating)} layers of this "
+                f"{self.text_config.model_type} use no rotary positions. Leave them out, or give these layers "
+                "another attention pattern."
+            )
         if self.pixel_shuffle_loc not in PIXEL_SHUFFLE_LOCATIONS:
             raise ValueError(
                 f"pixel_shuffle_loc must be one of {', '.join(PIXEL_SHUFFLE_LOCATIONS)}, "
@@ -161,6 +171,14 @@ class HoVLEConfig(PreTrainedConfig):
     def image_seq_length(self) -> int:
         """Placeholders in the prompt for one tile of `image_size`."""
         return self.tokens_per_tile(self.image_size)
+
+    def check_image_token_id(self) -> None:
+        """Raise ValueError unless the placeholder has a row in the text table; for whoever builds a model."""
+        if self.image_token_id >= (vocab_size := self.text_config.vocab_size):
+            raise ValueError(
+                f"image_token_id ({self.image_token_id}) must lie below text_config.vocab_size ({vocab_size}): the "
+                f"placeholder is a row of the text table. Set another, or vocab_size to {self.image_token_id + 1}."
+            )
 
     def tokens_per_tile(self, tile_size: int) -> int:
         """Count the tokens the language model sees for one square tile.

@@ -1,22 +1,38 @@
 """Build a new HoVLE around a pretrained language model: copy it untouched, put identity layers below it."""
 
+import contextlib
 import copy
 import importlib
+import logging
 import os
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import AddedToken, PreTrainedTokenizerBase
 
-from .backbones import check_backbone, scale_embeddings, zero_residual_writers
+from .backbones import (
+    add_layers_below,
+    attention_types,
+    check_backbone,
+    only_sliding_layers_rotate,
+    scale_embeddings,
+    zero_residual_writers,
+)
 from .configuration_hovle import HoVLEConfig
 from .modeling_hovle import HoVLEForConditionalGeneration
 
+logger = logging.getLogger(__name__)
+
 IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 """Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
+
+DECIDED_FIELDS = ("text_config", "tie_word_embeddings", "language_head_bias")
+"""Fields of `HoVLEConfig` that follow from the language model."""
 
 LOCATION_OPTIONS = (
     "cache_dir",
@@ -40,13 +56,24 @@ def build_around_language_model(
     **kwargs,
 ) -> HoVLEForConditionalGeneration:
     """Do the work of `HoVLEForConditionalGeneration.from_language_model`, which explains the arguments."""
-    # Its own fields only: those it inherits, such as dtype, are options of `from_pretrained` too.
-    config_kwargs = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__annotations__}
+    config_kwargs = _take_config_fields(kwargs)
+    if isinstance(name_or_path, PreTrainedModel) and kwargs:
+        raise ValueError(
+            f"{', '.join(kwargs)}: no field of HoVLEConfig, and options of loading have no use beside a language "
+            "model that is loaded already."
+        )
     if isinstance(name_or_path, PreTrainedModel):
         language_model = name_or_path
     else:
         language_model = load_language_model(name_or_path, **kwargs)
-    check_backbone(language_model.get_decoder())
+    own_config = language_part(language_model.config)
+    if type(own_config) is not type(language_model.config):
+        logger.warning(
+            "Of %s only the language model (%s) becomes part of HoVLE; the rest, such as a vision tower, is left out.",
+            type(language_model).__name__,
+            own_config.model_type,
+        )
+    _check_language_model(language_model)
     vocab_size = language_model.get_input_embeddings().num_embeddings
     if image_token_id is None:
         image_token_id, min_vocab_size = _image_token_for(
@@ -55,7 +82,7 @@ def build_around_language_model(
     else:
         min_vocab_size = image_token_id + 1
     config = config_around(
-        language_model.config,
+        own_config,
         num_embedding_layers,
         image_token_id=image_token_id,
         vocab_size=max(vocab_size, min_vocab_size),
@@ -63,17 +90,58 @@ def build_around_language_model(
         language_head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
         **config_kwargs,
     )
-    # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
-    model = model_class._from_config(
-        config,
-        dtype=language_model.dtype,
-        attn_implementation=language_model.config._attn_implementation,
-    ).to(language_model.device)
+    with _name_in_errors(type(language_model).__name__):
+        # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
+        model = model_class._from_config(
+            config,
+            dtype=language_model.dtype,
+            attn_implementation=own_config._attn_implementation,
+        ).to(language_model.device)
     _copy_language_model(model, language_model)
     _begin_as_language_model(model, language_model)
     model.generation_config = copy.deepcopy(language_model.generation_config)
-    model.generation_config.suppress_tokens = [image_token_id]  # a placeholder means a picture, never a word
-    return model
+    suppressed = model.generation_config.suppress_tokens or []
+    model.generation_config.suppress_tokens = [*suppressed, image_token_id]  # it means a picture, never a word
+    return model.train(language_model.training)  # a loaded one is in evaluation mode
+
+
+def _check_language_model(language_model: PreTrainedModel) -> None:
+    """Raise ValueError unless a model has the parts of a language model: a decoder that HoVLE can run, and a head."""
+    decoder = language_model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        raise ValueError(
+            f"{type(language_model).__name__} cannot be the backbone of HoVLE: it has no decoder built like Llama's."
+        )
+    check_backbone(decoder)
+    if language_model.get_output_embeddings() is None:
+        raise ValueError(
+            f"{type(language_model).__name__} cannot be the backbone of HoVLE: it lacks the head that makes logits. "
+            "Load the language model with AutoModelForCausalLM."
+        )
+
+
+@contextlib.contextmanager
+def _name_in_errors(name: str, more: type[Exception] = LookupError) -> Iterator[None]:
+    """Turn what foreign code raises, of one `more` type as well, into a ValueError that names the language model."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, StrictDataclassError, more) as error:
+        cause = error.__cause__ or error  # the first line of a strict config's error only names a validator
+        raise ValueError(
+            f"{name} cannot be the backbone of HoVLE: its layers need more than Llama's, or lack what those have "
+            f"({type(cause).__name__}: {cause})."
+        ) from error
+
+
+def _take_config_fields(kwargs: dict) -> dict:
+    """Take fields of `HoVLEConfig` out of keyword arguments; ValueError for those the language model decides."""
+    if decided := [key for key in DECIDED_FIELDS if key in kwargs]:
+        raise ValueError(
+            f"{', '.join(decided)}: the language model decides; leave out what it says. To untie the holistic layers' "
+            "text table from the head, use untie_text_embeddings=True."
+        )
+    # Its own fields only: those it inherits, such as dtype, are options of `from_pretrained` too.
+    return {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__annotations__}
 
 
 def config_around(
@@ -88,38 +156,59 @@ def config_around(
     """Describe the HoVLE of a bare language model's config; no weights are needed.
 
     Args:
-        language_config: Config of the language model; left as it is.
+        language_config: Config of the language model, or of a vision-language model that holds one; left as it is.
         num_embedding_layers: Holistic layers to put below it.
         image_token_id: Id of the placeholder.
         vocab_size: Rows of the text table, picture tokens included.
         untie_text_embeddings: Give the holistic layers a text table of their own.
         **kwargs: Other fields of `HoVLEConfig`.
     """
-    text_config = copy.deepcopy(language_config)
-    _add_layers_below(text_config, num_embedding_layers)
+    text_config = language_part(language_config)
+    add_layers_below(text_config, num_embedding_layers, _new_layer_type(text_config))
     text_config.vocab_size = vocab_size
     if untie_text_embeddings:
         text_config.tie_word_embeddings = False
-    return HoVLEConfig(
-        text_config=text_config.to_dict(),
+    with _name_in_errors(text_config.model_type, ValueError):
+        text_config = AutoConfig.for_model(**text_config.to_dict())
+    config = HoVLEConfig(
+        text_config=text_config,
         num_embedding_layers=num_embedding_layers,
         image_token_id=image_token_id,
         **kwargs,
     )
+    config.check_image_token_id()
+    return config
+
+
+def language_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Copy a language model's config, out of a vision-language model's where it is one (Gemma 3)."""
+    _refuse_hovle(config.name_or_path or "The language model", config.model_type)
+    part = copy.deepcopy(config.get_text_config(decoder=True))
+    part.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)  # the outermost config decides
+    return part
+
+
+def _refuse_hovle(name: str | os.PathLike, model_type: str | None) -> None:
+    if model_type == HoVLEConfig.model_type:
+        raise ValueError(
+            f"{name} is a HoVLE already, which cannot be the backbone of another: give the bare language model that "
+            "it was built around."
+        )
 
 
 def load_language_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
     """Load a causal language model as `AutoModelForCausalLM` does; InternLM2's own files become a Llama."""
     if (own := _own_reader(name_or_path, **kwargs)) is not None:
         return own.load_model(name_or_path, **kwargs)
+    _refuse_hovle(name_or_path, _stored_model_type(name_or_path, **kwargs))
     return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
 
 
 def load_language_config(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedConfig:
-    """Load a language model's config as `AutoConfig` does; InternLM2's own becomes a Llama's."""
+    """Load the config of a language model, or of a vision-language model's; InternLM2's own becomes a Llama's."""
     if (own := _own_reader(name_or_path, **kwargs)) is not None:
         return own.load_config(name_or_path, **kwargs)
-    return AutoConfig.from_pretrained(name_or_path, **kwargs)
+    return language_part(AutoConfig.from_pretrained(name_or_path, **kwargs))
 
 
 def load_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedTokenizerBase:
@@ -131,14 +220,7 @@ def load_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedToken
 
 def _own_reader(name_or_path: str | os.PathLike, **kwargs) -> ModuleType | None:
     """The module that reads this language model's files, where transformers would need the files' own code."""
-    location = {key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs and key != "trust_remote_code"}
-    if "gguf_file" in location:
-        return None
-    try:
-        content, _ = PreTrainedConfig.get_config_dict(name_or_path, **location)
-    except (OSError, ValueError):  # no config, or none that can be read: transformers says so with its own words
-        return None
-    if content.get("model_type") != "internlm2":
+    if _stored_model_type(name_or_path, **kwargs) != "internlm2":
         return None
     try:
         # By its full name: a model folder's copy of this file has no copy of what converts checkpoints.
@@ -147,6 +229,18 @@ def _own_reader(name_or_path: str | os.PathLike, **kwargs) -> ModuleType | None:
         raise ValueError(
             f"{name_or_path} is in InternLM2's own layout, which only an installed hovle reads ({error})."
         ) from error
+
+
+def _stored_model_type(name_or_path: str | os.PathLike, **kwargs) -> str | None:
+    """What a folder's or Hub id's config calls its type of model; None where it has no config, or one in GGUF."""
+    location = {key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs and key != "trust_remote_code"}
+    if "gguf_file" in location:
+        return None
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(name_or_path, **location)
+    except (OSError, ValueError):  # no config, or none that can be read: transformers says so with its own words
+        return None
+    return content.get("model_type")
 
 
 @torch.no_grad()
@@ -188,13 +282,10 @@ def _begin_as_language_model(model, language_model: PreTrainedModel) -> None:
     # Normalised output cannot give the bare model's logits, but the rest of the forward pass must.
     normalizes, model.config.normalize_encoder_output = model.config.normalize_encoder_output, False
     try:
-        _start_as_identity(model)
-        _check_same_text_logits(model, language_model)
-    except TypeError as error:
-        raise ValueError(
-            f"{type(language_model).__name__} cannot be the backbone of HoVLE: its layers need more than Llama's "
-            f"({error})."
-        ) from error
+        with _name_in_errors(type(language_model).__name__, RuntimeError):
+            _start_as_identity(model)
+            _check_positions(model)
+            _check_same_text_logits(model, language_model)
     finally:
         model.config.normalize_encoder_output = normalizes
 
@@ -214,6 +305,28 @@ def _start_as_identity(model) -> None:
         )
 
 
+def _check_positions(model) -> None:
+    """Raise ValueError unless the holistic layers use their rotary table, which then has a gradient."""
+    if not model.config.num_embedding_layers:
+        return
+    tables: list[torch.Tensor] = []
+
+    def watch(_module, _inputs, output):
+        parts = [part.detach().requires_grad_() for part in (output if isinstance(output, tuple) else (output,))]
+        tables.extend(parts)
+        return tuple(parts) if isinstance(output, tuple) else parts[0]
+
+    hook = model.model.embedding_rotary_emb.register_forward_hook(watch)
+    with torch.enable_grad():
+        states = model.get_holistic_embeddings(_some_token_ids(model)).last_hidden_state
+    hook.remove()
+    if all(gradient is None for gradient in torch.autograd.grad(states.sum(), tables, allow_unused=True)):
+        raise ValueError(
+            f"{type(model.model.language_model).__name__} cannot be the backbone of HoVLE: new layers of it would not "
+            "know the order of words and patches, because they use no rotary positions."
+        )
+
+
 def _some_token_ids(model) -> torch.Tensor:
     """Random ids of the vocabulary without the placeholder, shape `(1, about 32)`."""
     generator = torch.Generator().manual_seed(0)
@@ -229,27 +342,51 @@ def _check_same_text_logits(model, language_model: PreTrainedModel) -> None:
     training = model.training, language_model.training
     model.eval()
     language_model.eval()
-    expected = language_model(input_ids, use_cache=False).logits.float()
-    found = model(input_ids, use_cache=False).logits[..., :vocab_size].float()
+    with _narrow_window(language_model.get_decoder(), model.model.language_model, model) as window:
+        expected = language_model(input_ids, use_cache=False).logits.float()
+        found = model(input_ids, use_cache=False).logits[..., :vocab_size].float()
     model.train(training[0])
     language_model.train(training[1])
     difference, scale = (found - expected).abs().max(), expected.abs().max().clamp(min=1)
     if not difference <= (1e-5 if model.dtype == torch.float32 else 2e-2) * scale:
         raise ValueError(
             f"{type(language_model).__name__} cannot be the backbone of HoVLE: text logits differ from the bare "
-            f"model's by {difference:.3g}, because its forward does more than Llama's."
+            f"model's by {difference:.3g}, because its forward does more than Llama's"
+            + (f", or does not use sliding_window={window} of its config: then set it to None." if window else ".")
         )
 
 
-def _add_layers_below(text_config: PreTrainedConfig, num_new: int) -> None:
-    """Count `num_new` more layers in a decoder's config, placed below those it has."""
-    text_config.num_hidden_layers += num_new
-    layer_types = getattr(text_config, "layer_types", None)
-    if layer_types is not None:
-        new_type = "full_attention" if "full_attention" in layer_types else layer_types[0]
-        text_config.layer_types = [new_type] * num_new + list(layer_types)
-    if getattr(text_config, "no_rope_layers", None) is not None:  # SmolLM3; 1 means with rotary positions
-        text_config.no_rope_layers = [1] * num_new + list(text_config.no_rope_layers)
+@contextlib.contextmanager
+def _narrow_window(*models: PreTrainedModel) -> Iterator[int | None]:
+    """Let sliding windows, whose size masks read from the config, be shorter than the text that is compared.
+
+    Yields the window, None where there is none.
+    """
+    configs = [model.config.get_text_config(decoder=True) for model in models]
+    windows = [getattr(config, "sliding_window", None) for config in configs]
+    for config, window in zip(configs, windows, strict=True):
+        if window is not None:
+            config.sliding_window = min(window, 16)
+    try:
+        yield windows[0]
+    finally:
+        for config, window in zip(configs, windows, strict=True):
+            if window is not None:
+                config.sliding_window = window
+
+
+def _new_layer_type(text_config: PreTrainedConfig) -> str:
+    """Attention pattern of the holistic layers: full where that knows positions, else sliding, else the first one."""
+    if only_sliding_layers_rotate(text_config):
+        logger.warning(
+            "The holistic layers see %d tokens back, pictures included: in %s only layers of sliding attention know "
+            "positions.",
+            text_config.sliding_window,
+            text_config.model_type,
+        )
+        return "sliding_attention"
+    types = attention_types(text_config)
+    return "full_attention" if "full_attention" in types else types[0]
 
 
 def add_image_tokens(tokenizer) -> None:
