@@ -109,12 +109,6 @@ def check_backbone(decoder: PreTrainedModel) -> None:
             f"{name} cannot be the backbone of HoVLE: it lacks {', '.join(missing)}. HoVLE needs a decoder built like "
             "Llama's."
         )
-    if dropouts := [field for field in EMBEDDING_DROPOUTS if getattr(config, field, 0)]:
-        raise ValueError(
-            f"{name} cannot be the backbone of HoVLE with {dropouts[0]}={getattr(config, dropouts[0])}: words and "
-            f"pictures enter without dropout. Set it to 0 in its config; from_language_model takes {dropouts[0]}=0.0 "
-            "beside a folder or Hub id."
-        )
     if differing := sorted(getattr(config, "per_layer_attributes", None) or ()):  # Gemma 4's global heads
         raise ValueError(
             f"{name} cannot be the backbone of HoVLE: its layers differ in {', '.join(differing)}, but the holistic "
@@ -170,10 +164,15 @@ def rotary_tables(
     return dict.fromkeys(patterns, rotary_emb(hidden_states, position_ids=position_ids))
 
 
-def scale_embeddings(embeds: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:
-    """Scale what enters the first layer, as Granite does; Gemma's text table scales itself."""
+def scale_embeddings(embeds: torch.Tensor, text_config: PreTrainedConfig, training: bool = False) -> torch.Tensor:
+    """Scale what enters the first layer, as Granite does, or drop some in training, as Phi and Starcoder 2 do.
+
+    Gemma's text table scales itself.
+    """
     multiplier = getattr(text_config, "embedding_multiplier", None)
-    return embeds if multiplier is None else embeds * multiplier
+    embeds = embeds if multiplier is None else embeds * multiplier
+    dropout = max(getattr(text_config, name, None) or 0.0 for name in EMBEDDING_DROPOUTS)
+    return nn.functional.dropout(embeds, dropout, training) if dropout else embeds
 
 
 def scale_logits(logits: torch.Tensor, text_config: PreTrainedConfig) -> torch.Tensor:

@@ -97,6 +97,7 @@ def build_around_language_model(
             dtype=language_model.dtype,
             attn_implementation=own_config._attn_implementation,
         ).to(language_model.device)
+    model.eval()  # dropout would hide what the checks below look for
     _copy_language_model(model, language_model)
     _begin_as_language_model(model, language_model)
     model.generation_config = copy.deepcopy(language_model.generation_config)

@@ -466,6 +466,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
 
     def __init__(self, config: HoVLEConfig):
         super().__init__(config)
+        config.check_image_token_id()
         self.patch_embedding = HoVLEPatchEmbedding(config)
         self.projector = None if config.pixel_shuffle_loc == "none" else HoVLEPixelShuffleProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -758,7 +759,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             self.embedding_layers,
             self.attention_types[: self.config.num_embedding_layers],
             self.embedding_rotary_emb,
-            scale_embeddings(embeds, self.config.text_config),
+            scale_embeddings(embeds, self.config.text_config, self.training),
             inputs.holistic_masks,
             inputs.position_ids,
             cache,
@@ -792,7 +793,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             self.embedding_layers,
             self.attention_types[: self.config.num_embedding_layers],
             self.embedding_rotary_emb,
-            scale_embeddings(embeds, self.config.text_config),
+            scale_embeddings(embeds, self.config.text_config, self.training),
             self._causal_masks(embeds, long_mask, long_positions, view, pictures),
             long_positions,
             cache,
@@ -1285,8 +1286,9 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
         the tokenizer lacks get new rows; no existing row changes.
 
         Args:
-            name_or_path: Hub id or folder of a Llama-family causal language model, or such a model. InternLM2's own
-                files are read without their code.
+            name_or_path: Hub id or folder of a Llama-family causal language model, or such a model; of a
+                vision-language model, its language model is taken. InternLM2's own files are read without their code.
+                The new model is in its mode, evaluation when it is loaded here.
             num_embedding_layers: Holistic layers to put below it.
             image_token_id: Id of the placeholder; by default that of `<IMG_CONTEXT>`, which joins the tokenizer's
                 vocabulary as `HoVLEProcessor.from_language_model` adds it. Without a tokenizer beside the model,

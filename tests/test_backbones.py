@@ -294,14 +294,19 @@ def test_a_placeholder_outside_the_vocabulary_is_refused():
 @pytest.mark.parametrize(
     ("config_class", "field"), [(PhiConfig, "embd_pdrop"), (Starcoder2Config, "embedding_dropout")]
 )
-def test_dropout_after_the_embedding_is_refused_unless_it_is_taken_back(config_class, field, tmp_path):
-    """Training would otherwise lose it without a word."""
-    bare = bare_language_model(config_class, **{field: 0.1})
-    bare.save_pretrained(tmp_path)
-    for given in (bare, str(tmp_path)):
-        with pytest.raises(ValueError, match=rf"cannot be the backbone of HoVLE with {field}=0.1.* takes {field}=0.0"):
-            build(given)
-    assert_same_text(build(str(tmp_path), **{field: 0.0}), bare)
+def test_dropout_after_the_embedding_works_in_training_only(config_class, field):
+    bare = bare_language_model(config_class, **{field: 0.5})
+    model = build(bare, num_embedding_layers=1)
+    assert_same_text(model, bare)
+    ids = torch.arange(5, 15)[None]
+    for decoder in (model.model, bare.get_decoder()):
+        decoder.train()
+        torch.manual_seed(0)
+        found = decoder(ids).last_hidden_state
+        torch.manual_seed(0)
+        dropped = torch.nn.functional.dropout(bare.get_input_embeddings()(ids), 0.5)
+        expected = bare.eval().get_decoder()(inputs_embeds=dropped).last_hidden_state
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("config_class", [LlamaConfig, StableLmConfig, GraniteConfig])
