@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 ROPE_TYPES = sorted({"default", *ROPE_INIT_FUNCTIONS})
 NAMES = sorted({"max_position_embeddings", *RopeParameters.__annotations__})
+ORIGINAL_LENGTH = "original_max_position_embeddings"
 FREQUENCY_FACTORS = ("short_factor", "long_factor")
 """Parameters that hold one number for each frequency."""
 
@@ -48,6 +49,10 @@ def embedding_rope_config(text_config: PreTrainedConfig, own: dict[str, Any] | N
     if "max_position_embeddings" in rope_parameters:
         rope_config.max_position_embeddings = rope_parameters.pop("max_position_embeddings")
     rope_config.rope_parameters = rope_parameters
+    if (
+        hasattr(rope_config, ORIGINAL_LENGTH) and ORIGINAL_LENGTH in own
+    ):  # Phi-3's own field comes before the parameters
+        setattr(rope_config, ORIGINAL_LENGTH, own[ORIGINAL_LENGTH])
     try:
         rope_config.validate_rope()
     except KeyError as error:
