@@ -4,6 +4,7 @@ import copy
 import math
 from typing import Any
 
+from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
@@ -58,6 +59,14 @@ def embedding_rope_config(text_config: PreTrainedConfig, own: dict[str, Any] | N
     except KeyError as error:
         raise ValueError(f"embedding_rope_parameters are incomplete: {error.args[0]}.") from error
     return rope_config
+
+
+def rope_switch(rotary_emb: nn.Module) -> float:
+    """Longest sequence that a longrope table rotates with its short factors; infinite for tables that never switch."""
+    parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
+    patterns = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    longropes = [pattern for pattern in patterns if pattern.get("rope_type") == "longrope"]
+    return min((pattern["original_max_position_embeddings"] for pattern in longropes), default=math.inf)
 
 
 def _check(name: str, value: Any) -> None:
