@@ -1,7 +1,7 @@
 """HoVLE: pixels and words enter one embedding, and the language model sees a single sequence.
 
-Read from top to bottom: patch stem -> holistic layers -> language model. `image_tokens.py` puts pictures in their places
-(pixel shuffle, placeholders, HD's longer sequence), `generation.py` holds what `generate` must do differently.
+Read from top to bottom: patch stem -> holistic layers -> language model. `image_tokens.py` puts pictures in their
+places (pixel shuffle, placeholders, HD's longer sequence), `generation.py` holds what `generate` does differently.
 
 The decoder is one stock stack of N + M layers. The first N are the holistic embedding, the last M the language
 model; no norm stands between them. HoVLE-HD (`pixel_shuffle_loc="post"`) shuffles after the holistic layers, so
