@@ -47,7 +47,7 @@ MANIFEST = Path(__file__).with_name("assets.json")
 MARKER = ".complete.json"
 """Written last into an unpacked folder: the identity of its source and the size of each file."""
 
-CONVERTER_VERSION = 1
+CONVERTER_VERSION = 2
 """Raised when `_convert_gguf` changes its output, so that folders converted before are made anew."""
 
 
@@ -597,11 +597,13 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
         bos_token_id=fields["bos_token_id"], eos_token_id=fields["eos_token_id"], pad_token_id=fields["pad_token_id"]
     )
     model.bfloat16().save_pretrained(target)
-    _convert_tokenizer(gguf, loaded.config.max_position_embeddings).save_pretrained(target)
+    _convert_tokenizer(gguf, loaded.config).save_pretrained(target)
 
 
-def _convert_tokenizer(gguf: Path, model_max_length: int) -> Any:
+def _convert_tokenizer(gguf: Path, config: Any) -> Any:
     """Read the tokenizer of a GGUF file, with the splitting of digits that transformers 5.23 leaves out.
+
+    transformers 5.16 takes the first special token for the end of an answer: what each one is, the model's config knows.
 
     `tokenizer.ggml.pre` of SmolLM is `smollm`: every digit is cut off before GPT-2's rule is applied. Without the
     first cut the blank lines before a number become other tokens than the model was trained on.
@@ -613,8 +615,11 @@ def _convert_tokenizer(gguf: Path, model_max_length: int) -> Any:
     if rule != "smollm":
         raise ValueError(f"{gguf.name} splits text by the rule {rule!r}; only 'smollm' is converted.")
     tokenizer = AutoTokenizer.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, model_max_length=model_max_length, clean_up_tokenization_spaces=False
+        gguf.parent, gguf_file=gguf.name, model_max_length=config.max_position_embeddings
     )
+    tokenizer.clean_up_tokenization_spaces = False
+    for kind in ("bos", "eos", "pad"):
+        setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(getattr(config, f"{kind}_token_id")))
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -1,6 +1,7 @@
 """HoVLE: pixels and words enter one embedding, and the language model sees a single sequence.
 
-Read from top to bottom: pixel shuffle -> placeholder merge -> patch stem -> holistic layers -> language model.
+Read from top to bottom: patch stem -> holistic layers -> language model. `image_tokens.py` puts pictures in their
+places (pixel shuffle, placeholders, HD's longer sequence), `generation.py` holds what `generate` does differently.
 
 The decoder is one stock stack of N + M layers. The first N are the holistic embedding, the last M the language
 model; no norm stands between them. HoVLE-HD (`pixel_shuffle_loc="post"`) shuffles after the holistic layers, so
@@ -11,7 +12,6 @@ Axis legend of this file (logical sizes, never a shard):
   layers see them (L = T unless HD)   N image tiles in the batch   S image tokens of one tile   D hidden size
 """
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -20,8 +20,6 @@ from torch import nn
 from transformers import AutoModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPooling,
@@ -46,212 +44,23 @@ from .backbones import (
     scale_logits,
 )
 from .configuration_hovle import HoVLEConfig
+from .generation import HoVLEGenerationMixin
+from .image_tokens import (
+    HolisticLayout,
+    check_image_tokens,
+    check_padding_mask,
+    check_whole_tiles,
+    document_boundaries,
+    merge_image_tokens,
+    number_pictures,
+    pixel_shuffle,
+    positions_from_mask,
+    take_image_tokens,
+)
 from .rotary import embedding_rope_config
 
 IGNORE_INDEX = -100
 """Label of a position without a loss."""
-
-
-def pixel_shuffle(patches: torch.Tensor, factor: int) -> torch.Tensor:
-    """Join neighbouring patches into one token with more channels, in row-major order.
-
-    Same order as `InternVLModel.pixel_shuffle` in transformers 5.23; a test holds us to it.
-
-    Args:
-        patches: Row-major patches of square tiles, shape `(N, H * H, D)`.
-        factor: Patches joined along each side.
-
-    Returns:
-        Shape `(N, (H / factor) ** 2, D * factor ** 2)`.
-    """
-    num_tiles, num_patches, channels = patches.shape
-    side = int(num_patches**0.5)
-    small = side // factor
-    blocks = patches.view(num_tiles, small, factor, small, factor, channels)
-    blocks = blocks.permute(0, 1, 3, 2, 4, 5)  # (N, row, column, row in block, column in block, D)
-    return blocks.reshape(num_tiles, small * small, channels * factor**2)
-
-
-def merge_image_tokens(
-    inputs_embeds: torch.Tensor, image_features: torch.Tensor, image_mask: torch.Tensor
-) -> torch.Tensor:
-    """Put each image token at the next placeholder of the prompts, in reading order.
-
-    Args:
-        inputs_embeds: Embeddings with throwaway rows at placeholders, shape `(B, T, D)`.
-        image_features: All tiles of the batch in prompt order, shape `(N, S, D)`.
-        image_mask: True at placeholders, shape `(B, T)`, bool.
-
-    Returns:
-        Shape `(B, T, D)`. The input is left untouched.
-    """
-    features = image_features.flatten(0, 1).to(inputs_embeds.dtype)
-    return inputs_embeds.masked_scatter(image_mask[..., None], features)
-
-
-def take_image_tokens(
-    hidden_states: torch.Tensor, image_mask: torch.Tensor, num_tiles: int, tokens_per_tile: int
-) -> torch.Tensor:
-    """Collect the outputs at placeholders, tile by tile in reading order.
-
-    Args:
-        hidden_states: Shape `(B, T, D)`.
-        image_mask: True at placeholders, shape `(B, T)`, bool; `num_tiles * tokens_per_tile` of its entries.
-        num_tiles: N.
-        tokens_per_tile: S.
-
-    Returns:
-        Shape `(N, S, D)`.
-    """
-    flat = hidden_states.flatten(0, 1)
-    # A sort instead of boolean indexing: its result has a size known in advance, which torch.compile needs.
-    slots = torch.argsort(image_mask.flatten(), descending=True, stable=True)[: num_tiles * tokens_per_tile]
-    return flat[slots].view(num_tiles, tokens_per_tile, flat.shape[-1])
-
-
-def check_image_tokens(image_mask: torch.Tensor, num_tiles: int, tokens_per_tile: int) -> None:
-    """Raise unless the prompts hold exactly the placeholders that the tiles fill.
-
-    Args:
-        image_mask: True at placeholders, shape `(B, T)`, bool.
-        num_tiles: Tiles in `pixel_values`.
-        tokens_per_tile: Placeholders one tile fills.
-    """
-    if torch.compiler.is_compiling():  # reading a count back would break the graph; the collator has checked it
-        return
-    num_placeholders = int(image_mask.sum())
-    if num_placeholders != num_tiles * tokens_per_tile:
-        raise ValueError(
-            f"The prompts hold {num_placeholders} image tokens but the {num_tiles} tiles fill "
-            f"{num_tiles * tokens_per_tile} ({tokens_per_tile} each). Build both with the same HoVLEProcessor."
-        )
-
-
-def number_pictures(image_mask: torch.Tensor) -> torch.Tensor:
-    """Number the pictures of each prompt, unbroken runs of placeholders, from 0; -1 elsewhere. Shapes `(B, T)`."""
-    is_first = image_mask & ~nn.functional.pad(image_mask, (1, -1))
-    return torch.where(image_mask, is_first.cumsum(dim=1) - 1, -1)
-
-
-def check_whole_tiles(image_mask: torch.Tensor, tokens_per_tile: int) -> None:
-    """Raise unless each unbroken run of placeholders is filled by whole tiles: a tile belongs to one prompt.
-
-    Args:
-        image_mask: True at placeholders, shape `(B, T)`, bool.
-        tokens_per_tile: Placeholders one tile fills.
-    """
-    if torch.compiler.is_compiling():
-        return
-    is_last = image_mask & ~nn.functional.pad(image_mask, (-1, 1))
-    counts = image_mask.flatten().cumsum(0).view_as(image_mask)
-    rows = (is_last & (counts % tokens_per_tile != 0)).any(dim=1).nonzero().flatten().tolist()
-    if rows:
-        raise ValueError(
-            f"Row {rows[0]} of the prompts holds image tokens that are no whole number of tiles ({tokens_per_tile} "
-            "tokens each), so a tile would be torn apart. Build prompts with HoVLEProcessor."
-        )
-
-
-@dataclass
-class HolisticLayout:
-    """How the short sequence of the language model spreads into the long one of HoVLE-HD's holistic layers.
-
-    A text token takes one slot, a placeholder `shuffle_factor ** 2`. Rows are aligned at their last token, so the
-    batch gains padding on the left only.
-    """
-
-    source: torch.Tensor
-    """Short position each long slot belongs to, shape `(B, L)`; 0 where `is_token` is False."""
-
-    is_token: torch.Tensor
-    """False at the padding this layout added, shape `(B, L)`."""
-
-    last_slot: torch.Tensor
-    """Last long slot of each short position, shape `(B, T)`."""
-
-    image_mask: torch.Tensor
-    """True at long slots of image patches, shape `(B, L)`."""
-
-    @classmethod
-    def from_image_mask(
-        cls, image_mask: torch.Tensor, slots_per_placeholder: int, num_placeholders: int
-    ) -> "HolisticLayout":
-        """Build the layout of a batch from its placeholders, shape `(B, T)`, bool, and their count.
-
-        torch.compile needs a length known in advance: there, several rows are padded as if one held all pictures.
-        """
-        lengths = torch.where(image_mask, slots_per_placeholder, 1)
-        ends = lengths.cumsum(dim=1)  # (B, T)
-        if len(image_mask) == 1 or torch.compiler.is_compiling():
-            short_length = image_mask.shape[1]
-            long_length = short_length + min(num_placeholders, short_length) * (slots_per_placeholder - 1)
-        else:
-            long_length = int(ends[:, -1].max())
-        ends = ends + (long_length - ends[:, -1:])
-        slots = torch.arange(long_length, device=image_mask.device).expand(len(image_mask), -1).contiguous()
-        source = torch.searchsorted(ends, slots, right=True)
-        is_token = slots >= (ends[:, :1] - lengths[:, :1])
-        return cls(source, is_token, ends - 1, image_mask.gather(1, source) & is_token)
-
-    def spread(self, values: torch.Tensor) -> torch.Tensor:
-        """Copy per-token values of shape `(B, T, ...)` to every long slot, giving `(B, L, ...)`."""
-        index = self.source.view(*self.source.shape, *[1] * (values.dim() - 2))
-        return values.gather(1, index.expand(*self.source.shape, *values.shape[2:]))
-
-    def collect(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Take the last long slot of each token: `(B, L, D)` to `(B, T, D)`. Rows at placeholders are throwaway."""
-        return hidden_states.gather(1, self.last_slot[..., None].expand(-1, -1, hidden_states.shape[-1]))
-
-
-def document_boundaries(position_ids: torch.Tensor) -> torch.Tensor:
-    """Where documents begin in rows laid end to end, and where the last one ends; each row begins one.
-
-    Args:
-        position_ids: Shape `(B, T)`; wherever they do not go on by 1 a document begins.
-
-    Returns:
-        Shape `(documents + 1,)`, int32, from 0 to B * T.
-    """
-    begins = torch.ones_like(position_ids, dtype=torch.bool)
-    begins[:, 1:] = position_ids.diff(dim=1) != 1
-    starts = begins.flatten().nonzero().flatten()
-    return nn.functional.pad(starts, (0, 1), value=position_ids.numel()).int()
-
-
-def check_padding_mask(
-    attention_mask: torch.Tensor | dict | None, batch_size: int, num_new: int, cache: Cache | None
-) -> None:
-    """Raise ValueError unless a 2-D mask covers the rows of a batch with all tokens, cached and new.
-
-    Args:
-        attention_mask: The caller's; others than 2-D ones pass.
-        batch_size: B.
-        num_new: T.
-        cache: Of earlier tokens.
-    """
-    if torch.compiler.is_compiling() or not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-        return
-    if cache is not None and cache.is_compileable and num_new == 1:
-        return  # a static cache tells its length as a tensor, which each step would wait for
-    num_cached = 0 if cache is None else int(cache.get_seq_length())
-    if attention_mask.shape != (batch_size, num_cached + num_new):
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}, but {batch_size} rows of {num_cached} cached "
-            f"and {num_new} new tokens need {(batch_size, num_cached + num_new)}: it covers what the cache holds too."
-        )
-
-
-def rope_switch(rotary_emb: nn.Module) -> float:
-    """Longest sequence that a longrope table rotates with its short factors; infinite for tables that never switch."""
-    parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
-    patterns = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    longropes = [pattern for pattern in patterns if pattern.get("rope_type") == "longrope"]
-    return min((pattern["original_max_position_embeddings"] for pattern in longropes), default=math.inf)
-
-
-def positions_from_mask(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Count the real tokens of each row from 0; padding gets position 0. Shapes `(B, T)`."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 class HoVLEPatchEmbedding(nn.Module):
@@ -1029,7 +838,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         )
 
 
-class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
+class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, HoVLEGenerationMixin):
     """HoVLE with the language model's head: next-token logits, loss and `generate`."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
@@ -1130,145 +939,6 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             **{CACHE: getattr(outputs, CACHE)},
         )
 
-    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
-        # Every copy of a prompt needs all its tiles, in order. The base class would repeat tile after tile, or take
-        # HoVLE-HD's patches for tokens.
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        image_outputs = (model_kwargs.pop("mm_encoder_outputs", None) or {}).get("image")
-        prompts, cache = input_ids, model_kwargs.get(CACHE)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
-        )
-        if pixel_values is None and image_outputs is None:
-            return input_ids, model_kwargs
-        num_cached = 0 if cache is None else cache.get_seq_length()
-        image_mask = prompts[:, num_cached:] == self.config.image_token_id
-        num_placeholders = image_mask.sum(dim=1)
-        if pixel_values is not None:
-            tokens_per_tile = self.config.tokens_per_tile(pixel_values.shape[-1])
-            model_kwargs["pixel_values"] = _repeat_tiles(pixel_values, num_placeholders, tokens_per_tile, expand_size)
-        if image_outputs is not None:
-            features = image_outputs.pooler_output
-            tokens_per_tile = features.shape[1] // (self.config.shuffle_factor**2 if self.model.is_hd else 1)
-            if int(num_placeholders.sum()) == len(features) * tokens_per_tile:  # else the forward pass reports it
-                check_whole_tiles(image_mask, tokens_per_tile)
-            features = _repeat_tiles(features, num_placeholders, tokens_per_tile, expand_size)
-            outputs = BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=features)
-            model_kwargs["mm_encoder_outputs"] = {"image": outputs}
-        return input_ids, model_kwargs
-
-    def create_masks_for_generate(self, attention_mask=None, is_first_iteration=False, **kwargs):
-        # HoVLE-HD needs a mask for each of its two sequences, and bidirectional pictures need to know where they are:
-        # both are built in the forward pass, from the padding mask.
-        self.model._check_cache_kind(kwargs.get(CACHE))
-        if self.model.is_hd or (is_first_iteration and self.config.image_attention == "bidirectional"):
-            return attention_mask
-        masks = create_masks_for_generate(
-            attention_mask=attention_mask, is_first_iteration=is_first_iteration, **kwargs
-        )
-        if masks is None or isinstance(masks, dict):
-            return masks
-        return dict.fromkeys(self.model.attention_types, masks)  # says that it is ready, unlike a caller's own
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        is_special = self.model.is_hd or self.config.image_attention == "bidirectional"
-        if generation_config.prefill_chunk_size is not None and is_special and _has_pictures(model_kwargs):
-            raise ValueError(
-                "prefill_chunk_size would cut pictures, which HoVLE-HD and bidirectional pictures do not allow; leave "
-                "it out."
-            )
-        switch = min(rope_switch(rotary_emb) for rotary_emb in self.model.rotary_embs)
-        if generation_config.use_cache and switch < math.inf:
-            if generation_config.prefill_chunk_size is not None and generation_config.max_length > switch:
-                raise ValueError(
-                    f"prefill_chunk_size cannot be used where prompt and answer may exceed {switch} tokens: from "
-                    "there on longrope rotates by other factors, which keys in a cache cannot follow. Leave it out."
-                )
-            model_kwargs["max_length"] = generation_config.max_length  # `prepare_inputs_for_generation` takes it out
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` takes what its signature names
-    def prepare_inputs_for_generation(self, input_ids, *args, max_length: int | None = None, **kwargs):
-        if max_length is not None and kwargs.get("is_first_iteration"):
-            self._refuse_rope_switch(input_ids, max_length - input_ids.shape[1] - 1, **kwargs)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
-
-    def _refuse_rope_switch(self, input_ids: torch.Tensor, num_later: int, **model_kwargs) -> None:
-        """Raise ValueError where a sequence would outgrow longrope's short factors, which rotated the cached keys.
-
-        Args:
-            input_ids: Prompts, shape `(B, T)`.
-            num_later: Tokens that will be read after the prompts.
-            **model_kwargs: What `generate` prepares the first pass from.
-        """
-        for rotary_emb, (before, now) in zip(
-            self.model.rotary_embs, self._section_lengths(input_ids, **model_kwargs), strict=True
-        ):
-            begin, end, switch = before or now, now + num_later, rope_switch(rotary_emb)
-            if begin <= switch < end:
-                raise ValueError(
-                    f"Beyond {switch} tokens longrope rotates by other factors, which keys in a cache cannot follow, "
-                    f"and the sequence may grow from {begin} to {end} tokens here: generate with use_cache=False, or "
-                    f"at most {max(0, int(switch) - now + 1)} new tokens."
-                )
-
-    def _section_lengths(
-        self, input_ids, attention_mask=None, inputs_embeds=None, next_sequence_length=None, **model_kwargs
-    ) -> list[tuple[int, int]]:
-        """Tokens of the longest row before and after the first pass: in the holistic layers, in the language model."""
-        cache = model_kwargs.get(CACHE)
-        num_cached = 0 if cache is None else int(cache.get_seq_length())
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
-        if next_sequence_length is None:  # the new tokens only
-            length += num_cached
-        num_tokens = torch.tensor([length]) if attention_mask is None else attention_mask.sum(dim=1).cpu()
-        now = int(num_tokens.max())
-        padding = length - now
-        before = max(0, num_cached - padding)
-        if not self.model.is_hd:
-            return [(before, now), (before, now)]
-        view = self.model._holistic_cache(cache)
-        num_long_cached = 0 if view is None else int(view.get_seq_length())
-        is_image = input_ids[:, -(length - num_cached) :] == self.config.image_token_id
-        num_added = is_image.sum(dim=1).cpu() * (self.config.shuffle_factor**2 - 1) + num_long_cached - num_cached
-        long_now = int((num_tokens + num_added).max())
-        return [(max(0, num_long_cached - padding), long_now), (before, now)]
-
-    def _reorder_cache(self, cache: Cache, beam_idx: torch.Tensor) -> Cache:
-        cache.reorder_cache(beam_idx)
-        state: HolisticCacheState | None = getattr(cache, "holistic_state", None)
-        if state is not None and state.attention_mask is not None:
-            state.attention_mask = state.attention_mask.index_select(0, beam_idx.to(state.attention_mask.device))
-        if state is not None and state.keys is not None:
-            state.keys = cache.layers[self.config.num_language_layers].keys
-        return cache
-
-    def _get_logits_processor(self, generation_config, *args, **kwargs):
-        # A placeholder means a picture, never a word. Prompt lookup would copy it from the prompt.
-        suppressed = {*(generation_config.suppress_tokens or []), self.config.image_token_id}
-        generation_config.suppress_tokens = sorted(suppressed)
-        return super()._get_logits_processor(generation_config, *args, **kwargs)
-
-    def _get_candidate_generator(self, generation_config, *args, **kwargs):
-        if self.model.is_hd:
-            raise ValueError(
-                "HoVLE-HD cannot take back tokens from its two caches, which assisted generation needs: leave out "
-                "assistant_model, prompt_lookup_num_tokens and assistant_early_exit."
-            )
-        if generation_config.assistant_early_exit is not None:
-            raise ValueError("assistant_early_exit would leave out the language model's upper layers; leave it out.")
-        assistant = kwargs.get("assistant_model")
-        if "image" in getattr(assistant, "input_modalities", ()) and _has_pictures(kwargs["model_kwargs"]):
-            raise ValueError(
-                f"{type(assistant).__name__} cannot assist with pictures: `generate` hands on what this model's stem "
-                "made of them, not the pictures. Take a text-only assistant_model with rows for the picture tokens."
-            )
-        if assistant is not None:  # transformers hands on what a text model does not take, pixels in 5.16
-            dropped = ("pixel_values", "max_length")
-            kept = {key: value for key, value in kwargs["model_kwargs"].items() if key not in dropped}
-            kwargs["model_kwargs"] = kept
-        return super()._get_candidate_generator(generation_config, *args, **kwargs)
-
     @classmethod
     def from_language_model(
         cls,
@@ -1308,30 +978,6 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, GenerationMixin):
             untie_text_embeddings=untie_text_embeddings,
             **kwargs,
         )
-
-
-def _has_pictures(model_kwargs: dict) -> bool:
-    """Whether `generate` was given pictures, as pixels or as what the stem made of them."""
-    return model_kwargs.get("pixel_values") is not None or bool(
-        (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
-    )
-
-
-def _repeat_tiles(
-    tiles: torch.Tensor, num_placeholders: torch.Tensor, tokens_per_tile: int, num_copies: int
-) -> torch.Tensor:
-    """Repeat each prompt's group of tiles: A, B | C becomes A, B, A, B | C, C for two copies.
-
-    Args:
-        tiles: Pixels or features of all tiles in prompt order, shape `(N, ...)`.
-        num_placeholders: Placeholders of each prompt, shape `(B,)`.
-        tokens_per_tile: Placeholders one tile fills.
-        num_copies: Copies of each prompt.
-    """
-    counts = [count // tokens_per_tile for count in num_placeholders.tolist()]
-    if sum(counts) != len(tiles) or num_copies == 1:
-        return tiles  # a mismatch is for the forward pass to report
-    return torch.cat([group for tiles_of_one in tiles.split(counts) for group in [tiles_of_one] * num_copies])
 
 
 __all__ = ["HoVLEForConditionalGeneration", "HoVLEModel", "HoVLEPreTrainedModel"]

@@ -4,11 +4,13 @@ import copy
 import math
 from typing import Any
 
+from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 ROPE_TYPES = sorted({"default", *ROPE_INIT_FUNCTIONS})
 NAMES = sorted({"max_position_embeddings", *RopeParameters.__annotations__})
+ORIGINAL_LENGTH = "original_max_position_embeddings"
 FREQUENCY_FACTORS = ("short_factor", "long_factor")
 """Parameters that hold one number for each frequency."""
 
@@ -48,11 +50,23 @@ def embedding_rope_config(text_config: PreTrainedConfig, own: dict[str, Any] | N
     if "max_position_embeddings" in rope_parameters:
         rope_config.max_position_embeddings = rope_parameters.pop("max_position_embeddings")
     rope_config.rope_parameters = rope_parameters
+    if (
+        hasattr(rope_config, ORIGINAL_LENGTH) and ORIGINAL_LENGTH in own
+    ):  # Phi-3's own field comes before the parameters
+        setattr(rope_config, ORIGINAL_LENGTH, own[ORIGINAL_LENGTH])
     try:
         rope_config.validate_rope()
     except KeyError as error:
         raise ValueError(f"embedding_rope_parameters are incomplete: {error.args[0]}.") from error
     return rope_config
+
+
+def rope_switch(rotary_emb: nn.Module) -> float:
+    """Longest sequence that a longrope table rotates with its short factors; infinite for tables that never switch."""
+    parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
+    patterns = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    longropes = [pattern for pattern in patterns if pattern.get("rope_type") == "longrope"]
+    return min((pattern["original_max_position_embeddings"] for pattern in longropes), default=math.inf)
 
 
 def _check(name: str, value: Any) -> None:

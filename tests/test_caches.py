@@ -48,6 +48,19 @@ def tiny_model(stem: str, config_class=LlamaConfig, text: dict | None = None, **
     return shake(HoVLEForConditionalGeneration(config))
 
 
+def tables_of(model) -> tuple[nn.Module, nn.Module]:
+    """Rotary tables of the holistic layers and of the language model."""
+    return model.embedding_rotary_emb, model.language_model.rotary_emb
+
+
+def test_holistic_layers_may_switch_longrope_s_factors_elsewhere():
+    model = longrope_model("pre", embedding_rope_parameters={"original_max_position_embeddings": 20}).model
+    few, many = torch.arange(16)[None], torch.arange(18)[None]
+    own, language = ([rope(torch.zeros(1, 1, 8), ids)[0][:, :16] for ids in (few, many)] for rope in tables_of(model))
+    assert torch.equal(*own)
+    assert not torch.allclose(*language)
+
+
 @pytest.fixture(params=["pre", "post"])
 def stem(request) -> str:
     return request.param

@@ -45,8 +45,9 @@ from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from hovle.backbones import CACHE
+from hovle.image_tokens import HolisticLayout, pixel_shuffle, take_image_tokens
 from hovle.language_model import add_image_tokens
-from hovle.modeling_hovle import HolisticLayout, HoVLEPatchEmbedding, pixel_shuffle, take_image_tokens
+from hovle.modeling_hovle import HoVLEPatchEmbedding
 
 IMAGE = 60  # placeholder id of the tiny models
 TOKENS = 4  # placeholders of one tile: 56 px give 2 x 2 tokens in all three stems

@@ -11,7 +11,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from ..chat import refuse_missing_folder
-from ..modeling_hovle import HolisticLayout
+from ..image_tokens import HolisticLayout
 from .grids import TokenGrid
 from .probe import Section
 

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from ..configuration_hovle import HoVLEConfig
 from ..errors import StopRunError
-from ..modeling_hovle import IGNORE_INDEX, number_pictures
+from ..image_tokens import number_pictures
+from ..modeling_hovle import IGNORE_INDEX
 from .config import StageConfig
 from .loop import unwrap, validate
 

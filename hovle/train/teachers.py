@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ..checkpoint_files import CONFIG, Checkpoint, local_folder
-from ..modeling_hovle import pixel_shuffle
+from ..image_tokens import pixel_shuffle
 from .config import TeacherConfig
 from .pixels import PixelNormalization
 
