@@ -603,7 +603,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
 def _convert_tokenizer(gguf: Path, config: Any) -> Any:
     """Read the tokenizer of a GGUF file, with the splitting of digits that transformers 5.23 leaves out.
 
-    transformers 5.16 takes the first special token for the end of an answer: what each one is, the model's config knows.
+    What the special tokens are is taken from the model's config: transformers 5.16 ends answers at <|im_start|>.
 
     `tokenizer.ggml.pre` of SmolLM is `smollm`: every digit is cut off before GPT-2's rule is applied. Without the
     first cut the blank lines before a number become other tokens than the model was trained on.
