@@ -3,8 +3,10 @@
 import logging
 
 import pytest
+import tiny_models
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from tiny_models import IMAGE, shake
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -28,36 +30,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from hovle.language_model import config_around, load_language_config
 
-IMAGE = 60  # placeholder id of the tiny models
 STEM = {"image_size": 56, "image_token_id": IMAGE}  # a tile of 56 px is 4 tokens
 
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
-
-
-def shake(model: PreTrainedModel) -> PreTrainedModel:
-    """Move every weight, so that a part which is skipped or swapped shows in the logits."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = 10 if parameter.dim() == 4 else 1
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15 / fan_in)
-    return model.eval()
+TEXT = {**tiny_models.TEXT, "num_hidden_layers": 4}
 
 
 def bare_language_model(config_class: type[PreTrainedConfig] = LlamaConfig, **fields) -> PreTrainedModel:
     torch.manual_seed(0)
-    return shake(AutoModelForCausalLM.from_config(config_class(**{**TEXT, **fields})))
+    return shake(AutoModelForCausalLM.from_config(config_class(**{**TEXT, **fields}))).eval()
 
 
 def assert_same_text(model: HoVLEForConditionalGeneration, bare: PreTrainedModel) -> None:
@@ -89,7 +69,7 @@ def test_the_language_model_of_a_vision_language_model_becomes_the_backbone(tied
         eoi_token_index=61,
         tie_word_embeddings=tied,
     )
-    bare = shake(AutoModelForImageTextToText.from_config(config))
+    bare = shake(AutoModelForImageTextToText.from_config(config)).eval()
     bare.save_pretrained(tmp_path)
     with caplog.at_level(logging.WARNING, "hovle.language_model"):
         model = build(str(tmp_path)).eval()
@@ -135,8 +115,8 @@ def test_holistic_layers_know_positions_where_only_sliding_layers_do(config_clas
         model = build(bare, 1).eval()
     assert f"see 8 tokens back, pictures included: in {bare.config.model_type} only" in caplog.text
     assert_same_text(model, bare)
-    assert_order_matters(shake(model))
-    own_rope = shake(build(bare, 1, embedding_rope_parameters={"rope_theta": 7.0}))
+    assert_order_matters(shake(model).eval())
+    own_rope = shake(build(bare, 1, embedding_rope_parameters={"rope_theta": 7.0})).eval()
     with torch.no_grad():
         found, other = (part.get_holistic_embeddings(torch.arange(3, 9)[None]) for part in (model, own_rope))
     assert (found.last_hidden_state - other.last_hidden_state).abs().max() > 1e-2
@@ -146,7 +126,7 @@ def test_exaone_4_without_a_window_keeps_full_attention():
     bare = bare_language_model(Exaone4Config, sliding_window=None, layer_types=["full_attention"] * 4)
     model = build(bare)
     assert model.config.text_config.layer_types == ["full_attention"] * 6
-    assert_order_matters(shake(model))
+    assert_order_matters(shake(model).eval())
 
 
 def test_separate_rope_of_layers_without_positions_is_refused():

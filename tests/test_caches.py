@@ -4,38 +4,17 @@ import copy
 
 import pytest
 import torch
+from tiny_models import IMAGE, TEXT, shake
 from torch import nn
 from transformers import DynamicCache, LlamaConfig, MistralConfig, Phi3Config, Phi3ForCausalLM, StaticCache
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from hovle.backbones import CACHE
 
-IMAGE = 60
 TOKENS = 4  # placeholders of one tile, each 4 patches in HoVLE-HD's holistic layers
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 # Measured worst case: 1.7e-6, on logits of size 3.
 TOLERANCE = {"atol": 1e-5, "rtol": 0.0}
 FIELDS = {"image_size": 56, "image_token_id": IMAGE}
-
-
-def shake(model: nn.Module) -> nn.Module:
-    """Move every weight, so that what is wrong shows in the logits."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = 10 if parameter.dim() == 4 else 1
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.15 / fan_in)
-    return model.eval()
 
 
 def tiny_model(stem: str, config_class=LlamaConfig, text: dict | None = None, **fields):
@@ -45,7 +24,7 @@ def tiny_model(stem: str, config_class=LlamaConfig, text: dict | None = None, **
     config = HoVLEConfig(
         text_config=text_config, num_embedding_layers=2, pixel_shuffle_loc=stem, **{**FIELDS, **fields}
     )
-    return shake(HoVLEForConditionalGeneration(config))
+    return shake(HoVLEForConditionalGeneration(config)).eval()
 
 
 def tables_of(model) -> tuple[nn.Module, nn.Module]:
@@ -103,7 +82,7 @@ def longrope_model(stem: str, **fields) -> HoVLEForConditionalGeneration:
     """Phi-3 rotates sequences of more than 16 tokens by other factors."""
     torch.manual_seed(0)
     config = Phi3Config(**TEXT, num_hidden_layers=4, original_max_position_embeddings=SWITCH, rope_parameters=LONGROPE)
-    bare = shake(Phi3ForCausalLM(config))
+    bare = shake(Phi3ForCausalLM(config)).eval()
     return HoVLEForConditionalGeneration.from_language_model(
         bare, 2, pixel_shuffle_loc=stem, **FIELDS, **fields
     ).eval()

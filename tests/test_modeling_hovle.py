@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
+from tiny_models import IMAGE, TEXT, shake
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -49,23 +50,10 @@ from hovle.image_tokens import HolisticLayout, pixel_shuffle, take_image_tokens
 from hovle.language_model import add_image_tokens
 from hovle.modeling_hovle import HoVLEPatchEmbedding
 
-IMAGE = 60  # placeholder id of the tiny models
 TOKENS = 4  # placeholders of one tile: 56 px give 2 x 2 tokens in all three stems
 STEMS = ("pre", "none", "post")
 # Measured worst case over all parity tests below: 2.4e-6, on logits of size 3; 1.1e-5 with torch 2.6.
 TOLERANCE = {"atol": 2e-5, "rtol": 0.0}
-
-TEXT = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
 
 
 def tiny_config(stem: str = "pre", text: dict | None = None, **fields) -> HoVLEConfig:
@@ -74,16 +62,6 @@ def tiny_config(stem: str = "pre", text: dict | None = None, **fields) -> HoVLEC
     stem_fields = {"patch_size": 28} if stem == "none" else {"patch_size": 14}
     defaults = {"num_embedding_layers": 2, "image_size": 56, "image_token_id": IMAGE, "pixel_shuffle_loc": stem}
     return HoVLEConfig(text_config=text_config, **{**defaults, **stem_fields, **fields})
-
-
-def shake(model: nn.Module, scale: float = 0.15) -> nn.Module:
-    """Move every weight, so that a part which is skipped or swapped shows in the logits."""
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            fan_in = 10 if parameter.dim() == 4 else 1  # a convolution sums so many pixels that it needs less
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * scale / fan_in)
-    return model
 
 
 def tiny_model(stem: str = "pre", text: dict | None = None, **fields) -> HoVLEForConditionalGeneration:
