@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from hovle.assets import easy_vqa
-from hovle.eval.vqa import describe_wording, load_questions, score_model
+from hovle.assets.easy_vqa import describe_wording, load_questions
+from hovle.eval.vqa import score_model
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

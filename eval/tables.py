@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hovle.assets import load_manifest
-from hovle.eval import retention
-from hovle.eval.benchmark_report import notes, published_text, results_table
+from hovle.eval.analyses import retention
+from hovle.eval.benchmarks.report import notes, published_text, results_table
+from hovle.eval.benchmarks.suites import load_suites
 from hovle.eval.results import read_results
-from hovle.eval.suites import load_suites
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "eval/README.md", "model_cards/demo.md")

@@ -5,8 +5,7 @@ of them is missing, too old or broken, the names below say so when they are used
 """
 
 from .requirements import unmet
-
-__version__ = "0.1.0"
+from .version import __version__
 
 __all__ = [
     "HoVLEConfig",
@@ -14,13 +13,14 @@ __all__ = [
     "HoVLEImageProcessor",
     "HoVLEModel",
     "HoVLEProcessor",
+    "__version__",
 ]
 
 if (_problem := unmet()) is None:
-    from .configuration_hovle import HoVLEConfig
-    from .image_processing_hovle import HoVLEImageProcessor
-    from .modeling_hovle import HoVLEForConditionalGeneration, HoVLEModel
-    from .processing_hovle import HoVLEProcessor
+    from .model.configuration_hovle import HoVLEConfig
+    from .model.image_processing_hovle import HoVLEImageProcessor
+    from .model.modeling_hovle import HoVLEForConditionalGeneration, HoVLEModel
+    from .model.processing_hovle import HoVLEProcessor
     from .registration import register_classes
 
     register_classes()

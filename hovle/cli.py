@@ -9,20 +9,20 @@ from .errors import StopRunError
 from .requirements import unmet
 
 COMMANDS = {
-    "tiles": ("hovle.tiles", "draw how a picture is cut into tiles and count its tokens"),
-    "chat": ("hovle.chat", "talk with a model about pictures in the terminal"),
-    "serve": ("hovle.serve", "answer requests of OpenAI's chat API with a model"),
-    "convert": ("hovle.conversion", "turn a released checkpoint into a hovle model, and back"),
+    "tiles": ("hovle.chat.tiles", "draw how a picture is cut into tiles and count its tokens"),
+    "chat": ("hovle.chat.command", "talk with a model about pictures in the terminal"),
+    "serve": ("hovle.serve.command", "answer requests of OpenAI's chat API with a model"),
+    "convert": ("hovle.convert.command", "turn a released checkpoint into a hovle model, and back"),
     "fetch": ("hovle.assets", "download the real model, teacher and data the demo uses"),
-    "plan": ("hovle.train.plan", "predict memory, hours and cost of training stages before they run"),
-    "data": ("hovle.train.data_doctor", "look through the training data of a recipe before a run"),
+    "plan": ("hovle.train.plan.command", "predict memory, hours and cost of training stages before they run"),
+    "data": ("hovle.train.data.doctor", "look through the training data of a recipe before a run"),
     "train": ("hovle.train.__main__", "run one training stage from a YAML recipe, and report on runs"),
     "eval": (
         "hovle.eval",
         "score a model on benchmarks, or look inside: attention, embeddings, what it kept of its language",
     ),
     "bench": ("hovle.bench", "measure how fast a part of hovle is on this machine"),
-    "doctor": ("hovle.doctor", "say what works on this machine and what to install for more"),
+    "doctor": ("hovle.machine.doctor", "say what works on this machine and what to install for more"),
     "demo": ("hovle.demo", "train a small model on this machine and let it answer questions"),
 }
 """Subcommand -> (module, one line of help). A module offers `add_arguments(parser)` and `run(args) -> exit code`;

@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .assets import easy_vqa
+from .assets.easy_vqa import Question, draw_questions
 from .charts import load_pyplot
-from .eval.vqa import Question, draw_questions, exact_match, score_model
+from .eval.vqa import exact_match, score_model
 
 STAGES = ("distillation", "alignment", "instruction_tuning")
 """Recipes `demo/<stage>` in their order."""
@@ -118,7 +119,7 @@ def check_kept_stages(output: Path, configs: dict, overrides: Sequence[str] = ()
     """
     import yaml
 
-    from .train.checkpoint import changed_fields
+    from .train.run.checkpoint import changed_fields
 
     to_train: list[str] = []
     found = dict(configs)
@@ -150,8 +151,8 @@ def fit_steps(output: Path, configs: dict, minutes: float) -> dict:
         configs: Stage -> config.
         minutes: For the whole demo.
     """
-    from .train.stage import make_accelerator
-    from .train.trial import seconds_per_step
+    from .train.run.benchmark_step import seconds_per_step
+    from .train.run.stage import make_accelerator
 
     missing = [stage for stage in configs if not is_finished(output / stage)]
     if not missing:
@@ -241,7 +242,7 @@ def summary(report: dict) -> str:
 
 def draw_report(pyplot, path: Path, shown: list[tuple[Question, str]], report: dict) -> None:
     """Draw pictures, questions and answers, right ones green and wrong ones red."""
-    from .pictures import load_picture
+    from .model.pictures import load_picture
 
     columns = 6
     rows = -(-len(shown) // columns)

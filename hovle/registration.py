@@ -11,10 +11,11 @@ from transformers import (
 # From its own module: without torchvision, transformers 5.16 offers only a stand-in at the top level.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from .configuration_hovle import HoVLEConfig
-from .image_processing_hovle import HoVLEImageProcessor
-from .modeling_hovle import HoVLEForConditionalGeneration, HoVLEModel
-from .processing_hovle import HoVLEProcessor
+from .model.configuration_hovle import HoVLEConfig
+from .model.image_processing_hovle import HoVLEImageProcessor
+from .model.language_model import READERS
+from .model.modeling_hovle import HoVLEForConditionalGeneration, HoVLEModel
+from .model.processing_hovle import HoVLEProcessor
 
 
 def register_classes() -> None:
@@ -33,3 +34,4 @@ def register_classes() -> None:
     # Saved processors take their files along, too, as models do with their configuration.
     HoVLEImageProcessor.register_for_auto_class()
     HoVLEProcessor.register_for_auto_class()
+    READERS["internlm2"] = "hovle.convert.internlm2"  # by name: only who has such a model needs it

@@ -10,7 +10,7 @@ from PIL import Image
 
 from hovle import cli, demo
 from hovle.assets import easy_vqa
-from hovle.eval.vqa import Question, draw_questions
+from hovle.assets.easy_vqa import Question, draw_questions
 from hovle.train.config import load_stage
 
 SCORES = {
@@ -130,7 +130,7 @@ def test_steps_are_cut_alike_where_they_would_take_too_long(tmp_path, monkeypatc
     configs = finish_stage(tmp_path, "distillation")  # took 9 s
     wanted = sum(configs[stage].num_steps for stage in demo.STAGES[1:])
     seconds = (demo.TRAINING_SHARE * 60 * 5.0 - 9) / (0.5 * wanted)  # a step, so that half of them fit in 5 minutes
-    monkeypatch.setattr("hovle.train.trial.seconds_per_step", lambda config, accelerator: seconds)
+    monkeypatch.setattr("hovle.train.run.benchmark_step.seconds_per_step", lambda config, accelerator: seconds)
     fitted = demo.fit_steps(tmp_path, configs, minutes)
     assert fitted["distillation"] == configs["distillation"]
     for stage in demo.STAGES[1:]:
@@ -143,7 +143,9 @@ def test_steps_are_cut_alike_where_they_would_take_too_long(tmp_path, monkeypatc
 def test_a_demo_that_is_finished_is_not_measured_again(tmp_path, monkeypatch):
     for stage in demo.STAGES:
         configs = finish_stage(tmp_path, stage)
-    monkeypatch.setattr("hovle.train.trial.seconds_per_step", lambda *_: pytest.fail("nothing is left to measure"))
+    monkeypatch.setattr(
+        "hovle.train.run.benchmark_step.seconds_per_step", lambda *_: pytest.fail("nothing is left to measure")
+    )
     assert demo.fit_steps(tmp_path, configs, minutes=0.1) == configs
 
 

@@ -11,16 +11,16 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from places import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.M)
 COMMANDS = re.findall(r"^hovle .*$", README, re.M)
 RUN_HERE = re.compile("hovle (chat .* -q|tiles|doctor)")
@@ -56,7 +56,7 @@ def free_port() -> int:
 def serving(port: int):
     """The README's server, which a client may call at this port."""
     command = [sys.executable, "-m", "hovle", "serve", MODEL, "--port", str(port)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from places import ROOT
 
 from hovle import requirements
 
@@ -70,7 +71,7 @@ def test_other_commands_refuse_in_one_line_and_help_still_works():
 
 def test_the_package_imports_but_its_names_say_what_is_missing():
     program = """
-import hovle, hovle.doctor
+import hovle, hovle.machine.doctor
 assert not hasattr(hovle, "nonsense")
 try:
     hovle.HoVLEConfig
@@ -90,7 +91,7 @@ def test_the_requirements_are_those_of_the_installed_metadata(monkeypatch):
 
 
 def test_torch_and_transformers_stand_in_pyproject():
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(requirements.TRIED) < {Requirement(line).name for line in project["dependencies"]}
 
 
@@ -111,7 +112,7 @@ def test_local_and_development_versions_are_compared_like_others(monkeypatch, ve
 
 
 def test_a_wheel_carries_every_file_of_the_package(tmp_path):
-    root = Path(__file__).parent.parent
+    root = ROOT
     source = tmp_path / "source"
     shutil.copytree(root / "hovle", source / "hovle", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):

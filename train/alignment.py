@@ -9,7 +9,8 @@ mean something to a language model that does not change by a bit.
   accelerate launch train/alignment.py my_stage.yaml --resume
 
 The same as `hovle train RECIPE`. The recipe, by default hovle/recipes/demo/alignment.yaml, says what
-trains, on which data, towards which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
+trains, on which data, towards which objective and on which schedule; all stages share
+hovle/train/run/loop.py.
 """
 
 import sys

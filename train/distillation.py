@@ -11,7 +11,8 @@ outputs as long as text embeddings.
   accelerate launch train/distillation.py my_stage.yaml --resume
 
 The same as `hovle train RECIPE`. The recipe, by default hovle/recipes/demo/distillation.yaml, says what
-trains, on which data, towards which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
+trains, on which data, towards which objective and on which schedule; all stages share
+hovle/train/run/loop.py.
 """
 
 import sys

@@ -9,7 +9,8 @@ adapters instead; the saved model has them merged.
   accelerate launch train/instruction_tuning.py my_stage.yaml --resume
 
 The same as `hovle train RECIPE`. The recipe, by default hovle/recipes/demo/instruction_tuning.yaml, says what
-trains, on which data, towards which objective and on which schedule; hovle/train/loop.py is the loop all stages share.
+trains, on which data, towards which objective and on which schedule; all stages share
+hovle/train/run/loop.py.
 """
 
 import sys

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..image_processing_hovle import HoVLEImageProcessor
-from ..machine import environment
-from ..pictures import decode_plain_jpeg, load_picture
-from ..train.pixels import read_tiles
+from ..machine.facts import environment
+from ..model.image_processing_hovle import HoVLEImageProcessor
+from ..model.pictures import decode_plain_jpeg, load_picture
+from ..train.data.tiles import read_tiles
 
 PICTURE_SIZE = (500, 375)
 """Width and height of generated photographs: a usual size of web pictures."""

@@ -33,17 +33,26 @@ from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
 from ..charts import load_pyplot
-from ..machine import fastest_dtype, keep_freed_memory
-from ..modeling_hovle import IGNORE_INDEX
+from ..machine.memory import keep_freed_memory
+from ..machine.speed import fastest_dtype
+from ..model.modeling_hovle import IGNORE_INDEX
 from ..train.config import DataConfig, StageConfig, load_stage
-from ..train.data import PackedBatches, Record, ReplySamples, Sample, StreamPosition, load_records, pack_rows
-from ..train.loop import to_device, train_step
-from ..train.objectives import NextTokenObjective, ObjectiveOutput, norm_ratio
-from ..train.pixels import PixelNormalization
-from ..train.report import run_environment
-from ..train.setup import compile_layers, make_optimizer, select_trainable, start_model, store_parameters
-from ..train.stage import make_accelerator
-from ..train.trial import Trial
+from ..train.data.packing import PackedBatches, StreamPosition, pack_rows
+from ..train.data.readers import load_records
+from ..train.data.records import Record
+from ..train.data.samples import ReplySamples, Sample
+from ..train.data.tiles import PixelNormalization
+from ..train.model.layers import compile_layers
+from ..train.model.parameters import select_trainable, store_parameters
+from ..train.model.start import start_model
+from ..train.monitor.run_log import run_environment
+from ..train.objectives.base import ObjectiveOutput
+from ..train.objectives.distillation import norm_ratio
+from ..train.objectives.next_token import NextTokenObjective
+from ..train.run.benchmark_step import Trial
+from ..train.run.stage import make_accelerator
+from ..train.step.optimizer import make_optimizer
+from ..train.step.train_step import to_device, train_step
 
 MIXES = ("easy_vqa", "skewed")
 """easy_vqa: short questions of similar length. skewed: the same pictures with passages of long-tailed length."""

@@ -11,10 +11,10 @@
 import argparse
 
 ACTIONS = {
-    "benchmarks": "hovle.eval.benchmarks",
-    "attention": "hovle.eval.attention",
-    "embeddings": "hovle.eval.embeddings",
-    "retention": "hovle.eval.retention",
+    "benchmarks": "hovle.eval.benchmarks.command",
+    "attention": "hovle.eval.analyses.attention",
+    "embeddings": "hovle.eval.analyses.embeddings",
+    "retention": "hovle.eval.analyses.retention",
 }
 """What can be evaluated -> the module that does."""
 

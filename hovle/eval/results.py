@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .. import __version__
-from ..checkpoint_files import local_folder
-from ..machine import processor_name
+from ..files.checkpoint_files import local_folder
+from ..files.model_folder import short_name
+from ..machine.facts import processor_name
 from ..requirements import installed_version
-from .subjects import short_name
+from ..version import __version__
 
 HASHED = ("*.safetensors", "*.json", "*.jinja", "*.model")
 """Files of a model folder that decide its answers."""

@@ -15,9 +15,9 @@ import sys
 
 from ..cli import main
 from .config import OVERRIDE, load_stage
-from .stage import run_stage
+from .run.stage import run_stage
 
-ACTIONS = {"report": "hovle.train.run_report"}
+ACTIONS = {"report": "hovle.train.monitor.report"}
 """What `hovle train` does beside training; a recipe of such a name is given as ./NAME."""
 
 

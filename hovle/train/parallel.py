@@ -7,13 +7,13 @@ Functions marked "together" talk to the other processes: all must call them, in 
 import contextlib
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import StopRunError
-from .objectives import Objective
 
 PATIENCE = timedelta(hours=1)
 """How long processes wait for one that writes a large model before they give it up for dead."""
@@ -34,7 +34,7 @@ def make_accelerator():
     return accelerator
 
 
-def spread(objective: Objective, sharding: str, accelerator) -> nn.Module:
+def spread(objective: nn.Module, sharding: str, accelerator) -> nn.Module:
     """Replicate an objective that is on its device, or shard it over all processes."""
     if sharding == "full" and accelerator.num_processes > 1:
         _shard(objective, accelerator)
@@ -42,7 +42,7 @@ def spread(objective: Objective, sharding: str, accelerator) -> nn.Module:
     return accelerator.prepare_model(objective)
 
 
-def _shard(objective: Objective, accelerator) -> None:
+def _shard(objective: Any, accelerator) -> None:
     """Cut every parameter into one piece per process, in place; a decoder layer is whole only while it runs.
 
     torch's own call instead of accelerate's plugin, which would replicate on CPU processes without a word.
@@ -102,7 +102,7 @@ def gradient_exchange(objective: nn.Module, is_last: bool) -> contextlib.Abstrac
     return contextlib.nullcontext()
 
 
-def optimizer_state(objective: Objective, optimizer: torch.optim.Optimizer) -> dict:
+def optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
     """State by parameter name, whole and on the CPU of the main process (together)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
@@ -110,7 +110,7 @@ def optimizer_state(objective: Objective, optimizer: torch.optim.Optimizer) -> d
     return get_optimizer_state_dict(objective, optimizer, options=options)  # type: ignore[return-value]
 
 
-def load_optimizer_state(objective: Objective, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def load_optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
     """Put a whole state back, cut as this run is (together).
 
     The state's tensors may be mapped files: none of them stays in use.

@@ -7,7 +7,7 @@ import torch
 
 from hovle import HoVLEImageProcessor, cli
 from hovle.bench import data as bench
-from hovle.train.pixels import read_tiles
+from hovle.train.data.tiles import read_tiles
 
 
 def test_bench_data_writes_figures_with_their_circumstances(tmp_path, capsys):

@@ -24,7 +24,7 @@ from transformers import (
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.cli import main
-from hovle.language_model import add_image_tokens
+from hovle.model.language_model import add_image_tokens
 
 INTERNVL_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% for item in message['content'] %}"
@@ -163,7 +163,7 @@ def model_folder(tmp_path_factory, make_tokenizer, tiny_config) -> Path:
 @pytest.fixture(scope="module")
 def manager(lmms_eval):
     """The harness's tasks and ours; reading them all takes seconds."""
-    from hovle.eval.harness import task_manager
+    from hovle.eval.benchmarks.harness import task_manager
 
     return task_manager()
 
@@ -171,7 +171,7 @@ def manager(lmms_eval):
 @pytest.fixture
 def run(manager, model_folder, tmp_path, monkeypatch):
     """`run(*options)` calls the command on the tiny model and gives exit code and output folder."""
-    monkeypatch.setattr("hovle.eval.harness.task_manager", lambda: manager)
+    monkeypatch.setattr("hovle.eval.benchmarks.harness.task_manager", lambda: manager)
 
     def call(*options, model=model_folder, output=tmp_path / "results"):
         return main(["eval", "benchmarks", str(model), "--output", str(output), *map(str, options)]), output
@@ -182,7 +182,7 @@ def run(manager, model_folder, tmp_path, monkeypatch):
 @pytest.fixture
 def short_answers(lmms_eval, monkeypatch):
     """No answer is longer than four tokens; random weights never come to an end by themselves."""
-    plugin = importlib.import_module("hovle.eval.lmms_eval_plugin")
+    plugin = importlib.import_module("hovle.eval.benchmarks.lmms_eval_plugin")
     read = plugin.generation_arguments
 
     def shortened(*arguments):

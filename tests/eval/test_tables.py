@@ -10,11 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 from hovle.assets import easy_vqa
-from hovle.eval.vqa import describe_wording, load_questions
-
-ROOT = Path(__file__).parents[2]
+from hovle.assets.easy_vqa import describe_wording, load_questions
 
 
 @pytest.fixture(scope="module")

@@ -5,14 +5,8 @@ import torch
 from PIL import Image
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
-from hovle.eval.vqa import (
-    Question,
-    answer_questions,
-    describe_wording,
-    exact_match,
-    with_blank_pictures,
-    with_shuffled_pictures,
-)
+from hovle.assets.easy_vqa import Question, describe_wording
+from hovle.eval.vqa import answer_questions, exact_match, with_blank_pictures, with_shuffled_pictures
 
 
 def make_questions(count: int) -> list[Question]:

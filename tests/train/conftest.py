@@ -14,7 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train import StageConfig, load_stage
 from hovle.train.config import DataConfig
-from hovle.train.data import PackedBatches, RandomTextSamples, ReplySamples, StreamPosition, load_records
+from hovle.train.data.packing import PackedBatches, StreamPosition
+from hovle.train.data.readers import load_records
+from hovle.train.data.samples import RandomTextSamples, ReplySamples
 
 COLORS = ("red", "green", "blue", "black", "white", "gray")
 

@@ -1,10 +1,10 @@
 """Recipes: what loads, what is refused, and what the refusal says."""
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 import yaml
+from places import ROOT
 
 from hovle.train.config import RECIPES, StageConfig, find_recipe, load_stage
 
@@ -228,7 +228,7 @@ def test_a_stage_cannot_be_changed_after_loading(load):
 
 
 def test_every_stage_script_runs_a_recipe_of_its_own_name():
-    scripts = sorted((Path(__file__).parents[2] / "train").glob("*.py"))
+    scripts = sorted((ROOT / "train").glob("*.py"))
     assert [script.stem for script in scripts] == ["alignment", "distillation", "instruction_tuning"]
     for script in scripts:
         assert f'default="demo/{script.stem}"' in script.read_text()

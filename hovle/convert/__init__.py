@@ -1,0 +1,1 @@
+"""Between other layouts and ours: released checkpoints, InternLM2, SentencePiece tokenizers."""

@@ -1,0 +1,208 @@
+"""Five small text tasks on local data, scored by how likely a language model finds each choice.
+
+Every item is a beginning and a few endings, one of which is right; the model chooses the ending whose tokens it gives
+the highest total log-likelihood. Chance is one over the number of endings. Items are drawn with a fixed seed.
+
+  capitals     "The capital of Peru is" Lima, and three other capitals
+  categories   "A trout is a kind of" fish, and three other kinds
+  opposites    "The opposite of hot is" cold, and three other words of the list
+  agreement    "The dogs near the house" are, or is: the verb agrees with the noun before last
+  cloze        a sentence of Python's language reference without its last word, and three words that end others
+
+The facts of the first four are our own lists in `text_tasks.json` (Apache-2.0, as this package). The sentences of
+the last are read from `pydoc_data`, which comes with Python (PSF licence), and are not part of this package.
+"""
+
+import functools
+import itertools
+import json
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ...language.text_perplexity import read_text
+from ..intervals import wilson
+
+DATA = Path(__file__).with_suffix(".json")
+"""Our lists of facts."""
+
+NUM_CHOICES = 4
+"""Endings of an item, where the task does not say otherwise."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One beginning with its endings."""
+
+    context: str
+    choices: tuple[str, ...]
+    """With the space that stands before them."""
+    answer: int
+    """Place of the right one."""
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What a model scores in one task."""
+
+    num_items: int
+    num_right: int
+    chance: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share of items whose right ending is likeliest."""
+        return self.num_right / self.num_items
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % interval of the accuracy (Wilson)."""
+        return wilson(self.num_right, self.num_items)
+
+    @property
+    def is_above_chance(self) -> bool:
+        """Whether the whole interval lies above chance."""
+        return self.interval[0] > self.chance
+
+
+@functools.cache
+def _facts() -> dict:
+    return json.loads(DATA.read_text(encoding="utf-8"))
+
+
+def _item(generator: random.Random, context: str, right: str, others: Sequence[str], count: int) -> Item:
+    """An item with so many endings, in random order."""
+    choices = [right, *generator.sample(sorted(set(others) - {right}), count - 1)]
+    generator.shuffle(choices)
+    return Item(context, tuple(f" {choice}" for choice in choices), choices.index(right))
+
+
+def _capitals(generator: random.Random) -> list[Item]:
+    pairs = _facts()["capitals"]
+    return [
+        _item(generator, f"The capital of {country} is", capital, list(pairs.values()), NUM_CHOICES)
+        for country, capital in pairs.items()
+    ]
+
+
+def _categories(generator: random.Random) -> list[Item]:
+    kinds = _facts()["categories"]
+    return [
+        _item(generator, f"{'An' if word[0] in 'aeiou' else 'A'} {word} is a kind of", kind, list(kinds), NUM_CHOICES)
+        for kind, words in kinds.items()
+        for word in words
+    ]
+
+
+def _opposites(generator: random.Random) -> list[Item]:
+    pairs = [tuple(pair) for pair in _facts()["opposites"]]
+    words = [word for pair in pairs for word in pair]
+    return [
+        _item(generator, f"The opposite of {word} is", other, [one for one in words if one != word], NUM_CHOICES)
+        for pair in pairs
+        for word, other in (pair, pair[::-1])
+    ]
+
+
+def _agreement(generator: random.Random) -> list[Item]:
+    facts = _facts()["agreement"]
+    items = []
+    for noun, (place_one, place_many), (one, many) in itertools.product(
+        facts["nouns"], facts["places"], facts["verbs"]
+    ):
+        is_many = generator.random() < 0.5
+        subject = f"{noun}s" if is_many else noun
+        place = place_one if is_many else place_many  # the noun next to the verb would mislead
+        items.append(_item(generator, f"The {subject} {place}", many if is_many else one, [one, many], 2))
+    return items
+
+
+def _cloze(generator: random.Random) -> list[Item]:
+    text = re.sub(r"\s+", " ", read_text("python_docs"))
+    sentences = [
+        match[0]
+        for match in re.finditer(r"(?<=[.] )[A-Z][A-Za-z ,]{60,180} [a-z]{4,12}(?=[.] )", text)
+        if "  " not in match[0]
+    ]
+    sentences = sorted(set(sentences))
+    endings = [sentence.rpartition(" ")[2] for sentence in sentences]
+    return [
+        _item(generator, sentence.rpartition(" ")[0], ending, endings, NUM_CHOICES)
+        for sentence, ending in zip(sentences, endings, strict=True)
+    ]
+
+
+TASKS: dict[str, Callable[[random.Random], list[Item]]] = {
+    "capitals": _capitals,
+    "categories": _categories,
+    "opposites": _opposites,
+    "agreement": _agreement,
+    "cloze": _cloze,
+}
+"""Name -> all items there are."""
+
+
+def draw_items(task: str, count: int, seed: int = 0) -> list[Item]:
+    """Draw so many items of a task, or all if there are fewer; the same ones every time."""
+    generator = random.Random(f"{task}-{seed}")
+    items = TASKS[task](generator)
+    return generator.sample(items, min(count, len(items)))
+
+
+@torch.inference_mode()
+def score_items(
+    model: nn.Module,
+    encode: Callable[[str, bool], list[int]],
+    items: Sequence[Item],
+    batch_size: int = 32,
+) -> TaskScore:
+    """Count the items whose right ending a model finds likeliest.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        encode: Text and whether it stands at the beginning -> ids without special tokens.
+        items: What to score.
+        batch_size: Endings run together.
+    """
+    rows = [
+        (encode(item.context, True), encode(choice, False), number)
+        for number, item in enumerate(items)
+        for choice in item.choices
+    ]
+    order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]) + len(rows[place][1]))
+    scores = [0.0] * len(rows)
+    for start in range(0, len(rows), batch_size):
+        places = order[start : start + batch_size]
+        found = _log_likelihoods(model, [rows[place][:2] for place in places])
+        for place, score in zip(places, found, strict=True):
+            scores[place] = score
+    num_right = 0
+    for number, item in enumerate(items):
+        own = [score for score, row in zip(scores, rows, strict=True) if row[2] == number]
+        num_right += own.index(max(own)) == item.answer
+    return TaskScore(len(items), num_right, sum(1 / len(item.choices) for item in items) / len(items))
+
+
+def _log_likelihoods(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+    """Log-likelihood in nats of each ending after its beginning."""
+    device = next(model.parameters()).device
+    longest = max(len(context) + len(ending) for context, ending in rows)
+    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for number, (context, ending) in enumerate(rows):
+        length = len(context) + len(ending)
+        input_ids[number, :length] = torch.tensor(context + ending)
+        attention_mask[number, :length] = 1
+    logits = model(
+        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
+    ).logits.float()
+    nats = logits[:, :-1].log_softmax(dim=-1).gather(2, input_ids[:, 1:, None].to(device))[..., 0].cpu()
+    return [
+        float(nats[number, len(context) - 1 : len(context) + len(ending) - 1].sum())
+        for number, (context, ending) in enumerate(rows)
+    ]

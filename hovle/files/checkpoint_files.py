@@ -1,0 +1,293 @@
+"""Weight files and JSON of a checkpoint folder, read with suspicion and written with little memory.
+
+Only safetensors and JSON are read, only inside the folder, and nothing is unpickled. Tensors are mapped, not loaded,
+and written one at a time. A new folder takes its name when it is complete.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+
+from .atomic import rename_durably
+
+CONFIG, WEIGHTS, INDEX, LICENCE = "config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", LICENCE)
+"""What is downloaded of a model."""
+
+MAX_FILE_BYTES = 5 * 10**9
+"""No weight file we write is larger, unless a single tensor is."""
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Checkpoint:
+    """Tensors of one folder. Files are mapped, not read: a tensor costs memory only once it is changed.
+
+    Args:
+        folder: Where the files lie.
+        extra_file: Also offer what this file holds, if it is there; the index does not know it.
+
+    Raises:
+        ValueError: When the folder has no safetensors, a file lies outside it, two files hold the same tensor, or the
+            index and the files disagree.
+    """
+
+    def __init__(self, folder: Path, extra_file: str | None = None):
+        files, index = _weight_files(folder)
+        self.has_extra = extra_file is not None and (folder / extra_file).exists()
+        self.metadata: dict[str, str] = {}
+        self._handles: dict[str, Any] = {}
+        holder: dict[str, str] = {}
+        for file in [*files, extra_file] if extra_file and self.has_extra else files:
+            path = inside(folder, file)
+            try:
+                handle = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file} in {folder} is missing or no safetensors file: {error}") from error
+            self.metadata |= handle.metadata() or {}
+            for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
+                if name in holder:
+                    raise ValueError(f"{name} is a duplicate: both {holder[name]} and {file} hold it.")
+                holder[name], self._handles[name] = file, handle
+        if index is not None:
+            expected = {name: file for name, file in holder.items() if file != extra_file}
+            wrong = sorted(name for name, _ in index.items() ^ expected.items())
+            if wrong:
+                raise ValueError(f"{INDEX} and the files disagree about {_examples(wrong)}.")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of one tensor; ValueError unless it is a plain floating-point type."""
+        dtype = self._handles[name].get_slice(name).get_dtype()
+        if dtype not in DTYPES:
+            raise ValueError(f"{name} has type {dtype}; weights are one of {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+
+    def common_dtype(self) -> torch.dtype:
+        """The type that holds the values of all tensors."""
+        return reduce(torch.promote_types, map(self.dtype, self._handles))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Map one tensor; ValueError when it holds NaN or infinity."""
+        tensor = self._handles[name].get_tensor(name)
+        check_finite(name, tensor)
+        return tensor
+
+    def claim(self, expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise unless the tensors are exactly those expected, each of its shape (name -> shape)."""
+        check_tensors(
+            {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}, expected
+        )
+
+
+def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
+    """Raise unless a checkpoint holds exactly the tensors expected; both are name -> shape."""
+    missing, unexpected = expected.keys() - found.keys(), found.keys() - expected.keys()
+    if missing:
+        raise ValueError(f"The checkpoint is missing {_examples(sorted(missing))}.")
+    if unexpected:
+        raise ValueError(f"The checkpoint holds unexpected tensors: {_examples(sorted(unexpected))}.")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ValueError(f"{name} has shape {found[name]}, but {CONFIG} asks for {shape}.")
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise when a tensor holds NaN or infinity."""
+    if not torch.stack(tensor.aminmax()).isfinite().all():
+        raise ValueError(f"{name} holds non-finite values (NaN or infinity).")
+
+
+def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
+    """Names of the weight files, and the index (tensor -> file) where there is one."""
+    if (folder / INDEX).exists():
+        index = read_json(folder, INDEX).get("weight_map")
+        if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+            raise ValueError(f"{INDEX} needs a weight_map from tensor names to file names.")
+        files = sorted(set(index.values()))
+        if (folder / WEIGHTS).exists() and WEIGHTS not in files:
+            raise ValueError(f"{folder} holds both {WEIGHTS} and an {INDEX} without it; remove the stale one.")
+        return files, index
+    if (folder / WEIGHTS).exists():
+        return [WEIGHTS], None
+    pickled = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLE_SUFFIXES)
+    if pickled:
+        raise ValueError(
+            f"{folder} holds pickled weights ({_examples(pickled)}), which can run code when opened. Save the model "
+            "as safetensors where you trust it (`save_pretrained` does so) and convert that folder."
+        )
+    raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Path of a file of the folder; ValueError when its name or a link leads elsewhere.
+
+    A folder of the Hub's cache consists of links into the `blobs` beside it, which belong to it.
+    """
+    path = (folder / name).resolve()
+    roots = [folder.resolve()]
+    if folder.resolve().parent.name == "snapshots":
+        roots.append(folder.resolve().parent.parent / "blobs")
+    if name != Path(name).name or "\\" in name or not any(path.is_relative_to(root) for root in roots):
+        raise ValueError(f"{name!r} lies outside {folder}; the conversion reads files of that folder only.")
+    return path
+
+
+def read_json(folder: Path, name: str) -> dict:
+    """Read a JSON object; ValueError when it is none or says something twice."""
+
+    def object_once(pairs: list[tuple[str, Any]]) -> dict:
+        if len(dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
+        return dict(pairs)
+
+    try:
+        content = json.loads(inside(folder, name).read_bytes(), object_pairs_hook=object_once)
+    except FileNotFoundError:
+        raise ValueError(f"{folder} has no {name}.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{name} in {folder} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} in {folder} must hold a JSON object.")
+    return content
+
+
+def local_folder(src: str | os.PathLike, patterns: Sequence[str] = MODEL_FILES, **options) -> Path:
+    """The folder itself, or the download of a Hub id.
+
+    Args:
+        src: Folder or Hub id.
+        patterns: Files to download.
+        **options: Of `huggingface_hub.snapshot_download` (`revision`, `token`, ...).
+    """
+    if Path(src).is_dir():
+        return Path(src)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(src)):
+        raise ValueError(f"{src} is neither a folder nor a Hub id such as OpenGVLab/HoVLE.")
+    try:
+        return Path(snapshot_download(str(src), allow_patterns=list(patterns), **options))
+    except (OSError, ValueError) as error:  # the Hub's errors are OSErrors
+        raise ValueError(f"{src} is no folder here and could not be had from the Hub: {error}") from error
+
+
+def _examples(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the result, made when its file is written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write_weights(folder: Path, outputs: Sequence[Output]) -> None:
+    """Write a model's weights as one file, or as several with an index, the way transformers reads them."""
+    groups = list(_group_by_size(outputs))
+    if len(groups) == 1:
+        write_tensors(folder / WEIGHTS, outputs)
+        return
+    weight_map: dict[str, str] = {}
+    for number, group in enumerate(groups, start=1):
+        name = f"model-{number:05}-of-{len(groups):05}.safetensors"
+        write_tensors(folder / name, group)
+        weight_map |= {output.name: name for output in group}
+    total_size = sum(output.num_bytes for output in outputs)
+    (folder / INDEX).write_bytes(dump_json({"metadata": {"total_size": total_size}, "weight_map": weight_map}))
+
+
+def _group_by_size(outputs: Iterable[Output]) -> Iterator[list[Output]]:
+    """Fill files in order, each up to `MAX_FILE_BYTES`; a larger tensor gets a file of its own."""
+    group: list[Output] = []
+    for output in outputs:
+        if group and sum(member.num_bytes for member in group) + output.num_bytes > MAX_FILE_BYTES:
+            yield group
+            group = []
+        group.append(output)
+    yield group
+
+
+def write_tensors(path: Path, outputs: Sequence[Output], metadata: dict[str, str] | None = None) -> None:
+    """Write one safetensors file, tensor by tensor: `safetensors.torch.save_file` wants all of them in memory at once.
+
+    Args:
+        path: File to create.
+        outputs: Its tensors. Wider types come first, so that each starts at a multiple of its size.
+        metadata: Texts for the header, beside `format`.
+    """
+    outputs = sorted(outputs, key=lambda output: -output.dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | (metadata or {})}
+    end = 0
+    for output in outputs:
+        start, end = end, end + output.num_bytes
+        header[output.name] = {
+            "dtype": DTYPE_NAMES[output.dtype],
+            "shape": output.shape,
+            "data_offsets": (start, end),
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the data must start at a multiple of 8
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for output in outputs:
+            tensor = output.load().reshape(output.shape)
+            assert tensor.dtype == output.dtype, output.name
+            file.write(tensor.contiguous().view(torch.uint8).numpy().data)
+
+
+@contextlib.contextmanager
+def appear_when_complete(dst: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `dst` that takes its name at the end, or leaves no trace after an error."""
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    folder = dst.with_name(f".{dst.name}-{os.urandom(4).hex()}")
+    folder.mkdir()
+    try:
+        yield folder
+        rename_durably(folder, dst)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def dump_json(content: dict) -> bytes:
+    """Bytes of a JSON file with this content."""
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def copy_json(src: Path, dst: Path, name: str) -> None:
+    """Copy a JSON file as it is, unless it points to code: such pointers stay behind."""
+    content = read_json(src, name)
+    if "auto_map" not in content:
+        shutil.copyfile(inside(src, name), dst / name)
+        return
+    del content["auto_map"]
+    if "tokenizer_class" in content:  # the class whose code stays behind; the fast tokenizer needs none
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (dst / name).write_bytes(dump_json(content))

@@ -1,0 +1,44 @@
+"""Is there a model in this folder? Checks before a long load, with advice."""
+
+import os
+from pathlib import Path
+
+
+def refuse_missing_folder(model: str | os.PathLike) -> None:
+    """Raise for a folder without a model; a mistyped path would be taken for a Hub id and asked for over the network.
+
+    Hub ids are `owner/name`. Anything else is a path, and so is `first/second` where there is a folder `first`.
+
+    Raises:
+        ValueError: For a path without a folder, or without a config.json in it.
+    """
+    name = os.fspath(model)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
+    if not looks_like_path or (Path(name) / "config.json").is_file():
+        return
+    expected = "expected a folder with config.json, or a Hub id such as owner/name."
+    if Path(name).is_dir():
+        raise ValueError(f"No model in {name}: {expected}")
+    parent = Path(name).parent
+    there = sorted(path.parent.name for path in parent.glob("*/config.json")) if parent.is_dir() else []
+    beside = f" In {parent} there are {', '.join(there[:8])}{', ...' if there[8:] else ''}." if there else ""
+    raise ValueError(f"No model in {name}, as there is no such folder: {expected}{beside}")
+
+
+def refuse_missing_processor(model: str | os.PathLike) -> None:
+    """Raise for a folder with a model whose tokenizer or picture settings were not saved beside it."""
+    wanted = ("tokenizer_config.json", "preprocessor_config.json")
+    if Path(model).is_dir() and not (Path(model) / "processor_config.json").is_file():
+        missing = [name for name in wanted if not (Path(model) / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{os.fspath(model)} holds a model but no processor ({', '.join(missing)} missing): save one there, "
+                "processor.save_pretrained(folder), or name the folder that has both."
+            )
+
+
+def short_name(path: str) -> str:
+    """What to call a model in charts: its folder, or the folder around `model`."""
+    parts = Path(path).resolve().parts if Path(path).is_dir() else Path(path).parts
+    name = parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1]
+    return name.replace("_", " ")

@@ -1,0 +1,167 @@
+"""Does the model still know its language? Perplexity on text without pictures, beside the bare language model's.
+
+A new HoVLE's holistic layers are the identity, so its perplexity before the first step is the bare model's. It is
+written into the model folder, and later stages, whose language model may have changed, compare with that.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..assets import resolve_asset
+from ..model.language_model import load_language_model
+from ..model.modeling_hovle import HoVLEForConditionalGeneration
+from ..model.processing_hovle import HoVLEProcessor
+
+RECORD = "text_retention.json"
+"""In run and model folders: on which text the bare language model has which perplexity."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionConfig:
+    """Perplexity on text without pictures, before the first step and after the last, against the bare LLM's."""
+
+    source: str = "python_docs"
+    """UTF-8 text file, or `python_docs`: the language reference that comes with Python."""
+    num_tokens: int = 8192
+    """Tokens read from its beginning."""
+    window: int = 512
+    """Tokens the model sees at once."""
+    language_model: str | None = None
+    """The bare LLM, where the start checkpoint does not record its perplexity; `asset:NAME` is fetched."""
+
+    def __post_init__(self):
+        if not 2 <= self.window <= self.num_tokens:
+            raise ValueError(
+                f"retention.window must lie between 2 and retention.num_tokens ({self.num_tokens}), got {self.window}."
+            )
+
+
+@dataclass(frozen=True)
+class BareRecord:
+    """Perplexity of the bare language model on a text."""
+
+    source: str
+    fingerprint: str
+    """Of the token ids and the window."""
+    bare_perplexity: float
+
+
+class TextRetention:
+    """Measures perplexity on a recipe's held-out text.
+
+    Args:
+        config: Where the text is and how much of it is read.
+        processor: Its tokenizer encodes the text, in which nothing is special.
+
+    Raises:
+        ValueError: For a missing file or a text of fewer tokens than the recipe wants.
+    """
+
+    def __init__(self, config: RetentionConfig, processor: HoVLEProcessor):
+        self.config = config
+        ids: list[int] = []
+        for paragraph in read_text(config.source).split("\n\n"):  # as far as it takes
+            if len(ids) >= config.num_tokens:
+                break
+            ids += processor._encode_text(paragraph + "\n\n", at_start=not ids)
+        ids = ids[: config.num_tokens]
+        if len(ids) < config.num_tokens:
+            raise ValueError(
+                f"retention.source {config.source} has {len(ids)} tokens, fewer than retention.num_tokens "
+                f"({config.num_tokens}): lower it, or name a longer text."
+            )
+        self.windows = torch.tensor(ids).split(config.window)
+        self.measured: float
+        self.record: BareRecord  # both once started
+        self.fingerprint = hashlib.sha256(repr((ids, config.window)).encode()).hexdigest()[:16]
+
+    @torch.no_grad()
+    def perplexity(self, model: nn.Module, autocast: contextlib.AbstractContextManager) -> float:
+        """exp of the mean `-log p(token)` over all tokens but the first of each window."""
+        was_training = model.training
+        model.eval()
+        device = next(model.parameters()).device
+        nats = torch.zeros((), dtype=torch.float64)
+        # Uncompiled, as in validation.
+        with autocast, torch.compiler.set_stance("force_eager"):
+            for window in self.windows:
+                logits = model(input_ids=window[None].to(device), use_cache=False).logits[0, :-1].float()
+                nats += nn.functional.cross_entropy(logits, window[1:].to(device), reduction="sum").cpu().double()
+        model.train(was_training)
+        return math.exp(nats / sum(len(window) - 1 for window in self.windows))
+
+    def start(
+        self,
+        model: HoVLEForConditionalGeneration,
+        autocast: contextlib.AbstractContextManager,
+        earlier: str | Path | None,
+    ) -> None:
+        """Measure the model before the stage's next step and settle what it is compared with.
+
+        Args:
+            model: As it stands.
+            autocast: Context of the number format.
+            earlier: Folder that may record what the bare language model has; None for a new model, which has it still.
+
+        Raises:
+            ValueError: Where nothing tells the bare language model's perplexity on this text.
+        """
+        self.measure(model, autocast)
+        record = None if earlier is None else read_record(Path(earlier))
+        if record is None or record.fingerprint != self.fingerprint:
+            if self.config.language_model is not None:
+                name = resolve_asset(self.config.language_model)
+                bare = load_language_model(name, dtype=torch.float32).to(model.device)
+                record = BareRecord(self.config.source, self.fingerprint, self.perplexity(bare, autocast))
+            elif earlier is None:
+                record = BareRecord(self.config.source, self.fingerprint, self.measured)
+            else:
+                raise ValueError(
+                    f"retention: {earlier} does not record the bare language model's perplexity on this text. Name "
+                    "the model as retention.language_model, or measure the same text from the first stage on."
+                )
+        self.record = record
+
+    def measure(self, model: nn.Module, autocast: contextlib.AbstractContextManager) -> None:
+        """Measure the model as it stands now."""
+        self.measured = self.perplexity(model, autocast)
+
+    def entry(self, step: int) -> dict:
+        """What the log says of the last measurement, made after so many steps."""
+        return {
+            "event": "text_retention",
+            "step": step,
+            "text_perplexity": round(self.measured, 4),
+            "bare_perplexity": round(self.record.bare_perplexity, 4),
+            "perplexity_ratio": round(self.measured / self.record.bare_perplexity, 5),
+        }
+
+
+def read_text(source: str) -> str:
+    """A text file's content, or the language reference that comes with Python."""
+    if source == "python_docs":
+        from pydoc_data.topics import topics  # half a megabyte that nothing else needs
+
+        return "\n\n".join(topics[name] for name in sorted(topics))
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"retention.source: no text file {source}; it may also be python_docs.")
+    return path.read_text(encoding="utf-8")
+
+
+def read_record(folder: Path) -> BareRecord | None:
+    """What a run or model folder says of the bare language model, if anything."""
+    path = folder / RECORD
+    return BareRecord(**json.loads(path.read_text())) if path.is_file() else None
+
+
+def write_record(folder: Path, record: BareRecord) -> None:
+    """Put a record into a run or model folder."""
+    (folder / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")

@@ -1,0 +1,1 @@
+"""What this machine can do: speed, memory, facts, and what is missing on it."""

@@ -1,0 +1,214 @@
+"""Cut a picture into square tiles as the released HoVLE does.
+
+The grid (columns x rows) whose aspect ratio is closest to the picture's is chosen, the picture is resized to fill it
+and cut in reading order; if that gives more than one tile, the whole picture follows as a last tile, the thumbnail.
+transformers' GotOcr2 processor has the same rule. Its Pillow variant is the base here: Pillow's bicubic filter is
+what the released model saw, torchvision's differs by a grey level, and pixels do not change with what is installed.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling, SizeDict
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+    GotOcr2ImageProcessorKwargs,
+    GotOcr2ImageProcessorPil,
+    get_optimal_tiled_canvas,
+)
+
+from .pictures import load_picture
+
+FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False, "data_format": "channels_first"}
+"""Arguments of other image processors that have no meaning for tiles, with the only value they may have."""
+
+
+class HoVLEImageProcessorKwargs(GotOcr2ImageProcessorKwargs, total=False):  # type: ignore[call-arg]
+    """Arguments of one call, beside those of every transformers image processor.
+
+    tile_size (`int`):
+        Side of a tile in pixels; the short form of `size={"height": s, "width": s}`.
+    min_tiles (`int`):
+        Fewest tiles of the grid; another name of `min_patches`.
+    max_tiles (`int`):
+        Most tiles of the grid, the thumbnail not counted; another name of `max_patches`.
+    tile_limits (`list[int]`):
+        `max_tiles` of each picture, where pictures of one call get different numbers.
+    """
+
+    tile_size: int | None
+    min_tiles: int | None
+    max_tiles: int | None
+    tile_limits: list[int] | None
+
+
+class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
+    """Turn pictures into tiles: `pixel_values` of shape `(all tiles, 3, s, s)` and `num_patches`, tiles per picture.
+
+    Pictures may be anything `hovle.model.pictures.load_picture` reads, alone or in lists. Without arguments: tiles of
+    448 pixels, 1 to 12 of them plus the thumbnail, ImageNet mean and standard deviation.
+    """
+
+    valid_kwargs = HoVLEImageProcessorKwargs
+    image_mean = IMAGENET_DEFAULT_MEAN
+    image_std = IMAGENET_DEFAULT_STD
+    size = {"height": 448, "width": 448}  # noqa: RUF012 - the base class declares it this way
+    crop_to_patches = True
+
+    def __init__(self, **kwargs):
+        # Kept under the base class's names only: an attribute `tile_size` would overrule a later `size`.
+        super().__init__(**_base_names(kwargs))
+
+    def fetch_images(self, image_url_or_urls):
+        """Load pictures, in the nesting they came in, as upright RGB; an error tells the picture's number."""
+        numbers = itertools.count(1)
+
+        def load(source):
+            if isinstance(source, list | tuple) or getattr(source, "ndim", None) == 4:
+                return [load(one) for one in source]
+            number = next(numbers)
+            return load_picture(source, name=f"picture {number} of the request")
+
+        return load(image_url_or_urls)
+
+    def choose_grid(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int]:
+        """Choose how many tiles go across and down.
+
+        Args:
+            height: Of the upright picture, in pixels.
+            width: Of the upright picture, in pixels.
+            images_kwargs: Arguments that replace the defaults, for instance `{"max_tiles": 6}`.
+
+        Returns:
+            Columns, rows.
+        """
+        kwargs = self.grid_settings(images_kwargs)
+        if not kwargs["crop_to_patches"] or kwargs["max_patches"] == 1:
+            return 1, 1
+        tile = (kwargs["size"].height, kwargs["size"].width)
+        return get_optimal_tiled_canvas((height, width), tile, kwargs["min_patches"], kwargs["max_patches"])
+
+    def grid_settings(self, images_kwargs: dict | None = None) -> dict:
+        """`size`, `min_patches`, `max_patches` and `crop_to_patches` of a call with these arguments."""
+        names = ("size", "min_patches", "max_patches", "crop_to_patches")
+        defaults = {name: getattr(self, name) for name in names}
+        return self._standardize_kwargs(**{**defaults, **(images_kwargs or {})})
+
+    def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
+        """Count the tiles of a picture without its pixels, the thumbnail included; arguments as in `choose_grid`."""
+        columns, rows = self.choose_grid(height, width, images_kwargs)
+        return columns * rows + (columns * rows > 1)
+
+    def spread_tiles(
+        self,
+        image_sizes: Sequence[tuple[int, int]],
+        max_image_tokens: int,
+        tokens_per_tile: int,
+        images_kwargs: dict | None = None,
+    ) -> tuple[list[int], list[int]]:
+        """Share a budget of tokens between pictures; `HoVLEProcessor.spread_tiles` explains it."""
+        images_kwargs = images_kwargs or {}
+        fewest = self.grid_settings(images_kwargs)["min_patches"]
+
+        def grid(size: tuple[int, int], limit: int | None) -> int:
+            options = images_kwargs if limit is None else {**images_kwargs, "max_patches": limit, "max_tiles": None}
+            columns, rows = self.choose_grid(*size, options)
+            return columns * rows
+
+        grids = [grid(size, None) for size in image_sizes]
+        while True:
+            tokens = [2 + tokens_per_tile * (tiles + (tiles > 1)) for tiles in grids]
+            if sum(tokens) <= max_image_tokens:
+                return grids, tokens
+            largest = max(range(len(grids)), key=lambda number: grids[number])
+            if grids[largest] <= fewest:
+                raise ValueError(
+                    f"max_image_tokens ({max_image_tokens}) is too small: {len(grids)} pictures take {sum(tokens)} "
+                    f"tokens with the fewest tiles ({fewest} each). Give fewer pictures or a smaller tile_size."
+                )
+            grids[largest] = grid(image_sizes[largest], grids[largest] - 1)
+
+    def _standardize_kwargs(self, **kwargs) -> dict:  # type: ignore[override]
+        """Translate our names into the base class's and refuse numbers that allow no grid."""
+        kwargs = super()._standardize_kwargs(**_base_names(kwargs))
+        fewest, most = kwargs["min_patches"], kwargs["max_patches"]
+        if not 1 <= fewest <= most:
+            raise ValueError(f"min_tiles ({fewest}) must lie between 1 and max_tiles ({most}).")
+        size = kwargs["size"]
+        if size.height is None or size.height != size.width:
+            raise ValueError(f"size must be one number or an equal height and width, as tiles are square; got {size}.")
+        if kwargs.get("input_data_format") is not None:
+            raise ValueError(
+                f"input_data_format={kwargs['input_data_format']!r} is not taken: an array's shape tells its layout, "
+                "(H, W, C), (H, W) or (C, H, W); where both ends fit, channels are last in numpy, first in torch."
+            )
+        for name, only in FIXED.items():
+            if kwargs.get(name) not in (None, only):
+                raise ValueError(f"{name}={kwargs[name]!r} cannot be had: tiles always have {name}={only!r}.")
+        return kwargs
+
+    def _preprocess(self, images, *args, tile_limits: list[int] | None = None, **kwargs) -> BatchFeature:
+        if tile_limits is None:
+            return super()._preprocess(images, *args, **kwargs)
+        if len(tile_limits) != len(images):
+            raise ValueError(f"tile_limits holds {len(tile_limits)} numbers for {len(images)} pictures.")
+        return_tensors = kwargs.pop("return_tensors", None)
+        parts = [
+            super(HoVLEImageProcessor, self)._preprocess(
+                [image], *args, **{**kwargs, "max_patches": limit, "return_tensors": None}
+            )
+            for image, limit in zip(images, tile_limits, strict=True)
+        ]
+        data = {name: [item for part in parts for item in part[name]] for name in ("pixel_values", "num_patches")}
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def process_image(self, image: Image.Image, **kwargs) -> Image.Image:  # type: ignore[override]
+        """Leave a loaded picture as Pillow holds it; the base class's arrays take twice its memory before resizing."""
+        return image
+
+    def crop_image_to_patches(  # type: ignore[override]
+        self,
+        image: Image.Image,
+        min_patches: int,
+        max_patches: int,
+        patch_size: SizeDict,
+        resample: PILImageResampling | int | None = None,
+    ) -> list[np.ndarray]:
+        """Cut a picture into tiles in reading order, the thumbnail last; each uint8, shape `(3, s, s)`."""
+        side = patch_size.height
+        columns, rows = get_optimal_tiled_canvas((image.height, image.width), (side, side), min_patches, max_patches)
+        canvas = self.resize(image, SizeDict(height=rows * side, width=columns * side), resample)
+        tiles = [
+            canvas[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return tiles if len(tiles) == 1 else [*tiles, self.resize(image, patch_size, resample)]
+
+    def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:  # type: ignore[override]
+        """Subtract the mean and divide by the standard deviation of each channel, shape `(3, s, s)`.
+
+        Same numbers as the base class within rounding, in less time.
+        """
+        mean = np.asarray(mean, dtype=np.float32).reshape(-1, 1, 1)
+        std = np.asarray(std, dtype=np.float32).reshape(-1, 1, 1)
+        return (image - mean) / std
+
+
+def _base_names(kwargs: dict) -> dict:
+    """Replace `tile_size`, `min_tiles` and `max_tiles` by the base class's names for them."""
+    tile_size, min_tiles, max_tiles = (kwargs.pop(name, None) for name in ("tile_size", "min_tiles", "max_tiles"))
+    if tile_size is not None:
+        if tile_size < 1:
+            raise ValueError(f"tile_size must be at least 1 pixel, got {tile_size}.")
+        kwargs["size"] = {"height": tile_size, "width": tile_size}
+    if min_tiles is not None:
+        kwargs["min_patches"] = min_tiles
+    if max_tiles is not None:
+        kwargs["max_patches"] = max_tiles
+    return kwargs
+
+
+__all__ = ["HoVLEImageProcessor"]

@@ -1,0 +1,495 @@
+"""Load a picture from wherever it is, as upright 8-bit RGB, or say which picture is bad and why.
+
+Read from top to bottom: `load_picture` -> where the bytes come from (file, URL, base64) -> decoding -> arrays;
+`colours.py` goes on from there. Whatever is found to be wrong with a picture ends in a `ValueError` that names it.
+
+Not all damage can be found. Truncated files are refused in every format, and PNG files by their checksums. Changed
+bytes inside a JPEG show only where the decoder loses its place: Pillow then fills the rest in silence, simplejpeg (an
+extra) tells of most such files.
+"""
+
+import base64
+import binascii
+import contextlib
+import http.client
+import io
+import os
+import threading
+import time
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from .pictures_colour import (
+    DECODING_ERRORS,
+    SIDEWAYS,
+    UNKNOWN,
+    PictureError,
+    orientation_of,
+    scaled_to_uint8,
+    to_upright_rgb,
+)
+from .pictures_damage import checked, refuse_endless_scans, refusing_truncated_files
+from .pictures_png import SIGNATURE as PNG_SIGNATURE
+from .pictures_png import examine as examine_png
+from .pictures_png import tells_orientation_late
+from .pictures_unsupported import BEGINNING, document_kind
+
+MAX_PIXELS = 178_956_970
+"""Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
+
+MAX_BYTES = 32 * 2**20
+"""Largest download and largest base64 picture, in bytes of the encoded file."""
+
+MAX_SECONDS = 10.0
+"""Total time of one download, from connecting to the last byte."""
+
+MAX_REDIRECTS = 5
+"""Redirects followed by one download."""
+
+UNQUOTED = "/%:@!$&'()*+,;=?~[]|{}^`\"<>\\"
+"""ASCII characters that stay as they are in the path and the query of a URL."""
+
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
+"""Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
+
+Kind = Literal["url", "path", "base64"]
+"""How a string is to be read."""
+
+
+def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = None) -> Image.Image:
+    """Load one picture.
+
+    Args:
+        source: A Pillow image; a path; a URL (http or https); base64 text, bare or as a `data:` URL; the bytes of a
+            picture file or an open binary file; a numpy array or torch tensor. Arrays hold `(H, W)`, `(H, W, C)` or
+            `(C, H, W)` with 1, 3 or 4 channels: uint8 in 0..255, uint16 in 0..65535, bool, or float in 0..1.
+        name: What an error calls the picture, for instance "picture 2 of the request".
+        kind: Read a string only as `"url"`, `"path"` or `"base64"`; by default it is whatever it looks like.
+
+    Returns:
+        The picture in mode RGB, upright by its EXIF orientation; the first frame of an animation; transparency lies
+        on white; 16-bit values are scaled, not clipped; 8-bit colours of an embedded ICC profile become sRGB, and
+        so do tones and colours that a PNG or AVIF file names by number, high dynamic range (PQ, HLG) among them.
+
+    Raises:
+        ValueError: When the picture is missing, unreadable, damaged, empty or too large; it names the picture.
+    """
+    if kind is not None and not isinstance(source, str | os.PathLike):
+        kind = None  # a picture object says itself what it is
+    with _naming(_label(source, name, kind)):
+        return _load(source, kind)
+
+
+def _load(source: Any, kind: Kind | None) -> Image.Image:
+    if isinstance(source, Image.Image):
+        with refusing_truncated_files():  # it may be a file whose pixels are still to be read
+            return to_upright_rgb(_check_size(source))
+    if isinstance(source, np.ndarray | torch.Tensor):
+        return to_upright_rgb(_check_size(_from_array(source)))
+    if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
+        return _decode(_open_file(source))
+    if isinstance(source, str):
+        return _decode(_from_text(source, kind))
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(source))
+    if hasattr(source, "read"):
+        return _decode(io.BytesIO(source.read()))
+    raise PictureError(
+        "a picture must be a Pillow image, path, URL, base64 text, bytes, numpy array or torch tensor, "
+        f"got {type(source).__name__}."
+    )
+
+
+def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
+    """Read height and width of a picture, upright by its EXIF orientation, from the header of its file.
+
+    Args:
+        source: Path or bytes of the file. The pixels behind a sound header may still turn out damaged.
+
+    Raises:
+        ValueError: As `load_picture`, for a missing file or a header that makes no sense.
+    """
+    with _naming(_label(Path(source) if isinstance(source, str) else source, None, None)):
+        if not isinstance(source, bytes):
+            _check_file(Path(source))
+        upright = _size_in_header(source)
+        if upright is None:
+            upright = _load(source, None if isinstance(source, bytes) else "path").size
+        return upright[1], upright[0]
+
+
+def _size_in_header(source: str | os.PathLike | bytes) -> tuple[int, int] | None:
+    """Width and height of the upright picture; None where the file must be decoded to know."""
+    with refusing_truncated_files():
+        try:
+            image = _open_image(io.BytesIO(source) if isinstance(source, bytes) else source)
+        except DECODING_ERRORS:  # perhaps for metadata only
+            return None
+        with image:
+            width, height = _check_size(image).size
+            if image.format == "TIFF":  # versions of Pillow differ in whether its header gives the upright size
+                return None
+            if image.format == "PNG" and _tells_orientation_late(source):
+                return None
+            return (height, width) if orientation_of(image) in SIDEWAYS else (width, height)
+
+
+def _tells_orientation_late(source: str | os.PathLike | bytes) -> bool:
+    with io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb", buffering=0) as file:
+        return tells_orientation_late(file)
+
+
+def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
+    """Decode the commonest kind of picture file fast: a sound JPEG that is nothing but upright colour or grey.
+
+    Args:
+        source: Path or bytes of the file.
+
+    Returns:
+        The pixels of `load_picture`, bit for bit, shape `(H, W, 3)`, uint8. None where the file is anything else
+        (another format, turned, CMYK, with a colour profile, damaged, too large), which `load_picture` is to judge, or
+        where simplejpeg is not installed.
+    """
+    try:
+        import simplejpeg  # an extra: Pillow reads the same pixels in more time
+
+        data = source if isinstance(source, bytes) else _open_file(source).getvalue()
+        if not data.startswith(b"\xff\xd8"):
+            return None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as in `_decode`, which sees what is odd again
+            header = _check_size(Image.open(io.BytesIO(data), formats=["JPEG"]))
+            is_plain = header.format == "JPEG" and header.mode in ("RGB", "L") and not header.info.get("icc_profile")
+            if not is_plain or orientation_of(header) != 1:
+                return None
+            refuse_endless_scans(header, data)
+        return simplejpeg.decode_jpeg(data, "RGB")  # strict: raises on what Pillow calls truncated
+    except (ImportError, PictureError, *DECODING_ERRORS):
+        return None
+
+
+def _label(source: Any, name: str | None, kind: Kind | None) -> str:
+    """Name a picture for an error: what the caller calls it, and its file or URL."""
+    where = None
+    if isinstance(source, os.PathLike) or kind == "path":
+        where = os.fspath(source)
+    elif isinstance(source, str) and kind != "base64" and not _is_data_url(source):
+        where = source if len(source) <= 300 else None  # longer is base64, not a name
+    elif isinstance(source, Image.Image):
+        where = getattr(source, "filename", None)
+    if isinstance(where, bytes):
+        where = os.fsdecode(where)
+    if name and where:
+        return f"{name} ({where})"
+    return name or str(where or "the picture")
+
+
+@contextlib.contextmanager
+def _naming(label: str) -> Iterator[None]:
+    """Turn whatever is wrong with a picture into a `ValueError` that names it."""
+    try:
+        yield
+    except PictureError as error:
+        raise ValueError(f"{label}: {error}") from error.__cause__
+    except DECODING_ERRORS as error:
+        raise ValueError(f"{label}: cannot be decoded as a picture ({_reason(error)}).") from error
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error)
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS / 1e6:.0f} megapixels: {text}"
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture file of a known format"
+    return text or type(error).__name__
+
+
+# --- where the bytes come from ---------------------------------------------------------------------------------------
+
+
+def _open_file(path: str | os.PathLike) -> io.BytesIO:
+    """Read a regular file; pipes and devices could block for ever."""
+    file = Path(path)
+    try:
+        _check_file(file)
+        return io.BytesIO(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise PictureError(f"cannot be read ({error}).") from error
+
+
+def _check_file(file: Path) -> None:
+    if file.is_dir():
+        raise PictureError("is a directory, not a picture file.")
+    if not file.exists():
+        raise PictureError("no such file.")
+    if not file.is_file():
+        raise PictureError("is not a regular file.")
+
+
+def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
+    """Find the bytes a string stands for: a URL, an existing file, or base64."""
+    if kind == "base64" or _is_data_url(text):
+        return io.BytesIO(_decode_base64(text))
+    scheme = text.partition("://")[0].strip().lower() if "://" in text[:32] else ""
+    if scheme in ("http", "https"):
+        return io.BytesIO(_download(text))
+    if scheme or kind == "url":
+        raise PictureError("only http and https URLs are read.")
+    try:
+        if os.path.exists(text):
+            return _open_file(text)
+    except ValueError:  # a null character
+        pass
+    try:
+        data = _decode_base64(text)
+        Image.open(io.BytesIO(data), formats=_known_formats()).close()
+    except (*DECODING_ERRORS, PictureError):
+        raise PictureError("no such file, and not a picture in base64 either.") from None
+    return io.BytesIO(data)
+
+
+def _is_data_url(text: str) -> bool:
+    return text[:32].lstrip()[:5].lower() == "data:"
+
+
+def _decode_base64(text: str) -> bytes:
+    """Decode base64, with or without `data:...;base64,`, padding and line breaks; both alphabets."""
+    if len(text) > MAX_BYTES * 3 // 2 + 128:  # base64 takes 4 characters for 3 bytes, and line breaks
+        raise PictureError(f"the base64 picture is larger than the limit of {_mebibytes(MAX_BYTES)}.")
+    if _is_data_url(text):
+        header, comma, text = text.partition(",")
+        if not comma:
+            raise PictureError("the data URL has no comma before its data.")
+        if not header.rstrip().lower().endswith(";base64"):
+            return urllib.parse.unquote_to_bytes(text)
+        text = urllib.parse.unquote(text)
+    text = "".join(text.split()).rstrip("=").replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise PictureError(f"is not valid base64 ({error}).") from error
+
+
+def _download(url: str) -> bytes:
+    """Read a URL within the limits of time, bytes and redirects.
+
+    The work happens in a thread of its own, so that the time limit holds while a server sends one byte a second.
+    """
+    result: dict[str, Any] = {}
+    deadline = time.monotonic() + MAX_SECONDS
+
+    def work() -> None:
+        try:
+            result["data"] = _read_url(url, deadline)
+        except (OSError, http.client.HTTPException, ValueError, PictureError) as error:
+            result["error"] = error
+
+    thread = threading.Thread(target=work, name="hovle-download", daemon=True)
+    thread.start()
+    thread.join(MAX_SECONDS)
+    error = result.get("error")
+    if isinstance(error, PictureError):
+        raise error
+    if isinstance(error, TimeoutError) or not result:
+        raise PictureError(f"the download took longer than {MAX_SECONDS:g} seconds.")
+    if error is not None:
+        raise PictureError(f"the download failed ({error}).") from error
+    return result["data"]
+
+
+def _read_url(url: str, deadline: float) -> bytes:
+    # An opener of http and https only: the default one also reads file:, ftp: and data:, and follows redirects there.
+    opener = urllib.request.OpenerDirector()
+    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
+        opener.add_handler(handler)
+    for _ in range(MAX_REDIRECTS + 1):
+        if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
+            raise PictureError(f"the server redirects to {url}; only http and https are followed.")
+        request = urllib.request.Request(
+            _ascii_url(url), headers={"User-Agent": "hovle (python-urllib)", "Accept": "image/*"}
+        )
+        with opener.open(request, timeout=max(deadline - time.monotonic(), 0.01)) as response:
+            if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
+                url = urllib.parse.urljoin(url, _as_utf8(response.headers["Location"]))
+                continue
+            if response.status != 200:
+                raise PictureError(f"the server answered {response.status} {response.reason}.")
+            return _read_limited(response, deadline)
+    raise PictureError(f"more than {MAX_REDIRECTS} redirects.")
+
+
+def _ascii_url(url: str) -> str:
+    """A URL as people write it, with letters beyond ASCII or spaces, in the form that is sent; escapes stay."""
+    parts = urllib.parse.urlsplit(url.strip())
+    user, at, host = parts.netloc.rpartition("@")
+    if not host.isascii():
+        name, colon, port = host.partition(":")
+        host = name.encode("idna").decode() + colon + port
+    path, query = (urllib.parse.quote(part, safe=UNQUOTED) for part in (parts.path, parts.query))
+    return urllib.parse.urlunsplit((parts.scheme, user + at + host, path, query, ""))
+
+
+def _as_utf8(header: str) -> str:
+    """A header that http.client has read as Latin-1; servers send UTF-8."""
+    try:
+        return header.encode("latin-1").decode()
+    except UnicodeError:
+        return header
+
+
+def _read_limited(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    too_large = f"the download is larger than the limit of {_mebibytes(MAX_BYTES)}."
+    if int(response.headers["Content-Length"] or 0) > MAX_BYTES:
+        raise PictureError(too_large)
+    data = bytearray()
+    while chunk := response.read1(2**16):
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise PictureError(too_large)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return bytes(data)
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:g} MiB"
+
+
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _known_formats() -> list[str]:
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _open_image(file: io.BytesIO | str | os.PathLike) -> Image.Image:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's size warning (our limit follows) and remarks on odd metadata
+        try:
+            return Image.open(file, formats=_known_formats())
+        except UnidentifiedImageError:
+            if isinstance(file, io.BytesIO):
+                beginning = file.getvalue()[:BEGINNING]
+            else:
+                with open(file, "rb") as opened:
+                    beginning = opened.read(BEGINNING)
+            if kind := document_kind(beginning):
+                raise PictureError(f"is {kind}.") from None
+            raise
+
+
+def _decode(data: io.BytesIO) -> Image.Image:
+    """Decode the bytes of a picture file after a look at its header."""
+    if not data.getbuffer().nbytes:
+        raise PictureError("is empty (0 bytes).")
+    png = examine_png(data.getvalue()) if data.getvalue().startswith(PNG_SIGNATURE) else None
+    with refusing_truncated_files(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _check_size(_open_image(io.BytesIO(png.data) if png else data))
+        primaries, transfer = png[2:] if png else (UNKNOWN, UNKNOWN)
+        if png and png.profile:
+            image.info["icc_profile"] = png.profile
+        if image.format == "AVIF":
+            primaries, transfer = _avif_codes(data.getvalue())
+        image = checked(image, data.getvalue())
+        return to_upright_rgb(_without_gaps(image, data.getvalue()), primaries, transfer)
+
+
+def _without_gaps(image: Image.Image, data: bytes) -> Image.Image:
+    """Replace what a file does not say about transparency, where Pillow guesses."""
+    if image.format in ("TGA", "BMP", "DIB") and image.mode in ("RGBA", "LA"):
+        has_no_alpha = image.format == "TGA" and not data[17] & 15  # bits of alpha, by the header
+        if has_no_alpha or not image.getchannel("A").getextrema()[1]:  # or all is clear: the byte is not used
+            return image.convert(image.mode.removesuffix("A"))
+    if image.format == "GIF" and image.tile and image.tile[0][1] != (0, 0, *image.size):  # type: ignore[attr-defined]
+        return _on_white_canvas(image, image.tile[0][1])  # type: ignore[attr-defined]
+    return image
+
+
+def _on_white_canvas(image: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
+    """A picture of which only a part is drawn; Pillow fills the rest with some colour, browsers leave it clear."""
+    canvas = Image.new("RGB", image.size, "white")
+    canvas.info = {name: value for name, value in image.info.items() if name != "transparency"}
+    part = image.crop(box)
+    canvas.paste(part.convert("RGB"), box, part.convert("RGBA"))
+    return canvas
+
+
+def _avif_codes(data: bytes) -> tuple[int, int]:
+    """The numbers of primaries and transfer function that an AVIF file names in its box `colr`; Pillow does not."""
+    start = data.find(b"colrnclx")
+    if start < 0:
+        return UNKNOWN, UNKNOWN
+    return int.from_bytes(data[start + 8 : start + 10]), int.from_bytes(data[start + 10 : start + 12])
+
+
+def _check_size(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    if width <= 0 or height <= 0:
+        raise PictureError(f"has no pixels ({width} x {height}).")
+    if width * height > MAX_PIXELS:
+        raise PictureError(
+            f"{width} x {height} is {width * height / 1e6:.0f} megapixels; the limit is {MAX_PIXELS / 1e6:.0f}."
+        )
+    return image
+
+
+# --- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    """Turn an array into a Pillow image with 8 bits per channel."""
+    channels_first = isinstance(array, torch.Tensor)
+    if isinstance(array, torch.Tensor):
+        array = array.detach().cpu()
+        array = (array.float() if array.is_floating_point() else array).numpy()
+    array = _channels_last(array, channels_first)
+    return Image.fromarray(np.ascontiguousarray(_to_uint8(array)))
+
+
+def _channels_last(array: np.ndarray, prefer_first: bool) -> np.ndarray:
+    """Find the channel axis: `(H, W)` or `(H, W, C)` of 3 or 4 channels comes out."""
+    shape = array.shape
+    if array.ndim == 3:
+        order = (0, -1) if prefer_first else (-1, 0)
+        axis = next((axis for axis in order if shape[axis] in (1, 3, 4)), None)
+        if axis is not None:
+            array = np.moveaxis(array, axis, -1)
+            return array[..., 0] if array.shape[-1] == 1 else array
+    if array.ndim != 2:
+        raise PictureError(f"a picture array must be (H, W), (H, W, C) or (C, H, W) with C 1, 3 or 4, got {shape}.")
+    return array
+
+
+def _to_uint8(array: np.ndarray) -> np.ndarray:
+    if array.size == 0:
+        raise PictureError(f"has no pixels (array of shape {array.shape}).")
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * 255
+    if array.dtype.kind == "u" and array.dtype.itemsize == 2:  # in either byte order
+        return scaled_to_uint8(array, 65535)
+    if array.dtype.kind not in "iuf":
+        raise PictureError(f"arrays of {array.dtype} are not pictures.")
+    low, high = array.min(), array.max()
+    if array.dtype.kind in "iu":
+        if low < 0 or high > 255:
+            raise PictureError(f"whole-number arrays must lie in 0..255 (uint16: 0..65535), found {low}..{high}.")
+        if high == 1:
+            raise PictureError(f"an array of {array.dtype} with values 0 and 1 would be black. Make it bool or float.")
+        return array.astype(np.uint8)
+    if not (low >= -1e-3 and high <= 1 + 1e-3):  # resizing overshoots a little; not-a-number fails here too
+        raise PictureError(
+            f"float arrays must lie in 0..1, found {low:.4g}..{high:.4g}. Divide by 255, or undo the normalisation."
+        )
+    return scaled_to_uint8(array, 1)

@@ -1,0 +1,1 @@
+"""Answer requests of OpenAI's chat API with a model."""

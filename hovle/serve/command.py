@@ -1,0 +1,73 @@
+"""Answer requests of OpenAI's chat API with a model, through transformers' own server.
+
+  hovle serve runs/demo/instruction_tuning/model             at http://localhost:8000/v1
+  transformers chat runs/demo/instruction_tuning/model       talks to it from another terminal, text only
+
+Requests name the model as it is named here. Pictures come as `image_url` items: http(s) or `data:` URLs. A request's
+`chat_template_kwargs` replace --max-image-tokens and --label-pictures, within the server's and the model's bounds:
+{"max_image_tokens": 500, "max_tiles": 4}. Answers end at `stop` strings, at the model's last position, and when the
+client hangs up. One answer is generated at a time; pictures of other requests are loaded meanwhile.
+Where hovle is not installed, `transformers serve DIR --trust-remote-code` does the same with the code in the folder,
+but answers a picture it cannot read with a bare status 500; here the answer is status 400 and the reason.
+"""
+
+import argparse
+
+import torch
+from transformers.utils.import_utils import is_serve_available
+
+from ..files.model_folder import refuse_missing_folder
+from ..options import add_picture_arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `hovle serve`, a choice of those of `transformers serve`."""
+    parser.add_argument("model", help="model folder or Hub id")
+    parser.add_argument("--host", default="localhost", help="address to listen at (default: localhost)")
+    parser.add_argument("--port", type=_port, default=8000, help="port to listen at (default: 8000)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
+    parser.add_argument("--dtype", default="auto", help="number format, for instance bfloat16 (default: as saved)")
+    parser.add_argument("--attn-implementation", help="sdpa, eager, flex_attention or flash_attention_2")
+    add_picture_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until interrupted."""
+    refuse_missing_folder(args.model)
+    if not is_serve_available():
+        raise ValueError("The server's packages are missing: pip install 'hovle[serve]' brings them.")
+    _refuse_missing_device(args.device)
+    import uvicorn
+    from transformers.cli.serving.model_manager import ModelManager
+
+    from .app import build_app
+
+    models = ModelManager(
+        device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation, force_model=args.model
+    )
+    uvicorn.run(build_app(models, _defaults(args)), host=args.host, port=args.port, log_level="info")
+    return 0
+
+
+def _port(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= 65535:  # beyond, the system would listen at the rest of a division
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, found {number}")
+    return number
+
+
+def _refuse_missing_device(name: str) -> None:
+    """Raise for a device torch does not find, before the model is read."""
+    if name == "auto":
+        return
+    try:
+        torch.empty(0, device=int(name) if name.isdigit() else name)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"--device {name} cannot be used ({reason}); `hovle doctor` names the devices.") from error
+
+
+def _defaults(args: argparse.Namespace) -> dict:
+    """Arguments of `apply_chat_template` for requests that do not bring their own."""
+    budget = {} if args.max_image_tokens is None else {"max_image_tokens": args.max_image_tokens}
+    return {**budget, "label_pictures": args.label_pictures}

@@ -1,0 +1,421 @@
+"""Packing: samples fill rows of fixed length whole, and the stream of packed batches continues exactly.
+
+Invariants, which tests hold:
+
+- A step of the run has `gradient_accumulation_steps x processes` micro-batches, whoever computes them. Micro-batch `n`
+  of the run belongs to lane `n % num_lanes`, where there are as many lanes as micro-batches in a step.
+- A lane is a stream of its own: it takes stream indices `lane, lane + num_lanes, ...` and packs them. Its batches
+  depend on the recipe and on its number alone, neither on other lanes nor on processes and workers.
+- Process `r` of `w` computes lanes `r, r + w, ...`. The position of the data is the positions of all lanes, so a run
+  goes on with another number of processes as long as the number of lanes stays: no sample is lost, none repeated.
+- A skipped sample leaves its index empty; no other one moves.
+"""
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from ...model.modeling_hovle import IGNORE_INDEX
+from ..config import StageConfig
+from .mixture import Mixture, MixtureReader
+from .records import Records
+from .samples import ReplySamples, Sample, SampleMaker, was_split
+from .skips import MOST_IN_A_ROW, NO_FAULTS, Skip, SkipBudgetError, SkipSampleError, count_skips, describe_skips
+
+
+@dataclass(frozen=True)
+class LanePosition:
+    """Where one lane stands between two of its batches."""
+
+    next_index: int
+    """Stream index it draws next."""
+    pending: list[list[int]] = field(default_factory=list)
+    """Index and part of the samples it has drawn but not packed."""
+    streams: dict[int, dict] = field(default_factory=dict)
+    """Source number -> state of a streamed source before the oldest pending sample."""
+
+
+@dataclass(frozen=True)
+class StreamPosition:
+    """Where a run's data stands between two steps; plain values, so that a checkpoint can hold them."""
+
+    lanes: dict[int, LanePosition] = field(default_factory=dict)
+    """Lane number -> position; empty at the beginning. A process knows its own lanes, a checkpoint all of them."""
+
+    @classmethod
+    def join(cls, parts: Sequence[dict]) -> "StreamPosition":
+        """Put together the positions of all processes, each as `dataclasses.asdict` gives it."""
+        lanes = {number: LanePosition(**lane) for part in parts for number, lane in part["lanes"].items()}
+        return cls(dict(sorted(lanes.items())))
+
+
+class Place(NamedTuple):
+    """Where a sample lies in a packed batch, and what is still to be read for it."""
+
+    source: str
+    name: str
+    row: int
+    start: int
+    end: int
+    pictures: list[str | bytes]
+    num_tiles: list[int]
+
+
+def pack_rows(
+    window: list[Sample], num_rows: int, row_length: int, max_tiles: int | None = None
+) -> tuple[list[list[Sample]], list[Sample]]:
+    """Pack whole samples into rows: the oldest first, so that none waits for ever, then the longest that fit.
+
+    Args:
+        window: Samples in the order they were drawn, none longer than a row.
+        num_rows: Rows to fill.
+        row_length: Tokens of a row.
+        max_tiles: Tiles all rows may hold together; None for any number. No sample has more.
+
+    Returns:
+        The rows, and the samples that found no place, in their order.
+    """
+    rows: list[list[Sample]] = [[] for _ in range(num_rows)]
+    free = [row_length] * num_rows
+    free_tiles = float("inf") if max_tiles is None else max_tiles
+    left = []
+    for sample in [*window[:1], *sorted(window[1:], key=lambda item: -item.num_inputs)]:
+        length, num_tiles = sample.num_inputs, sum(sample.num_tiles)
+        fitting = [row for row in range(num_rows) if free[row] >= length]
+        if not fitting or num_tiles > free_tiles:
+            left.append(sample)
+            continue
+        row = min(fitting, key=lambda candidate: free[candidate])  # best fit: the fullest row that has room
+        rows[row].append(sample)
+        free[row] -= length
+        free_tiles -= num_tiles
+    return rows, sorted(left, key=lambda sample: (sample.index, sample.part))
+
+
+class Lane:
+    """One packed stream of samples; see the invariants above.
+
+    Args:
+        number: Its first stream index.
+        num_lanes: From one of its indices to the next.
+        mixture: What it reads.
+        maker: Turns a record and its stream index into samples.
+        config: Row count, row length and window.
+        start: Where it continues.
+        once: Whether it ends where a source would begin again.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        num_lanes: int,
+        mixture: Mixture,
+        maker: SampleMaker,
+        config: StageConfig,
+        start: LanePosition,
+        once: bool = False,
+    ):
+        self.num_lanes = num_lanes
+        self.mixture = mixture
+        self.maker = maker
+        self.config = config
+        self.once = once
+        self.is_over = False
+        self.reader = MixtureReader(mixture, number, num_lanes, start.streams)
+        self.next_index = start.next_index
+        self.window: list[Sample] = []
+        self.lost: list[Skip] = []
+        self._restore(start)
+        self._forget_counts()
+
+    def _restore(self, start: LanePosition) -> None:
+        """Make the pending samples again; streams are read again from the oldest of them on.
+
+        What cannot be made any more is counted with the next batch.
+        """
+        parts: dict[int, list[int]] = {}
+        for index, part in start.pending:
+            parts.setdefault(index, []).append(part)
+        for index in range(min(parts, default=start.next_index), start.next_index, self.num_lanes):
+            if index in parts:
+                made = self._make(index)
+                for part in parts[index]:
+                    item = made[part] if part < len(made) else made[-1]
+                    self._take_pending(item, index, part)
+            elif self.reader.reads_stream(index):
+                with contextlib.suppress(SkipSampleError):
+                    self.reader.record_at(index)
+
+    def _take_pending(self, item: Sample | SkipSampleError, index: int, part: int) -> None:
+        """Put a pending sample that was made again into the window, or note why it was not."""
+        if isinstance(item, Sample) and item.part == part:
+            self.window.append(item)
+            return
+        reason, detail = "changed data", f"it has no part {part + 1} now."
+        if isinstance(item, SkipSampleError) and item.reason not in NO_FAULTS:
+            reason, detail = item.reason, item.detail
+        detail = f"drawn before the run was resumed, lost since: {detail}"
+        self.lost.append(Skip(self.label_of(index), reason, item.name, detail))
+
+    def _forget_counts(self) -> None:
+        self.num_drawn = self.num_split = self.num_skipped_in_a_row = 0
+        self.skips: list[Skip] = []
+
+    @property
+    def position(self) -> LanePosition:
+        """Where it continues after the last batch it gave."""
+        pending = [[sample.index, sample.part] for sample in self.window]
+        oldest = pending[0][0] if pending else self.next_index
+        return LanePosition(self.next_index, pending, self.reader.states(oldest))
+
+    def next_rows(self) -> list[list[Sample]]:
+        """Draw until there is enough to choose from, and pack one batch; rows stay empty once it is over."""
+        self._forget_counts()
+        self.skips, self.lost = self.lost, []
+        config = self.config
+        wanted = config.rows_per_batch * config.row_length
+        while not self.is_over and (
+            len(self.window) < config.packing_window or sum(item.num_inputs for item in self.window) < wanted
+        ):
+            self._draw()
+        rows, self.window = pack_rows(
+            self.window, config.rows_per_batch, config.row_length, config.max_tiles_per_batch
+        )
+        return rows
+
+    def _draw(self) -> None:
+        made = self._make(self.next_index)
+        if self.once and self.reader.begins_again(self.next_index):
+            self.is_over = True
+            return
+        label = self.label_of(self.next_index)
+        self.next_index += self.num_lanes
+        self.num_drawn += 1
+        self.num_split += was_split(made)
+        faults = [item for item in made if isinstance(item, SkipSampleError)]
+        self.window += [item for item in made if isinstance(item, Sample)]
+        self.skips += [Skip(label, fault.reason, fault.name, fault.detail) for fault in faults]
+        self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if len(faults) == len(made) else 0
+        if self.num_skipped_in_a_row >= MOST_IN_A_ROW:
+            raise SkipBudgetError(
+                f"{MOST_IN_A_ROW} samples in a row had to be skipped.\n{describe_skips(*count_skips(self.skips))}\n"
+                "`hovle data doctor RECIPE` looks through the data."
+            )
+
+    def _make(self, index: int) -> list[Sample | SkipSampleError]:
+        try:
+            record = self.reader.record_at(index)
+        except SkipSampleError as error:
+            return [error]
+        return self.maker.make_all(record, index, self.config.row_length, self.config.max_tiles_per_batch)
+
+    def label_of(self, index: int) -> str:
+        """What the source of an index is called."""
+        return self.mixture.labels[self.mixture.place(index)[0]]
+
+
+class PackedBatches(IterableDataset):
+    """Packed batches of one process, endless or once through the records.
+
+    Args:
+        records: A mixture, or the records of a single source.
+        maker: Turns a record and its stream index into samples.
+        config: Rows, window and seed; with the processes, its micro-batches make the lanes.
+        start: Where the stream continues, for resuming; it must know this process's lanes, or be empty.
+        rank: This process.
+        world_size: Processes that share the lanes.
+        pad_token_id: Fills row ends.
+        once: Whether a lane ends where a source would begin again; its last batch may hold skips only.
+    """
+
+    def __init__(
+        self,
+        records: Mixture | Records,
+        maker: SampleMaker,
+        config: StageConfig,
+        start: StreamPosition,
+        rank: int,
+        world_size: int,
+        pad_token_id: int,
+        once: bool = False,
+    ):
+        self.once = once
+        self.mixture = records if isinstance(records, Mixture) else Mixture([records], config.seed)
+        self.maker = maker
+        self.config = config
+        self.start = start
+        self.num_lanes = config.gradient_accumulation_steps * world_size
+        self.lane_numbers = range(rank, self.num_lanes, world_size)
+        missing = [number for number in self.lane_numbers if start.lanes and number not in start.lanes]
+        if missing:
+            raise ValueError(
+                f"The position to continue from knows {len(start.lanes)} lanes, not {missing}: keep "
+                "gradient_accumulation_steps x processes."
+            )
+        self.pad_token_id = pad_token_id
+        # In every batch or in none: one compiled graph.
+        self.has_branches = isinstance(maker, ReplySamples) and self.mixture.has_branches
+
+    def __iter__(self) -> Iterator[dict]:
+        """Yield batches; `position` of a batch is where a resumed stream continues."""
+        return map(self.complete, self.plans())
+
+    def plans(self) -> Iterator[dict]:
+        """Yield batches that lack their pixels."""
+        lanes = {
+            number: Lane(
+                number,
+                self.num_lanes,
+                self.mixture,
+                self.maker,
+                self.config,
+                self.start.lanes.get(number, LanePosition(number)),
+                self.once,
+            )
+            for number in self.lane_numbers
+        }
+        positions = {number: lane.position for number, lane in lanes.items()}
+        turns = collections.deque(lanes)
+        while turns:
+            number = turns.popleft()
+            lane = lanes[number]
+            rows = lane.next_rows()
+            if not (any(rows) or lane.skips):
+                continue
+            turns.append(number)
+            positions = {**positions, number: lane.position}
+            yield {
+                **self.lay_out(rows, lane.label_of),
+                "position": StreamPosition(positions),
+                "num_drawn": lane.num_drawn,
+                "num_split": lane.num_split,
+                "skips": lane.skips,
+            }
+
+    def lay_out(self, rows: list[list[Sample]], label_of: Callable[[int], str]) -> dict:
+        """Token tensors of shape `(rows, row_length)`, and where each sample lies in them.
+
+        Args:
+            rows: Samples of each row, which fit in it.
+            label_of: Says what the source of a stream index is called.
+        """
+        tokens = {name: torch.full((len(rows), self.config.row_length), fill) for name, fill in self.fills.items()}
+        places = []
+        for row, samples in enumerate(rows):
+            end = 0
+            for number, sample in enumerate(samples):
+                start, end = end, end + sample.num_inputs
+                tokens["input_ids"][row, start:end] = sample.input_ids[sample.is_input]
+                tokens["targets"][row, start:end] = sample.targets[sample.is_input]
+                tokens["position_ids"][row, start:end] = sample.position_ids[sample.is_input]
+                tokens["document_ids"][row, start:end] = number
+                if sample.branch_ids is not None:
+                    tokens["branch_ids"][row, start:end] = sample.branch_ids[sample.is_input]
+                label = label_of(sample.index)
+                places.append(Place(label, sample.name, row, start, end, sample.pictures, sample.num_tiles))
+        return {**tokens, "places": places}
+
+    @property
+    def fills(self) -> dict[str, int]:
+        """What stands where no sample is; padding is a document of its own."""
+        return {
+            "input_ids": self.pad_token_id,
+            "targets": IGNORE_INDEX,
+            "position_ids": 0,
+            "document_ids": -1,
+            "branch_ids": 0,
+        }
+
+    def complete(self, plan: dict) -> dict:
+        """Read the pixels of a plan; samples with a damaged picture are taken out of their rows."""
+        pixel_values: list[torch.Tensor] = []
+        names, picture_keys, skips, damaged = [], [], list(plan["skips"]), []
+        for place in plan["places"]:
+            try:
+                pixel_values.append(self.maker.load_pixels(place.name, place.pictures, place.num_tiles))
+                names.append(place.name)
+                picture_keys += self.maker.picture_keys(place.pictures)
+            except SkipSampleError as error:
+                skips.append(Skip(place.source, error.reason, error.name, error.detail))
+                damaged.append(place)
+        tokens = {name: plan[name] for name in self.fills}
+        for place in reversed(damaged):  # from the end of a row, so that the others' places hold
+            self._take_out(tokens, place)
+        is_sample = tokens["document_ids"] >= 0
+        for row, end in enumerate(is_sample.sum(dim=1).tolist()):
+            tokens["position_ids"][row, end:] = torch.arange(self.config.row_length - end)
+        # Joined with none, tiles would lose their order in memory; a batch without pictures still has their shape.
+        pixel_values = [tiles for tiles in pixel_values if len(tiles)] or [self.maker.load_pixels("none", [], [])]
+        batch = {
+            **{name: tokens[name] for name in ("input_ids", "targets", "position_ids")},
+            "is_sample": is_sample,
+            "pixel_values": torch.cat(pixel_values),
+            "names": names,
+            "picture_keys": picture_keys,
+            **{name: plan[name] for name in ("position", "num_drawn", "num_split")},
+            "skips": skips,
+        }
+        if self.has_branches:
+            batch["attention_mask"] = branch_mask(tokens["document_ids"], tokens["branch_ids"])
+        return batch
+
+    def _take_out(self, tokens: dict[str, torch.Tensor], place: Place) -> None:
+        """Close the gap of a sample in its row; padding grows by its length."""
+        for name, fill in self.fills.items():
+            line = tokens[name][place.row]
+            padding = line.new_full((place.end - place.start,), fill)
+            tokens[name][place.row] = torch.cat([line[: place.start], line[place.end :], padding])
+
+
+class _Plans(IterableDataset):
+    """The plans of a process's batches."""
+
+    def __init__(self, batches: PackedBatches):
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[dict]:
+        return self.batches.plans()
+
+
+class _Completed(Dataset):
+    """Completes the plan it is asked for."""
+
+    def __init__(self, batches: PackedBatches):
+        self.batches = batches
+
+    def __getitem__(self, plan: dict) -> dict:
+        return self.batches.complete(plan)
+
+
+def load_batches(batches: PackedBatches, num_workers: int) -> Iterator[dict]:
+    """Prepare batches in worker processes; in the same order, and the same ones, however many there are.
+
+    Args:
+        batches: What to prepare.
+        num_workers: 0: this process does it. 1: another one does. More: one plans, the others read pictures.
+    """
+    options: dict = {
+        "batch_size": None,
+        "generator": torch.Generator(),
+    }  # a draw from the global one moves a resumed run
+    if num_workers <= 1:
+        return iter(DataLoader(batches, num_workers=num_workers, **options))
+    plans: DataLoader = DataLoader(_Plans(batches), num_workers=1, **options)
+    return iter(DataLoader(_Completed(batches), sampler=plans, num_workers=num_workers - 1, **options))
+
+
+def branch_mask(document_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:
+    """Who may look at whom, `(B, 1, T, T)`, bool: at earlier tokens of the same document, outside other branches.
+
+    Args:
+        document_ids: Equal within a document, shape `(B, T)`.
+        branch_ids: 0 in a document's shared beginning, shape `(B, T)`.
+    """
+    same_document = document_ids[:, :, None] == document_ids[:, None, :]
+    same_branch = (branch_ids[:, :, None] == branch_ids[:, None, :]) | (branch_ids[:, None, :] == 0)
+    return (same_document & same_branch).tril()[:, None]

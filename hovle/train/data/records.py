@@ -1,0 +1,159 @@
+"""Records: conversations whose pictures are still on disk, and what reads them."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from ...assets.easy_vqa import draw_weighted
+from .skips import SkipSampleError
+
+PICTURE_MARK = "<image>"
+"""Where a picture stands in a human turn of LLaVA's format."""
+
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+"""Names of the speakers in LLaVA's format and ours -> role of a chat message."""
+
+
+CHAT_ROLES = ("system", "user", "assistant")
+"""Roles of chat messages."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation as the source holds it, and others about the same pictures."""
+
+    name: str
+    """Where it comes from, for messages."""
+    messages: list[dict]
+    """Chat messages with picture paths."""
+    others: tuple[list[dict], ...] = ()
+    """Conversations that start with the same pictures; none sees another."""
+    weights: tuple[float, ...] = ()
+    """How readily each conversation is drawn, this record's own first; empty: all take part."""
+    num_drawn: int = 0
+    """How many of them make a sample when they are drawn."""
+
+    @property
+    def has_branches(self) -> bool:
+        """Whether samples of it hold several conversations."""
+        return bool(self.others) and self.num_drawn != 1
+
+    def draw(self, seed: int) -> "Record":
+        """Choose `num_drawn` of the conversations by weight, without repetition."""
+        if not self.weights:
+            return self
+        chosen = draw_weighted(self.weights, self.num_drawn, seed)
+        first, *others = [[self.messages, *self.others][place] for place in chosen]
+        return Record(self.name, first, tuple(others))
+
+
+class Records(Protocol):
+    """Conversations by number; reading one raises `SkipSampleError` where it is not usable."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: int, /) -> Record: ...
+
+
+class RecordCursor(Protocol):
+    """Reads a lane's share of a stream in order."""
+
+    epoch: int
+    """How often it has begun again."""
+
+    def next_record(self) -> Record:
+        """Read on; SkipSampleError where a row is not usable."""
+
+    def state(self) -> dict:
+        """Where the next record stands; plain values."""
+
+
+@runtime_checkable
+class RecordStream(Protocol):
+    """Conversations that can be read in order only."""
+
+    fingerprint: str
+
+    def open_lane(self, lane: int, num_lanes: int, seed: int, state: dict | None) -> RecordCursor:
+        """Read the share of one of `num_lanes` readers, from its beginning or from a state of its cursor."""
+
+
+def picture_paths(records: Iterable[Record]) -> list[str]:
+    """Files of all pictures, each once, in the order in which they come."""
+    sources = (source for record in records for source in picture_sources(record.messages))
+    return list(dict.fromkeys(source for source in sources if isinstance(source, str)))
+
+
+def picture_item(picture: Path | str | bytes) -> dict:
+    """Item of a chat message for a picture's path or the bytes of its file."""
+    if isinstance(picture, bytes):
+        return {"type": "image", "image": picture}
+    return {"type": "image", "path": str(picture)}
+
+
+def conversation(picture: Path | str | bytes, question: str, answer: str) -> list[dict]:
+    """Messages of one question about one picture, and its answer."""
+    return [
+        {"role": "user", "content": [picture_item(picture), {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": answer}]},
+    ]
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Full path of a picture; links are followed, and what leads out of the folder is refused."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"Picture {name!r} lies outside {folder}; keep pictures beside the data file.")
+    return path
+
+
+def messages_from_turns(name: str, turns: list[tuple[str, str]], pictures: Sequence) -> list[dict]:
+    """Chat messages of turns with `<image>` where a picture stands.
+
+    Args:
+        name: Of the conversation, for messages.
+        turns: Role and text of each.
+        pictures: Paths or bytes, in the order of their marks.
+
+    Raises:
+        SkipSampleError: When there are not as many marks in the user's turns as pictures, or no turns.
+    """
+    if not turns or not all(isinstance(text, str) for _, text in turns):
+        raise SkipSampleError(name, "malformed", f"expected turns of text, found {str(turns)[:80]!r}.")
+    num_marks = sum(text.count(PICTURE_MARK) for role, text in turns if role == "user")
+    if num_marks != len(pictures):
+        detail = f"{num_marks} {PICTURE_MARK} marks in the user's turns, but {len(pictures)} pictures."
+        raise SkipSampleError(name, "picture count", detail)
+    remaining = iter(pictures)
+    messages = []
+    for role, text in turns:
+        content: str | list[dict] = text
+        if role == "user" and PICTURE_MARK in text:
+            first, *others = text.split(PICTURE_MARK)
+            content = [{"type": "text", "text": first}] if first else []
+            for piece in others:
+                content.append(picture_item(next(remaining)))
+                content += [{"type": "text", "text": piece}] if piece else []
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def picture_items(messages: list[dict]) -> list[dict]:
+    """Items of a conversation that stand for pictures, in their order."""
+    return [
+        item
+        for message in messages
+        if isinstance(message["content"], list)
+        for item in message["content"]
+        if item["type"] == "image"
+    ]
+
+
+def picture_sources(messages: list[dict]) -> list[str | bytes]:
+    """Paths, or bytes of the files, of a conversation's pictures in their order."""
+    return [item["path"] if "path" in item else item["image"] for item in picture_items(messages)]
+
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")

@@ -1,0 +1,373 @@
+"""Samples: a record tokenised for an objective.
+
+The tiles of a picture are counted from the header of its file, so samples wait to be packed without their pixels;
+these are read for a whole batch at once (`load_pixels`).
+"""
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jinja2
+import torch
+
+from ...model.modeling_hovle import IGNORE_INDEX
+from ...model.pictures import picture_size
+from ...model.processing_hovle import HoVLEProcessor
+from .records import Record, conversation, picture_item, picture_sources
+from .skips import NO_PICTURE, UNANSWERED, SkipSampleError
+from .tiles import picture_key, read_tiles
+
+
+@dataclass
+class Sample:
+    """One conversation ready for packing."""
+
+    name: str
+    index: int
+    """Stream index."""
+    input_ids: torch.Tensor
+    """Shape `(T,)`."""
+    labels: torch.Tensor
+    """Ids to predict at their own position, -100 elsewhere, shape `(T,)`."""
+    pictures: list[str | bytes] = field(default_factory=list)
+    """Paths, or bytes of the files."""
+    num_tiles: list[int] = field(default_factory=list)
+    """Tiles of each picture."""
+    branch_ids: torch.Tensor | None = None
+    """0 where conversations share their beginning, then 1, 2, ... for the rest of each; None for one conversation."""
+    part: int = 0
+    """Counts the samples of a conversation that was cut between turns."""
+
+    @functools.cached_property
+    def is_input(self) -> torch.Tensor:
+        """Tokens that take a place in a row, shape `(T,)`: all but a last one that is there to be predicted only."""
+        return ~(self._is_last & (self.labels != IGNORE_INDEX))
+
+    @property
+    def num_inputs(self) -> int:
+        """Places the sample takes in a row."""
+        return int(self.is_input.sum())
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """Id each token has to predict, -100 for none, shape `(T,)`."""
+        following = torch.cat([self.labels[1:], self.labels.new_tensor([IGNORE_INDEX])])
+        return following.masked_fill(self._is_last, IGNORE_INDEX)
+
+    @property
+    def _is_last(self) -> torch.Tensor:
+        """Where a conversation ends, shape `(T,)`."""
+        if self.branch_ids is None:
+            return torch.arange(len(self.input_ids)) == len(self.input_ids) - 1
+        following = torch.cat([self.branch_ids[1:], self.branch_ids.new_tensor([0])])
+        return (self.branch_ids > 0) & (self.branch_ids != following)
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """Positions of the tokens in their own conversation, shape `(T,)`."""
+        positions = torch.arange(len(self.input_ids))
+        if self.branch_ids is not None:
+            for branch in range(1, int(self.branch_ids.max()) + 1):
+                inside = self.branch_ids == branch
+                positions[inside] += int((self.branch_ids == 0).sum()) - int(positions[inside][0])
+        return positions
+
+
+class SampleMaker:
+    """Makes the samples of one objective.
+
+    Args:
+        processor: Of the model that is trained.
+    """
+
+    def __init__(self, processor: HoVLEProcessor):
+        self.processor = processor
+
+    def make(self, record: Record, index: int) -> Sample:
+        """Tokenise a record; SkipSampleError where it is of no use."""
+        raise NotImplementedError  # subclasses say
+
+    def cuts(self, record: Record) -> Iterator[tuple[Record, Record]]:
+        """Ways to cut a record that is too long in two, the longest first part first; none by default."""
+        yield from ()
+
+    def make_all(
+        self, record: Record, index: int, max_tokens: int, max_tiles: int | None = None
+    ) -> list[Sample | SkipSampleError]:
+        """Samples of a record, several where it is too long for one; in place of what cannot be used stands why.
+
+        No picture and no turn is ever cut: the first sample takes the turns that fit, the next starts with all
+        pictures and goes on from there. So later turns do not see earlier ones of another sample.
+        """
+        made = self._make_fitting(record, index, max_tokens, max_tiles)
+        if len(made) > 1:
+            for part, item in enumerate(made):
+                if isinstance(item, Sample):
+                    item.name, item.part = f"{record.name} ({part + 1} of {len(made)})", part
+        return [*made, *self.remarks(record)]
+
+    def remarks(self, record: Record) -> list[SkipSampleError]:
+        """What of a record is left out although the rest of it is used; nothing by default."""
+        return []
+
+    def _make_fitting(
+        self, record: Record, index: int, max_tokens: int, max_tiles: int | None
+    ) -> list[Sample | SkipSampleError]:
+        whole = self._make_checked(record, index, max_tokens, max_tiles)
+        cuts = list(self.cuts(record)) if _is_over_long(whole) else []
+        if not cuts:
+            return [whole]
+
+        def fits(cut: tuple[Record, Record]) -> bool:
+            return not _is_over_long(self._make_checked(cut[0], index, max_tokens, max_tiles))
+
+        # From the longest first part to the shortest: none fits, then all do. If none does, the shortest is left out.
+        start, rest = cuts[min(bisect.bisect_left(cuts, True, key=fits), len(cuts) - 1)]
+        first = self._make_checked(start, index, max_tokens, max_tiles)
+        return [first, *self._make_fitting(rest, index, max_tokens, max_tiles)]
+
+    def _make_checked(
+        self, record: Record, index: int, max_tokens: int, max_tiles: int | None
+    ) -> Sample | SkipSampleError:
+        try:
+            sample = self.make(record, index)
+        except SkipSampleError as error:
+            return error
+        num_tokens, num_tiles = sample.num_inputs, sum(sample.num_tiles)
+        if num_tokens > max_tokens:
+            detail = (
+                f"has {num_tokens} tokens, more than row_length ({max_tokens}); pictures and turns are never cut: "
+                "raise row_length, or ask fewer questions or use fewer tiles per sample."
+            )
+            return SkipSampleError(record.name, OVER_LONG, detail)
+        if max_tiles is not None and num_tiles > max_tiles:
+            detail = (
+                f"has {num_tiles} tiles, more than max_tiles_per_batch ({max_tiles}); raise it, or lower max_tiles."
+            )
+            return SkipSampleError(record.name, "too many tiles", detail)
+        return sample
+
+    def load_pixels(self, name: str, pictures: list[str | bytes], num_tiles: list[int]) -> torch.Tensor:
+        """Read the tiles of a sample's pictures, `(N, 3, s, s)`, uint8; SkipSampleError where one is damaged."""
+        try:
+            messages = [{"role": "user", "content": [picture_item(picture) for picture in pictures]}]
+            pixel_values, found = load_tiles(self.processor, messages)
+        except ValueError as error:
+            raise SkipSampleError(name, _picture_fault(pictures), str(error)) from error
+        if found != num_tiles:
+            detail = f"the headers of its pictures promise {num_tiles} tiles, their pixels make {found}."
+            raise SkipSampleError(name, "unreadable picture", detail)
+        return pixel_values
+
+    def picture_keys(self, pictures: list[str | bytes]) -> list[str]:
+        """What a batch tells about its pictures; nothing unless a teacher looks at them."""
+        return []
+
+    def count_tiles(self, name: str, pictures: list[str | bytes]) -> list[int]:
+        """Tiles of each picture, from the headers of the files."""
+        count = self.processor.image_processor.get_number_of_image_patches
+        try:
+            return [count(*picture_size(picture)) for picture in pictures]
+        except ValueError as error:
+            raise SkipSampleError(name, _picture_fault(pictures), str(error)) from error
+
+    def encode(self, name: str, chats: list[list[dict]], num_tiles: list[int], **kwargs) -> list[list[int]]:
+        """Token ids of conversations about the same pictures; SkipSampleError where the template refuses one."""
+        try:
+            return self.processor.encode_chats(chats, num_tiles, **kwargs)
+        except (ValueError, jinja2.TemplateError) as error:
+            raise SkipSampleError(name, "refused by the chat template", str(error)) from error
+
+
+OVER_LONG = "over-long"
+"""Reason of a sample that no row can hold and that cannot be cut further."""
+
+
+def _is_over_long(made: Sample | SkipSampleError) -> bool:
+    return isinstance(made, SkipSampleError) and made.reason == OVER_LONG
+
+
+def was_split(made: list[Sample | SkipSampleError]) -> bool:
+    """Whether a record, of which `make_all` made this, was cut between turns."""
+    return sum(isinstance(item, Sample) or item.reason != UNANSWERED for item in made) > 1
+
+
+def _picture_fault(pictures: list[str | bytes]) -> str:
+    is_missing = any(isinstance(picture, str) and not Path(picture).exists() for picture in pictures)
+    return "missing file" if is_missing else "unreadable picture"
+
+
+class ReplySamples(SampleMaker):
+    """Conversations with a loss on every reply (`next_token`)."""
+
+    def make(self, record: Record, index: int) -> Sample:
+        """Tokenise a record; its replies, end-of-turn tokens included, are supervised."""
+        first, *rest = [until_last_reply(messages) for messages in (record.messages, *record.others)]
+        pictures = picture_sources(first)
+        num_tiles = self.count_tiles(record.name, pictures)
+        input_ids, labels = self._encode(record.name, first, num_tiles)
+        branch_ids = None
+        if rest:
+            others = [self._encode(record.name, messages, num_tiles) for messages in rest]
+            input_ids, labels, branches = share_beginning([(input_ids, labels), *others])
+            branch_ids = torch.tensor(branches)
+        return Sample(
+            record.name, index, torch.tensor(input_ids), torch.tensor(labels), pictures, num_tiles, branch_ids
+        )
+
+    def remarks(self, record: Record) -> list[SkipSampleError]:
+        """Turns behind the last reply."""
+        conversations = [record.messages, *record.others]
+        lengths = [(len(until_last_reply(messages)), len(messages)) for messages in conversations]
+        num_dropped = sum(length - end for end, length in lengths if end)
+        detail = f"{num_dropped} messages after its last reply teach nothing and are left out."
+        return [SkipSampleError(record.name, UNANSWERED, detail)] if num_dropped else []
+
+    def cuts(self, record: Record) -> Iterator[tuple[Record, Record]]:
+        """Cut between conversations about the same pictures, or between the turns of a single one."""
+        conversations = [record.messages, *record.others]
+        for place in range(len(conversations) - 1, 0, -1):
+            (first, *others), (next_one, *rest) = conversations[:place], conversations[place:]
+            yield Record(record.name, first, tuple(others)), Record(record.name, next_one, tuple(rest))
+        if record.others:
+            return
+        ends = [number + 1 for number, message in enumerate(record.messages) if message["role"] == "assistant"]
+        for end in reversed(ends[:-1]):
+            start, following = record.messages[:end], continue_conversation(record.messages, end)
+            yield dataclasses.replace(record, messages=start), dataclasses.replace(record, messages=following)
+
+    def _encode(self, name: str, messages: list[dict], num_tiles: list[int]) -> tuple[list[int], list[int]]:
+        """Ids and labels of one conversation whose pictures have so many tiles."""
+        replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        if not any(_has_text(messages[number]) for number in replies):
+            raise SkipSampleError(name, "no supervised token", "no reply to learn from.")
+        prompts = [messages[:number] for number in replies]
+        answered = [messages[: number + 1] for number in replies]
+        starts = self.encode(name, prompts, num_tiles, add_generation_prompt=True)
+        ends = self.encode(name, answered, num_tiles)
+        input_ids = ends[-1]
+        labels = [IGNORE_INDEX] * len(input_ids)
+        special = special_ids(self.processor.tokenizer)
+        for start, end in zip(starts, ends, strict=True):
+            if input_ids[: len(end)] != end or end[: len(start)] != start:
+                raise ValueError(f"{name}: the chat template rewrites earlier turns; replies cannot be located.")
+            stop = max((place for place in range(len(start), len(end)) if end[place] in special), default=len(end) - 1)
+            labels[len(start) : stop + 1] = end[len(start) : stop + 1]
+        if not self.processor.tokenizer.decode(input_ids[stop + 1 :]).strip():  # a line break teaches nothing
+            input_ids, labels = input_ids[: stop + 1], labels[: stop + 1]
+        return input_ids, labels
+
+
+def until_last_reply(messages: list[dict]) -> list[dict]:
+    """The messages without those behind the last reply, which teach nothing; none where there is no reply."""
+    ends = [number + 1 for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: ends[-1]] if ends else []
+
+
+def _has_text(message: dict) -> bool:
+    content = message["content"]
+    return bool(content if isinstance(content, str) else any(item.get("text") for item in content))
+
+
+def continue_conversation(messages: list[dict], start: int) -> list[dict]:
+    """The messages from a place on, after the system message and with the pictures of those left out."""
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    pictures = [picture_item(picture) for picture in picture_sources(messages[:start])]
+    first, *others = messages[start:]
+    content = first["content"]
+    items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    return [*system, {**first, "content": [*pictures, *items]} if pictures else first, *others]
+
+
+def share_beginning(conversations: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int], list[int]]:
+    """Join conversations that start alike into one sequence: the beginning once, then the rest of each.
+
+    Args:
+        conversations: Ids and labels of each; nothing is supervised before they part.
+
+    Returns:
+        Ids, labels and branch ids (0 for the beginning) of the joint sequence.
+    """
+    columns = zip(*(ids for ids, _ in conversations), strict=False)
+    shared = next((place for place, column in enumerate(columns) if len(set(column)) > 1), None)
+    first_supervised = min(
+        next(place for place, label in enumerate(labels) if label != IGNORE_INDEX) for _, labels in conversations
+    )
+    # The first token after the beginning follows another branch's last one, so it must not be supervised.
+    shared = min(first_supervised - 1 if shared is None else shared, first_supervised - 1)
+    joint_ids, joint_labels = conversations[0][0][:shared], [IGNORE_INDEX] * shared
+    branch_ids = [0] * shared
+    for branch, (ids, labels) in enumerate(conversations, 1):
+        joint_ids = joint_ids + ids[shared:]
+        joint_labels = joint_labels + labels[shared:]
+        branch_ids = branch_ids + [branch] * (len(ids) - shared)
+    return joint_ids, joint_labels, branch_ids
+
+
+def special_ids(tokenizer) -> set[int]:
+    """Ids that stand for no ordinary text: special and added tokens."""
+    return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+
+
+def load_tiles(processor: HoVLEProcessor, messages: list[dict]) -> tuple[torch.Tensor, list[int]]:
+    """Read and tile the pictures of a conversation: `(N, 3, s, s)`, uint8, and the tile count of each picture."""
+    tiles = [read_tiles(source, processor.image_processor) for source in picture_sources(messages)]
+    if not tiles:
+        size = processor.image_processor.size["height"]
+        return torch.zeros(0, 3, size, size, dtype=torch.uint8), []
+    return torch.cat(tiles), [len(part) for part in tiles]
+
+
+class RandomTextSamples(SampleMaker):
+    """Pictures with unrelated random tokens (`distillation`): the whole vocabulary is covered, no pairs are needed."""
+
+    STAND_IN = "\uf8ff"
+    """Marks in the rendered chat where random tokens go: a private character no template contains."""
+
+    def __init__(self, processor: HoVLEProcessor, num_random_tokens: int, seed: int):
+        super().__init__(processor)
+        self.num_random_tokens = num_random_tokens
+        self.seed = seed
+        tokenizer = processor.tokenizer
+        special = special_ids(tokenizer)
+        self.ordinary_ids = torch.tensor([index for index in range(len(tokenizer)) if index not in special])
+        # A SentencePiece tokenizer puts a space before what starts a text or follows a picture, but not a line break.
+        ways = [processor._encode_text(text, at_start=False) for text in (self.STAND_IN, "\n" + self.STAND_IN)]
+        self.stand_in_ids = _common_end(*ways)
+
+    def make(self, record: Record, index: int) -> Sample:
+        """Place a picture in a user turn, random ordinary tokens after it and as many again in the reply."""
+        pictures = picture_sources(record.messages)[:1]
+        if not pictures:
+            raise SkipSampleError(record.name, NO_PICTURE, "no picture to distil.")
+        num_tiles = self.count_tiles(record.name, pictures)
+        [ids] = self.encode(record.name, [conversation(pictures[0], self.STAND_IN, self.STAND_IN)], num_tiles)
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        input_ids = torch.tensor(self._with_random_tokens(ids, generator))
+        return Sample(record.name, index, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pictures, num_tiles)
+
+    def picture_keys(self, pictures: list[str | bytes]) -> list[str]:
+        """Names of the pictures by their content, under which a cache knows the teacher's features."""
+        return [picture_key(picture) for picture in pictures]
+
+    def _with_random_tokens(self, ids: list[int], generator: torch.Generator) -> list[int]:
+        length = len(self.stand_in_ids)
+        places = [start for start in range(len(ids)) if ids[start : start + length] == self.stand_in_ids]
+        if len(places) != 2:
+            raise ValueError(f"The chat template shows {len(places)} of 2 turns; random text has no place in it.")
+        for place in reversed(places):
+            chosen = torch.randint(len(self.ordinary_ids), (self.num_random_tokens,), generator=generator)
+            ids[place : place + length] = self.ordinary_ids[chosen].tolist()
+        return ids
+
+
+def _common_end(left: list[int], right: list[int]) -> list[int]:
+    """The longest end that two lists share."""
+    length = 0
+    while length < min(len(left), len(right)) and left[-1 - length] == right[-1 - length]:
+        length += 1
+    return left[len(left) - length :]

@@ -1,0 +1,146 @@
+"""Skips: what cannot be trained on is counted by reason and named, and too much of it stops the run.
+
+A sample that is left out moves no other one: its place in the stream stays empty.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from ...errors import StopRunError
+
+NO_PICTURE = "no picture"
+"""Reason of a text-only conversation in distillation."""
+
+UNANSWERED = "unanswered turn"
+"""Reason of what follows the last reply of a conversation, which is used without it."""
+
+NO_FAULTS = frozenset({NO_PICTURE, UNANSWERED})
+"""Reasons that are counted, but no fault, so the budget does not see them."""
+
+FEWEST_DRAWN = 1000
+"""The share of skipped samples is taken of at least so many: one bad file among the first ten is no trend."""
+
+MOST_IN_A_ROW = 200
+"""So many skips without a good sample between them stop a stream, which might never fill a batch."""
+
+NUM_WORST = 10
+"""Names an error lists."""
+
+
+class SkipSampleError(ValueError):
+    """A sample that cannot be used.
+
+    Args:
+        name: Of the sample or its record.
+        reason: A few words that many samples share; skips are counted by it.
+        detail: What is wrong with this one.
+    """
+
+    def __init__(self, name: str, reason: str, detail: str):
+        super().__init__(f"{name}: {detail}")
+        self.name, self.reason, self.detail = name, reason, detail
+
+
+class SkipBudgetError(StopRunError):
+    """More samples are skipped than `max_skip_fraction` allows; the message lists reasons and the worst offenders."""
+
+
+class Skip(NamedTuple):
+    """One skipped sample; plain text, so that processes can exchange it."""
+
+    source: str
+    reason: str
+    name: str
+    detail: str
+
+
+@dataclass
+class SkipLedger:
+    """Counts of a run over all processes: fed with batches (`add`), brought up to date by `share`."""
+
+    max_fraction: float
+    """Largest share of skipped samples."""
+    num_drawn: int = 0
+    """Records drawn so far, those skipped included."""
+    num_split: int = 0
+    """Conversations that were cut between turns because they are longer than a row."""
+    reasons: Counter = field(default_factory=Counter)
+    """(source, reason) -> skipped samples."""
+    worst: Counter = field(default_factory=Counter)
+    """(name, detail) -> times skipped."""
+    _own: list[tuple[int, int, list[Skip]]] = field(default_factory=list)
+
+    def add(self, batch: dict) -> None:
+        """Take note of what was drawn for a batch of this process; `share` counts it."""
+        self._own.append((batch["num_drawn"], batch["num_split"], batch["skips"]))
+
+    def share(self, gather: Callable[[list], list] = list) -> list[Skip]:
+        """Count what all processes noted since the last call.
+
+        Args:
+            gather: Joins the lists of all processes.
+
+        Returns:
+            The new skips.
+        """
+        noted = gather(self._own)
+        self._own = []
+        skips = [Skip(*skip) for _, _, some in noted for skip in some]
+        self.num_drawn += sum(drawn for drawn, _, _ in noted)
+        self.num_split += sum(split for _, split, _ in noted)
+        self.reasons.update((skip.source, skip.reason) for skip in skips)
+        self.worst.update((skip.name, skip.detail) for skip in skips if skip.reason not in NO_FAULTS)
+        return skips
+
+    def check(self) -> None:
+        """Raise SkipBudgetError, on every process alike, when too many samples are skipped."""
+        charged = sum(count for (_, reason), count in self.reasons.items() if reason not in NO_FAULTS)
+        if charged > self.max_fraction * max(self.num_drawn, FEWEST_DRAWN):
+            raise SkipBudgetError(
+                f"{charged} of {self.num_drawn} samples were skipped, more than max_skip_fraction "
+                f"({self.max_fraction:g}) allows.\n{describe_skips(self.reasons, self.worst)}\nRepair the data "
+                "(`hovle data doctor RECIPE` looks through it), or raise max_skip_fraction."
+            )
+
+    def summary(self) -> dict:
+        """Counts since the beginning of the run, for its log."""
+        by_reason: Counter = Counter()
+        for (_, reason), count in self.reasons.items():
+            by_reason[reason] += count
+        return {
+            "samples_drawn": self.num_drawn,
+            "samples_skipped": dict(by_reason),
+            "samples_split": self.num_split,
+        }
+
+    def state_dict(self) -> dict:
+        """Plain values for a checkpoint."""
+        return {
+            "num_drawn": self.num_drawn,
+            "num_split": self.num_split,
+            "reasons": [[*key, count] for key, count in self.reasons.items()],
+            "worst": [[*key, count] for key, count in self.worst.items()],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on from a checkpoint's counts."""
+        self.num_drawn, self.num_split = state["num_drawn"], state["num_split"]
+        self.reasons = Counter({(source, reason): count for source, reason, count in state["reasons"]})
+        self.worst = Counter({(name, detail): count for name, detail, count in state["worst"]})
+
+
+def describe_skips(reasons: Counter, worst: Counter) -> str:
+    """Lines of counts by source and reason, and of the names skipped most often."""
+    lines = [f"  {count:6,}  {source}: {reason}" for (source, reason), count in reasons.most_common()]
+    lines += [f"  {name}: {detail}" for (name, detail), _ in worst.most_common(NUM_WORST)]
+    if len(worst) > NUM_WORST:
+        lines.append(f"  ... and {len(worst) - NUM_WORST:,} more")
+    return "\n".join(lines)
+
+
+def count_skips(skips: Iterable[Skip]) -> tuple[Counter, Counter]:
+    """Count skips by (source, reason) and by (name, detail)."""
+    skips = list(skips)
+    return Counter((skip.source, skip.reason) for skip in skips), Counter((skip.name, skip.detail) for skip in skips)

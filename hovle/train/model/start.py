@@ -1,0 +1,81 @@
+"""Load the model and the processor a stage starts from."""
+
+from pathlib import Path
+
+import torch
+
+from ...assets import resolve_asset
+from ...model.modeling_hovle import HoVLEForConditionalGeneration
+from ...model.processing_hovle import HoVLEProcessor
+from ..config import ModelConfig, StageConfig
+
+
+def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
+    """Load the model a stage starts from, in float32, with its processor."""
+    start = config.model
+    if start.checkpoint is not None:
+        check_checkpoint(start.checkpoint)
+        model = HoVLEForConditionalGeneration.from_pretrained(start.checkpoint, dtype=torch.float32)
+        processor = HoVLEProcessor.from_pretrained(start.checkpoint)
+        check_stated_fields(start, model, processor)
+        return model, processor
+    assert start.language_model is not None  # StageConfig wants one of the two
+    name = resolve_asset(start.language_model)
+    model = HoVLEForConditionalGeneration.from_language_model(
+        name,
+        start.num_embedding_layers,
+        untie_text_embeddings=start.untie_text_embeddings,
+        image_size=start.image_size,
+        patch_size=start.patch_size,
+        pixel_shuffle_loc=start.pixel_shuffle_loc,
+        image_attention=start.image_attention,
+        dtype=torch.float32,
+    )
+    own_template: dict = {} if start.chat_template is None else {"chat_template": start.chat_template}
+    return model, HoVLEProcessor.from_language_model(name, model.config, max_tiles=start.max_tiles, **own_template)
+
+
+def start_processor(start: ModelConfig) -> HoVLEProcessor:
+    """Load the processor of the model a stage starts from, without the model."""
+    if start.checkpoint is not None:
+        check_checkpoint(start.checkpoint)
+        return HoVLEProcessor.from_pretrained(start.checkpoint)
+    assert start.language_model is not None  # StageConfig wants one of the two
+    own_template: dict = {} if start.chat_template is None else {"chat_template": start.chat_template}
+    return HoVLEProcessor.from_language_model(
+        resolve_asset(start.language_model),
+        max_tiles=start.max_tiles,
+        image_size=start.image_size,
+        patch_size=start.patch_size,
+        pixel_shuffle_loc=start.pixel_shuffle_loc,
+        **own_template,
+    )
+
+
+def check_checkpoint(name: str) -> None:
+    """Raise where neither a model folder nor a Hub id is named."""
+    if name.count("/") != 1 and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"model.checkpoint: no model in {name}. Run the stage before it first, or name a folder "
+            "with config.json or a Hub id such as owner/name."
+        )
+
+
+def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
+    """Raise where a recipe describes a checkpoint otherwise than it is: these fields shape new models only."""
+    found = {
+        "num_embedding_layers": model.config.num_embedding_layers,
+        "image_size": model.config.image_size,
+        "patch_size": model.config.patch_size,
+        "pixel_shuffle_loc": model.config.pixel_shuffle_loc,
+        "image_attention": model.config.image_attention,
+        "untie_text_embeddings": not model.config.tie_word_embeddings,
+        "max_tiles": processor.image_processor.max_patches,
+        "chat_template": processor.chat_template,
+    }
+    for name, value in found.items():
+        stated = getattr(start, name)
+        if stated not in (value, ModelConfig.__dataclass_fields__[name].default):
+            raise ValueError(
+                f"model.{name} is {stated}, but {start.checkpoint} has {value}; take it out of the recipe."
+            )

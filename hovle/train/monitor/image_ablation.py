@@ -1,0 +1,200 @@
+"""Is it learning to see? Validation during a run, with true, blank and shuffled pictures.
+
+A model that ignores its pictures can still lower its loss, because wording alone tells much. So the held-out loss is
+measured again with white pictures and with pictures of other samples: where neither raises it, nobody looks.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ...errors import StopRunError
+from ...model.configuration_hovle import HoVLEConfig
+from ...model.image_tokens import number_pictures
+from ...model.modeling_hovle import IGNORE_INDEX
+from ..config import StageConfig
+from ..step.train_step import unwrap
+from ..step.validation import validate
+
+CAUSES = (
+    "Can wording alone give the answers away, or do pictures and questions not belong together? Are picture outputs "
+    "far longer or shorter than text (image_norm_ratio)? Do gradients reach the stem (gradient_norm_stem)? Is the "
+    "learning rate so high that the layers forgot what distillation taught them?"
+)
+"""What to look at when pictures do not matter."""
+
+
+class BlindPicturesError(StopRunError):
+    """The model answers as well without its pictures; the message says by how much, and what to look at."""
+
+
+@dataclass
+class Examiner:
+    """Measures held-out batches during a run and says when pictures do not matter."""
+
+    objective: nn.Module
+    """Possibly wrapped for data parallelism."""
+    model_config: HoVLEConfig
+    batches: list[dict]
+    """Held-out batches, the same ones on every process; empty: nothing is measured."""
+    config: StageConfig
+    autocast: contextlib.AbstractContextManager
+    accelerator: Any
+    log: Callable[[dict], None]
+    last: tuple[int, dict[str, float]] | None = None
+    """Step and terms of the last validation; asked again after the same step, they are still right."""
+
+    def warn_where_blind(self) -> None:
+        """Show a warning where the recipe wants the effect of pictures checked and nothing held out tells it."""
+        if not self.config.blind_check or self.config.objective.name != "next_token":
+            return
+        token = self.model_config.image_token_id
+        if any((only_after_pictures(batch, token)["targets"] != IGNORE_INDEX).any() for batch in self.batches):
+            return
+        found = "no held-out reply follows a picture" if self.batches else "there is no validation source"
+        self._show(
+            f"WARNING: nothing will tell whether the model looks at its pictures: {found}. Name held-out "
+            "conversations about pictures as `validation`, or set blind_check to false."
+        )
+
+    def examine(self, step: int) -> str | None:
+        """Log the held-out terms after so many steps and, once training has begun, the effect of the pictures.
+
+        Returns:
+            The alarm that has been logged, if there was one.
+        """
+        if not self.batches:
+            return None
+        terms = self._validate(step)
+        if not step or not self.config.blind_check or self.config.objective.name != "next_token":
+            return None
+        effect = self._effect_of_pictures(terms["reply_nats"])
+        self.log({"event": "blind_check", "step": step, **effect})
+        return self._alarm(step, effect) if effect["num_pictures"] else None
+
+    def examine_or_stop(self, step: int) -> None:
+        """Examine in the middle of a run; raises BlindPicturesError where the recipe says `stop_when_blind`."""
+        alarm = self.examine(step)
+        if alarm and self.config.stop_when_blind:
+            raise BlindPicturesError(alarm)
+
+    def held_out_loss(self, step: int) -> float:
+        """Log the held-out terms after so many steps and weigh them as training does."""
+        terms = self._validate(step)
+        return sum(weight * terms[name] for name, weight in unwrap(self.objective).weights.items())
+
+    def _validate(self, step: int) -> dict[str, float]:
+        if self.last is None or self.last[0] != step:
+            self.last = step, self._measure(self.batches)
+            self.log({"event": "validation", "step": step, **self.last[1]})
+        return self.last[1]
+
+    def _measure(self, batches: list[dict]) -> dict[str, float]:
+        return validate(self.objective, batches, self.autocast, self.accelerator)
+
+    def _effect_of_pictures(self, nats: float) -> dict[str, float]:
+        """Held-out loss behind true, blank and shuffled pictures; `nats` is what all replies have."""
+        token = self.model_config.image_token_id
+        batches = [only_after_pictures(batch, token) for batch in self.batches]
+        same_targets = all(
+            torch.equal(old["targets"], new["targets"]) for old, new in zip(self.batches, batches, strict=True)
+        )
+        shuffled, num_pictures, num_shuffled = shuffle_pictures(batches, self.model_config)
+        if all((batch["targets"] == IGNORE_INDEX).all() for batch in batches):
+            return {"num_pictures": 0, "num_shuffled": 0}
+        if not same_targets:
+            nats = self._measure(batches)["reply_nats"]
+        blank = self._measure(blank_pictures(batches))["reply_nats"]
+        moved = self._measure(shuffled)["reply_nats"]
+        return {
+            "true_nats": nats,
+            "blank_nats": blank,
+            "shuffled_nats": moved,
+            "blank_gap": blank - nats,
+            "shuffled_gap": moved - nats,
+            "num_pictures": num_pictures,
+            "num_shuffled": num_shuffled,
+        }
+
+    def _alarm(self, step: int, effect: dict[str, float]) -> str | None:
+        """Log and show a warning where pictures hardly matter, once warm-up is over."""
+        gaps = {"blank": effect["blank_gap"]}
+        if effect["num_shuffled"]:
+            gaps["shuffled"] = effect["shuffled_gap"]
+        too_small = {name: gap for name, gap in gaps.items() if not gap >= self.config.min_picture_gap}
+        if (
+            not too_small
+            or step <= math.ceil(self.config.num_steps * self.config.warmup_ratio) < self.config.num_steps
+        ):
+            return None
+        found = " and ".join(f"{gap:.4f} nats per token with {name} ones" for name, gap in too_small.items())
+        message = (
+            f"Pictures hardly matter: the held-out loss ({effect['true_nats']:.4f} with the true ones) rises by "
+            f"{found}; min_picture_gap is {self.config.min_picture_gap}. {CAUSES}"
+        )
+        self.log({"event": "warning", "step": step, "message": message})
+        self._show(f"WARNING after step {step}: {message}")
+        return message
+
+    def _show(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message, file=sys.stderr)
+
+
+def only_after_pictures(batch: dict, image_token_id: int) -> dict:
+    """The batch without targets behind tokens that have seen no picture in their sample."""
+    is_image = batch["input_ids"] == image_token_id
+    num_seen = is_image.cumsum(dim=1)
+    is_start = batch["position_ids"] == 0
+    num_before_sample = torch.where(is_start, num_seen - is_image.long(), 0).cummax(dim=1).values
+    return {**batch, "targets": batch["targets"].masked_fill(num_seen == num_before_sample, IGNORE_INDEX)}
+
+
+def blank_pictures(batches: list[dict]) -> list[dict]:
+    """The batches with white pictures."""
+    return [{**batch, "pixel_values": torch.full_like(batch["pixel_values"], 255)} for batch in batches]
+
+
+def shuffle_pictures(batches: list[dict], config: HoVLEConfig) -> tuple[list[dict], int, int]:
+    """Give every picture's place to another picture: the next different one with as many tiles, else any other.
+
+    A picture with another number of tiles is repeated or cut to fit; where all pictures are the same one, it stays.
+
+    Returns:
+        The batches, how many pictures they hold, and how many of them were replaced.
+    """
+    pictures = [picture for batch in batches for picture in split_pictures(batch, config)]
+    others = [_other_picture(pictures, place) for place in range(len(pictures))]
+    num_shuffled = sum(other is not None for other in others)
+    tiles = iter(picture if other is None else other for picture, other in zip(pictures, others, strict=True))
+    shuffled = []
+    for batch in batches:
+        taken = [next(tiles) for _ in split_pictures(batch, config)]
+        shuffled.append({**batch, "pixel_values": torch.cat([batch["pixel_values"][:0], *taken])})
+    return shuffled, len(pictures), num_shuffled
+
+
+def split_pictures(batch: dict, config: HoVLEConfig) -> list[torch.Tensor]:
+    """Tiles of each picture of a batch in reading order; a picture is an unbroken run of placeholders."""
+    numbers = number_pictures(batch["input_ids"] == config.image_token_id)
+    tokens_per_tile = config.tokens_per_tile(batch["pixel_values"].shape[-1])
+    counts = [count // tokens_per_tile for row in numbers for count in torch.bincount(row[row >= 0]).tolist()]
+    return list(batch["pixel_values"].split(counts)) if counts else []
+
+
+def _other_picture(pictures: list[torch.Tensor], place: int) -> torch.Tensor | None:
+    """The next picture that differs from the one at `place`, as many tiles if there is one, else made to fit."""
+    own = pictures[place]
+    following = [*pictures[place + 1 :], *pictures[:place]]
+    for other in sorted(following, key=lambda picture: len(picture) != len(own)):  # stable: the next one comes first
+        fitted = other[torch.arange(len(own)) % len(other)] if len(other) != len(own) else other
+        if not torch.equal(fitted, own):
+            return fitted
+    return None

@@ -1,0 +1,1 @@
+"""What the stages minimise, and the teachers of distillation."""

@@ -1,0 +1,36 @@
+"""What an objective gives: summed terms of a batch, and how many each counts."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ...machine.speed import Stopwatch
+from ...model.modeling_hovle import HoVLEForConditionalGeneration
+
+
+@dataclass
+class ObjectiveOutput:
+    """Summed terms of one micro-batch."""
+
+    terms: dict[str, torch.Tensor]
+    """Name -> summed loss term, scalar with gradient."""
+    counts: dict[str, torch.Tensor]
+    """Name -> number of positions the term is summed over."""
+
+
+class Objective(nn.Module):
+    """Maps a packed batch to summed terms."""
+
+    weights: dict[str, float]
+    """Weight of each mean term in the total loss; 0 for what is only watched."""
+    model: HoVLEForConditionalGeneration
+    """What learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher_time = Stopwatch()  # runs while a teacher works
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Positions each term is summed over, known before the forward pass."""
+        raise NotImplementedError  # subclasses say

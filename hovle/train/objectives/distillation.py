@@ -1,0 +1,177 @@
+"""Distillation: teacher features and text embeddings as targets of the holistic layers."""
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ...model.modeling_hovle import HolisticEmbeddingOutput, HoVLEForConditionalGeneration
+from ..config import ObjectiveConfig
+from ..data.tiles import PixelNormalization
+from .base import Objective, ObjectiveOutput
+from .teachers import Targets
+
+LAST = -1
+"""The last holistic layer, whose output enters the language model."""
+
+
+class DistillationObjective(Objective):
+    """Reproduce the teacher at image positions and the LLM's text table elsewhere, plus scale control.
+
+    Args:
+        model: The student; only its stem and holistic layers run.
+        teacher: Gives target features on the student's token grid, of each matched layer.
+        text_table: The language model's own input embeddings before training, shape `(V, D)`.
+        config: Image loss and weights of the terms.
+        student_layers: Holistic layer that reproduces each of the teacher's layers, counted as in a list.
+        normalize: Makes a batch's tiles the student's pixels; by default with ImageNet's statistics.
+    """
+
+    def __init__(
+        self,
+        model: HoVLEForConditionalGeneration,
+        teacher: Targets,
+        text_table: torch.Tensor,
+        config: ObjectiveConfig,
+        student_layers: Sequence[int] = (-1,),
+        normalize: PixelNormalization | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.normalize = normalize or PixelNormalization()
+        self.teacher = teacher
+        self.config = config
+        self.student_layers = check_student_layers(student_layers, model)
+        self.image_term = f"image_{config.image_loss}"
+        self.weights = {
+            "image_cosine": 0.0,  # always watched
+            self.image_term: -1.0 if config.image_loss == "cosine" else 1.0,
+            "text_cosine": -config.text_weight,
+            "image_scale": config.scale_weight,
+            "text_scale": config.scale_weight,
+            "image_norm_ratio": 0.0,
+        }
+        hidden_size = text_table.shape[1]
+        # Used in training only: compare vectors of different widths.
+        self.projections = nn.ModuleList(
+            nn.Identity() if width == hidden_size else nn.Linear(hidden_size, width, bias=False)
+            for width in teacher.widths
+        )
+        self.text_table: torch.Tensor
+        self.text_norm: torch.Tensor
+        self.register_buffer("text_table", text_table, persistent=False)
+        self.register_buffer("text_norm", mean_norm(text_table), persistent=False)
+
+    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Image positions, once for each matched layer, and text positions; padding counts as neither."""
+        is_image = batch["input_ids"] == self.model.config.image_token_id
+        num_image, num_text = is_image.sum(), (batch["is_sample"] & ~is_image).sum()
+        num_matched = num_image * len(self.student_layers)
+        once = dict.fromkeys(("image_scale", "image_norm_ratio"), num_image)
+        counts = once | {"text_cosine": num_text, "text_scale": num_text}
+        return {name: counts.get(name, num_matched) for name in self.weights}
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:
+        """Summed terms of a packed batch."""
+        outputs = self.model.get_holistic_embeddings(
+            input_ids=batch["input_ids"],
+            pixel_values=self.normalize(batch["pixel_values"]),
+            position_ids=batch["position_ids"],
+            output_hidden_states=set(self.student_layers) != {LAST},
+        )
+        image = outputs.image_hidden_states
+        assert image is not None  # every sample has a picture
+        assert outputs.inputs_embeds is not None
+        is_image = batch["input_ids"] == self.model.config.image_token_id
+        is_text = batch["is_sample"] & ~is_image
+        text = outputs.inputs_embeds[is_text]
+        embeddings = nn.functional.embedding(batch["input_ids"][is_text], self.text_table)
+        terms = {
+            **self._image_terms(outputs, is_image, batch),
+            "text_cosine": _cosine(text, embeddings),
+            "image_scale": _log_norm_ratio(image, self.text_norm),
+            "text_scale": _log_norm_ratio(text, embeddings.float().norm(dim=-1)),
+            "image_norm_ratio": norm_ratio(image, self.text_norm),
+        }
+        return ObjectiveOutput(terms, self.counts(batch))
+
+    def _image_terms(self, outputs: HolisticEmbeddingOutput, is_image: torch.Tensor, batch: dict) -> dict:
+        """Cosine and image loss of a packed batch, summed over image positions and matched layers."""
+        last = outputs.image_hidden_states
+        assert last is not None
+        with self.teacher_time if self.training else contextlib.nullcontext():
+            targets = self.teacher.targets(batch, round(last.shape[1] ** 0.5)).split(self.teacher.widths, dim=-1)
+        terms = dict.fromkeys(("image_cosine", self.image_term), last.new_zeros((), dtype=torch.float32))
+        for layer, projection, target in zip(self.student_layers, self.projections, targets, strict=True):
+            hidden_states: torch.Tensor = last
+            if layer != LAST:
+                assert outputs.hidden_states is not None
+                hidden_states = outputs.hidden_states[layer][is_image].view_as(last)
+            projected = projection(hidden_states).float()
+            terms["image_cosine"] = terms["image_cosine"] + _cosine(projected, target)
+            if self.config.image_loss == "smooth_l1":
+                terms[self.image_term] = terms[self.image_term] + _smooth_l1(projected, target)
+            elif self.config.image_loss == "info_nce":
+                loss = _info_nce(projected, target, self.config.temperature, self.config.tiles_per_set)
+                terms[self.image_term] = terms[self.image_term] + loss
+        return terms
+
+
+def check_student_layers(layers: Sequence[int], model: HoVLEForConditionalGeneration) -> tuple[int, ...]:
+    """Return the holistic layers by their number from 0, the last one as `LAST`; ValueError where one is missing."""
+    count = model.config.num_embedding_layers
+    wrong = [layer for layer in layers if not -count <= layer < count]
+    if wrong:
+        raise ValueError(f"teacher.layers names student layer {wrong[0]}, but there are {count} holistic layers.")
+    numbers = tuple(LAST if layer % count == count - 1 else layer % count for layer in layers)
+    if model.model.is_hd and set(numbers) != {LAST}:
+        raise ValueError(
+            "HoVLE-HD can match its last holistic layer only: the others see the patches before they are joined. "
+            "Leave student out of teacher.layers."
+        )
+    return numbers
+
+
+def _cosine(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cosine_similarity(outputs.float(), targets.float(), dim=-1).sum()
+
+
+def mean_norm(text_table: torch.Tensor) -> torch.Tensor:
+    """Mean length of the text embeddings `(V, D)`."""
+    return text_table.float().norm(dim=-1).mean()
+
+
+def norm_ratio(image: torch.Tensor | None, text_norm: torch.Tensor) -> torch.Tensor:
+    """Sum of the image outputs' lengths over that of a text embedding; watched only, so without gradient."""
+    if image is None:
+        return torch.zeros_like(text_norm)
+    return (image.detach().float().norm(dim=-1) / text_norm).sum()
+
+
+def _smooth_l1(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over positions of the mean over channels."""
+    return nn.functional.smooth_l1_loss(outputs, targets, reduction="none").mean(dim=-1).sum()
+
+
+def _info_nce(outputs: torch.Tensor, targets: torch.Tensor, temperature: float, tiles_per_set: int) -> torch.Tensor:
+    """Sum over patches of `-log p(own feature)` among the features of all patches of the tile set, by their cosines.
+
+    Args:
+        outputs: Shape `(N, S, D)`.
+        targets: Teacher features, same shape.
+        temperature: Divides the cosines.
+        tiles_per_set: Tiles of a set; sets do not see each other, so a batch cut between two has the same sum.
+    """
+    outputs, targets = (nn.functional.normalize(item.float(), dim=-1) for item in (outputs, targets))
+    total = outputs.new_zeros(())
+    for ours, theirs in zip(outputs.split(tiles_per_set), targets.split(tiles_per_set), strict=True):
+        logits = ours.flatten(0, 1) @ theirs.flatten(0, 1).T / temperature
+        own = torch.arange(len(logits), device=logits.device)
+        total = total + nn.functional.cross_entropy(logits.float(), own, reduction="sum")
+    return total
+
+
+def _log_norm_ratio(outputs: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    """Sum of `log(|output| / norm) ** 2`; zero where outputs are as long as text embeddings."""
+    return (outputs.float().norm(dim=-1).clamp(min=1e-6).log() - norms.clamp(min=1e-6).log()).square().sum()

@@ -1,0 +1,1 @@
+"""Predict memory, speed, hours and cost of training stages before they run."""

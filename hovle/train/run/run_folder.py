@@ -1,0 +1,114 @@
+"""The folder of a run: who may use it, how far it is, and the model that is written into it at the end."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.initialization import no_init_weights
+
+from ...files.atomic import remove_leftovers, rename_durably, write_folder
+from ...language.text_perplexity import BareRecord, write_record
+from ...model.configuration_hovle import HoVLEConfig
+from ...model.modeling_hovle import HoVLEForConditionalGeneration
+from ...model.processing_hovle import HoVLEProcessor
+from ..config import StageConfig
+from ..data.tiles import PixelNormalization
+from ..parallel import gather
+from .checkpoint import check_same_recipe, find_checkpoint
+from .handoff import make_probe, write_probe
+
+RECIPE = "recipe.yaml"
+UNFINISHED_RECIPE = f".{RECIPE}.writing"
+
+
+def check_unused(output: Path) -> None:
+    """Raise where a run folder is not empty: one run per folder."""
+    if _holds_files(output):
+        raise ValueError(
+            f"Output folder {output} already holds a run. Continue it with --resume, or choose another output."
+        )
+
+
+def _holds_files(output: Path) -> bool:
+    return output.exists() and any(path.name != UNFINISHED_RECIPE for path in output.iterdir())
+
+
+def check_resumable(output: Path, config: StageConfig) -> None:
+    """Raise where a run folder holds another recipe's run, or files but no run; an empty or absent one is new."""
+    recipe = output / RECIPE
+    if recipe.is_file():
+        check_same_recipe(config, yaml.safe_load(recipe.read_text()))
+    elif _holds_files(output):
+        raise ValueError(f"Cannot resume: {output} holds files but no {RECIPE}, so no run. Choose another output.")
+
+
+def claim_output(output: Path, config: StageConfig, resume: bool) -> None:
+    """Take a run folder once everything is set up; one that is resumed keeps its recipe and loses its leftovers."""
+    if not resume:
+        check_unused(output)
+    output.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(output)
+    if not (output / RECIPE).is_file():
+        unfinished = output / UNFINISHED_RECIPE
+        unfinished.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        rename_durably(unfinished, output / RECIPE)
+
+
+def find_standing(output: Path) -> str | None:
+    """Name of the folder that says how far a run is: `model`, its newest checkpoint, or None (together)."""
+    newest = find_checkpoint(output)
+    own = newest.name if newest else None
+    if (output / "model").is_dir():
+        own = "model"
+    found = gather([own])
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"The processes find different things in {output}: {', '.join(map(str, found))}. The output folder must "
+            "lie on a disk that all nodes share."
+        )
+    return own
+
+
+def save_weights(
+    folder: Path, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor, weights: dict[str, torch.Tensor]
+) -> None:
+    """Write model files into an existing folder: weights, config, processor."""
+    if model.config.tie_word_embeddings:  # the cast may have made a copy of the table
+        weights = {name: item for name, item in weights.items() if name != "lm_head.weight"}
+    model.save_pretrained(folder, state_dict=weights)
+    processor.save_pretrained(folder)
+
+
+def write_adapter(folder: Path, peft_model: Any, trained: dict[str, torch.Tensor]) -> None:
+    """Write adapters, named as an objective names them, in peft's layout."""
+    state = {f"base_model.{name}": item for name, item in trained.items()}
+    write_folder(folder, functools.partial(peft_model.save_pretrained, state_dict=state))
+
+
+def write_model(
+    folder: Path,
+    config: HoVLEConfig,
+    processor: HoVLEProcessor,
+    weights: dict[str, torch.Tensor],
+    batch: dict,
+    record: BareRecord | None,
+) -> None:
+    """Write a model and what it says of a batch, computed free of all that training wrapped around it.
+
+    The bare language model's record, if there is one, goes with it.
+    """
+    with no_init_weights():
+        model = HoVLEForConditionalGeneration(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    probe = make_probe(model, batch, PixelNormalization.of(processor.image_processor))
+
+    def fill(temporary: Path) -> None:
+        save_weights(temporary, model, processor, weights)
+        write_probe(temporary, probe)
+        if record is not None:
+            write_record(temporary, record)
+
+    write_folder(folder, fill)

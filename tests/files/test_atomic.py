@@ -1,0 +1,84 @@
+"""Folders appear whole, replace others without a gap in what is kept, and have reached the disk by then."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hovle.files import atomic as durable
+
+
+def write(text: str):
+    return lambda folder: (folder / "weights").write_text(text)
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[tuple[str, str]]:
+    """`("fsync", name)` and `("rename", name)` in the order they happen."""
+    found, fsync, rename = [], os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        found.append(("fsync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        found.append(("rename", target.name))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    return found
+
+
+def test_all_files_reach_the_disk_before_the_folder_has_its_name_and_the_name_after(tmp_path, events):
+    def fill(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "a").write_text("a")
+        (folder / "b").write_text("b")
+
+    durable.write_folder(tmp_path / "model", fill)
+    renamed = events.index(("rename", "model"))
+    assert {name for _, name in events[:renamed]} == {"a", "b", "inner", ".model.writing"}
+    assert events[renamed + 1 :] == [("fsync", tmp_path.name)]
+
+
+def test_a_folder_replaces_an_older_one(tmp_path):
+    durable.write_folder(tmp_path / "model", write("one"))
+    durable.write_folder(tmp_path / "model", write("two"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "two"
+
+
+@pytest.mark.parametrize("moment", ["fill", "fsync", "rename"])
+def test_what_fails_leaves_the_older_folder_and_nothing_else(tmp_path, monkeypatch, moment):
+    durable.write_folder(tmp_path / "model", write("one"))
+
+    def fail(*args):
+        raise OSError("No space left on device")
+
+    original = os.rename
+    if moment == "fsync":
+        monkeypatch.setattr(os, "fsync", fail)
+    if moment == "rename":
+        monkeypatch.setattr(os, "rename", lambda *args: fail() if ".writing" in str(args[0]) else original(*args))
+    with pytest.raises(OSError, match="No space"):
+        durable.write_folder(tmp_path / "model", fail if moment == "fill" else write("two"))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "weights").read_text() == "one"
+
+
+def test_a_free_name_is_needed_where_nothing_may_be_replaced(tmp_path):
+    durable.write_folder(tmp_path / "one", write("one"))
+    durable.write_folder(tmp_path / "two", write("two"))
+    with pytest.raises(OSError, match="not empty"):
+        durable.rename_durably(tmp_path / "two", tmp_path / "one")
+
+
+def test_a_removed_folder_loses_its_name_first(tmp_path, monkeypatch):
+    durable.write_folder(tmp_path / "model", write("one"))
+    monkeypatch.setattr(durable.shutil, "rmtree", lambda *args, **kwargs: None)  # killed before the rest
+    durable.remove_folder(tmp_path / "model")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [".model.old"]
+    durable.remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())

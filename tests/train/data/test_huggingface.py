@@ -1,0 +1,347 @@
+"""Sources read by `datasets`: rows of every layout become records, streams continue where they stopped."""
+
+import dataclasses
+import io
+import itertools
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from hovle import HoVLEProcessor
+from hovle.train.config import DataConfig
+from hovle.train.data.mixture import Mixture, MixtureReader
+from hovle.train.data.packing import PackedBatches, StreamPosition, load_batches
+from hovle.train.data.readers import load_records
+from hovle.train.data.samples import ReplySamples
+from hovle.train.data.skips import SkipSampleError
+
+NUM_ROWS = 24
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (50, 60), (number * 10, 0, 0)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
+
+
+@pytest.fixture
+def tars(tmp_path) -> Path:
+    """Four tars of six conversations each, with a member that only unpickling could read."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for shard in range(4):
+        with tarfile.open(folder / f"shard-{shard}.tar", "w") as tar:
+            for number in range(shard * 6, shard * 6 + 6):
+                turns = [{"from": "human", "value": f"<image>{number}?"}, {"from": "gpt", "value": f"answer {number}"}]
+                members = {
+                    "png": png(number),
+                    "json": json.dumps({"conversations": turns}).encode(),
+                    "pth": b"\x80bad",
+                }
+                for suffix, data in members.items():
+                    add_member(tar, f"{number:04d}.{suffix}", data)
+    return folder
+
+
+@pytest.fixture
+def parquet(tmp_path) -> Path:
+    """Two parquet files with a picture and the turns of FineVision's format."""
+    import datasets
+
+    folder = tmp_path / "parquet"
+    folder.mkdir()
+    features = datasets.Features(
+        {
+            "images": datasets.List(datasets.Image()),
+            "texts": datasets.List({"user": datasets.Value("string"), "assistant": datasets.Value("string")}),
+        }
+    )
+    for shard in range(2):
+        rows = [
+            {
+                "images": [{"bytes": png(number), "path": None}],
+                "texts": [
+                    {"user": f"{number}?", "assistant": f"answer {number}"},
+                    {"user": "Sure?", "assistant": "Yes"},
+                ],
+            }
+            for number in range(shard * 12, shard * 12 + 12)
+        ]
+        dataset = datasets.Dataset.from_list(rows, features=features)
+        dataset.to_parquet(str(folder / f"train-{shard}.parquet"))
+    return folder
+
+
+def config_of(path: Path, **fields) -> DataConfig:
+    return DataConfig(source="huggingface", path=str(path), **fields)
+
+
+def replies(record) -> list[str]:
+    return [message["content"] for message in record.messages if message["role"] == "assistant"]
+
+
+def test_tars_are_read_and_what_would_need_unpickling_is_left_alone(tars):
+    records = load_records(config_of(tars))
+    assert len(records) == NUM_ROWS
+    record = records[7]
+    assert record.name == "huggingface:tars[7] (0007)"
+    assert record.messages[0]["content"] == [
+        {"type": "image", "image": png(7)},
+        {"type": "text", "text": "7?"},
+    ]
+    assert replies(record) == ["answer 7"]
+    assert records.dataset[7]["pth"] == b"\x80bad"  # bytes, as they lay there
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("member", [b'{"conversations": [', b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize("place", [0, 5])  # among the rows from which `datasets` infers the columns, and after them
+def test_a_broken_member_of_a_tar_is_a_skip_that_names_it(tmp_path, streaming, member, place):
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A car"}]
+    members = [json.dumps({"conversations": turns}).encode()] * 8
+    members[place] = member
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number, data in enumerate(members):
+            add_member(tar, f"{number:04d}.png", png(number))
+            add_member(tar, f"{number:04d}.json", data)
+    reader = MixtureReader(Mixture([load_records(config_of(tmp_path, streaming=streaming))], seed=0), 0, 1, {})
+    skips, read_well = [], 0
+    for index in range(8):
+        try:
+            read_well += replies(reader.record_at(index)) == ["A car"]
+        except SkipSampleError as error:
+            skips.append(error)
+    assert read_well == 7
+    [skip] = skips
+    assert skip.reason == "malformed"
+    assert f"({place:04d}): {place:04d}.json of shard.tar cannot be decoded" in str(skip)
+
+
+def test_a_data_set_that_cannot_be_prepared_is_named(tmp_path):
+    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
+        for number in range(6):  # columns are inferred from five rows, whose text is none
+            add_member(tar, f"{number}.json", b"{" if number < 5 else b'{"text": "A car"}')
+    with pytest.raises(ValueError, match=r"huggingface:.*: `datasets` cannot prepare its rows \(.*null"):
+        load_records(config_of(tmp_path))
+
+
+def test_parquet_rows_become_conversations_with_the_picture_first(parquet):
+    records = load_records(config_of(parquet))
+    assert len(records) == NUM_ROWS
+    assert records[3].messages[0]["content"] == [
+        {"type": "image", "image": png(3)},
+        {"type": "text", "text": "3?"},
+    ]
+    assert replies(records[3]) == ["answer 3", "Yes"]
+    assert load_records(config_of(parquet)).fingerprint == records.fingerprint
+
+
+def test_a_picture_folder_gives_captions_from_its_metadata(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    lines = []
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(png(number))
+        lines.append(json.dumps({"file_name": f"{number}.png", "text": f"caption {number}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    records = load_records(config_of(folder, format="imagefolder", prompt="Describe it."))
+    assert [replies(records[place]) for place in range(3)] == [[f"caption {number}"] for number in range(3)]
+    picture, text = records[1].messages[0]["content"]
+    assert Path(picture["path"]) == folder / "1.png"
+    assert text["text"] == "Describe it."
+
+
+def row(**columns) -> dict:
+    return {"image": {"bytes": png(0), "path": None}, **columns}
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason", "detail"),
+    [
+        ({"conversations": [{"from": "human", "value": "no mark"}]}, "picture count", "0 <image> marks"),
+        ({"conversations": [{"from": "robot", "value": "x"}]}, "malformed", "robot"),
+        ({"images": [{"bytes": png(1), "path": None}]}, "malformed", "found image, images"),
+        ({"image": {"bytes": None, "path": "/etc/passwd"}}, "picture outside its folder", "lies outside"),
+        ({"image": {"bytes": None, "path": None}}, "missing file", "without bytes"),
+        ({"image": None}, "missing file", "its image is empty"),
+        ({"image": None, "text": "a red car"}, "missing file", "its image is empty"),
+        ({"image": None, "jpg": None, "txt": "a red car"}, "missing file", "its image, jpg is empty"),
+        ({"image": "pic.png", "text": "a red car"}, "missing file", "its image is the text 'pic.png'"),
+        ({"image": "pic.png", "texts": [{"user": "What?", "assistant": "A car"}]}, "missing file", "the text 'pic"),
+        ({"image": "pic.png", "conversations": [{"from": "human", "value": "?"}]}, "missing file", "the text 'pic"),
+        ({"picture": png(1), "text": "a red car"}, "picture in an unknown column", "its column 'picture' holds a pic"),
+        ({"shots": [{"bytes": png(1)}], "text": "a red car"}, "picture in an unknown column", "its column 'shots'"),
+        ({"image": [], "count": 3}, "malformed", "expected a conversation, a caption or one picture, found image, co"),
+    ],
+)
+def test_rows_that_are_not_usable_say_why(columns, reason, detail, tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    with pytest.raises(SkipSampleError, match=f"a row: .*{detail}") as caught:
+        record_from_row(row(**columns), "a row", config_of(tmp_path))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"images": [], "texts": [{"user": "What is it?", "assistant": "A car"}]},
+        {"image": None, "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "A car"}]},
+        {"text": "A car", "pth": b"\x80bad"},
+    ],
+)
+def test_rows_that_say_they_have_no_picture_are_text(columns, tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    record = record_from_row(columns, "a row", config_of(tmp_path))
+    assert replies(record) == ["A car"]
+    assert all(isinstance(message["content"], str) for message in record.messages)
+
+
+@pytest.mark.parametrize("kind", ["one", "list"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_in_a_column_nobody_reads_are_refused(kind, streaming, tmp_path):
+    import datasets
+
+    picture = {"bytes": png(0), "path": None}
+    feature = datasets.Image() if kind == "one" else datasets.List(datasets.Image())
+    features = datasets.Features({"photo": feature, "text": datasets.Value("string")})
+    rows = [{"photo": picture if kind == "one" else [picture], "text": "a red car"}]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "set" / "train.parquet"))
+    with pytest.raises(
+        ValueError, match=r"huggingface:set: its column 'photo' holds pictures, but only image, images"
+    ):
+        load_records(config_of(tmp_path / "set", streaming=streaming))
+
+
+def test_messages_of_a_row_keep_their_pictures_where_they_stand(tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    content = [{"type": "text", "text": "Before "}, {"type": "image", "text": None}, {"type": "text", "text": "after"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Yes"}]
+    record = record_from_row(row(messages=messages), "a row", config_of(tmp_path))
+    assert [item["type"] for item in record.messages[0]["content"]] == ["text", "image", "text"]
+
+
+def test_a_folder_without_known_files_is_refused(tmp_path):
+    (tmp_path / "notes.md").touch()
+    with pytest.raises(ValueError, match=r"no parquet files, tars or pictures \(\.md\)"):
+        load_records(config_of(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_rewritten_file_of_the_same_size_is_noticed_and_a_copied_folder_is_not(parquet, tmp_path, streaming):
+    before = load_records(config_of(parquet, streaming=streaming)).fingerprint
+    copy = tmp_path / "copy" / "elsewhere"
+    shutil.copytree(parquet, copy)
+    assert load_records(config_of(copy, streaming=streaming)).fingerprint == before
+    file = copy / "train-1.parquet"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes().replace(b"parquet-cpp", b"parquet-cpq"))  # who wrote it
+    assert file.stat().st_size == size
+    assert load_records(config_of(copy, streaming=streaming)).fingerprint != before
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_commit_of_a_hub_id_is_part_of_its_fingerprint(parquet, monkeypatch, streaming):
+    import datasets
+
+    load, asked = datasets.load_dataset_builder, []
+
+    def from_the_hub(path, subset, revision):
+        asked.append((path, revision))
+        builder = load("parquet", data_dir=str(parquet))
+        builder.hash = revision or "newest"
+        return builder
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", from_the_hub)
+    config = config_of(Path("owner/set"), streaming=streaming)
+    newest, pinned, again = (
+        load_records(dataclasses.replace(config, revision=revision)).fingerprint for revision in (None, "abc", "abc")
+    )
+    assert asked == [("owner/set", None), ("owner/set", "abc"), ("owner/set", "abc")]
+    assert (newest.partition("@")[2], pinned.partition("@")[2]) == ("newest", "abc")
+    assert pinned == again != newest
+
+
+def read(mixture: Mixture, indices, lane=0, num_lanes=1, states=None) -> tuple[list[str], MixtureReader]:
+    reader = MixtureReader(mixture, lane, num_lanes, states or {})
+    return [replies(reader.record_at(index))[0] for index in indices], reader
+
+
+@pytest.mark.parametrize("num_lanes", [1, 2, 3])
+def test_the_lanes_of_a_stream_share_its_rows_and_shuffle_its_shards(tars, num_lanes):
+    mixture = Mixture([load_records(config_of(tars, streaming=True))], seed=0)
+    epochs = []
+    for epoch in range(6):
+        taken = []
+        for lane in range(num_lanes):
+            indices = range(lane, 6 * NUM_ROWS, num_lanes)
+            share = NUM_ROWS // num_lanes
+            taken += read(mixture, indices, lane, num_lanes)[0][epoch * share : (epoch + 1) * share]
+        epochs.append(taken)
+        assert sorted(taken) == sorted(f"answer {number}" for number in range(NUM_ROWS))
+    assert len({tuple(taken) for taken in epochs}) > 1
+
+
+@pytest.mark.parametrize("kind", ["tars", "parquet"])
+def test_a_stream_continues_exactly_wherever_it_stopped(kind, request):
+    config = config_of(request.getfixturevalue(kind), streaming=True)
+    straight = read(Mixture([load_records(config)], seed=0), range(60))[0]
+    for stop in (0, 1, 5, 6, 23, 24, 25, 40):
+        _, reader = read(Mixture([load_records(config)], seed=0), range(stop))
+        states = json.loads(json.dumps(reader.states(stop)[0]))  # plain values
+        found, _ = read(Mixture([load_records(config)], seed=0), range(stop, 60), states={0: states})
+        assert found == straight[stop:]
+
+
+def test_a_stream_with_fewer_rows_than_lanes_is_refused(tars):
+    mixture = Mixture([load_records(config_of(tars, streaming=True))], seed=0)
+    with pytest.raises(ValueError, match="fewer rows than lanes"):
+        read(mixture, [30], lane=30, num_lanes=40)
+
+
+def test_once_takes_every_row_of_a_stream_once(tars, checkpoints, next_token_config):
+    mixture = Mixture([load_records(config_of(tars, streaming=True))], 0)
+    maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
+    batches = PackedBatches(mixture, maker, next_token_config(), StreamPosition(), 0, 1, 0, once=True)
+    names = [name for batch in batches for name in batch["names"]]
+    assert len(names) == len(set(names)) == NUM_ROWS
+
+
+def test_a_mixture_with_a_stream_is_packed_and_resumed_exactly(tars, data, checkpoints, next_token_config):
+    def batches(rank=0, world_size=1, start=None) -> PackedBatches:
+        sources = [config_of(tars, streaming=True), DataConfig(source="chat", path=str(data / "chat.jsonl"))]
+        mixture = Mixture([load_records(source) for source in sources], 0, [2, 1])
+        config = next_token_config(f"gradient_accumulation_steps={2 // world_size}", "packing_window=6")
+        maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
+        return PackedBatches(mixture, maker, config, start or StreamPosition(), rank, world_size, 0)
+
+    straight = list(itertools.islice(batches(), 8))
+    assert any("huggingface:tars" in name for name in straight[0]["names"])
+    assert any("chat.jsonl" in name for name in straight[0]["names"])
+    names = [batch["names"] for batch in straight]
+    for num_workers in (0, 1, 2):
+        resumed = load_batches(batches(start=straight[3]["position"]), num_workers)
+        assert [batch["names"] for batch in itertools.islice(resumed, 4)] == names[4:]
+    ranks = [list(itertools.islice(batches(rank, 2, straight[3]["position"]), 2)) for rank in range(2)]
+    assert [ranks[place % 2][place // 2]["names"] for place in range(4)] == names[4:]
