@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from hovle.assets import easy_vqa
-from hovle.assets.easy_vqa import describe_wording, load_questions
+from hovle.assets.vqa_questions import describe_wording, load_questions
 from hovle.eval.vqa import score_model
 
 if __name__ == "__main__":

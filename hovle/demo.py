@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .assets import easy_vqa
-from .assets.easy_vqa import Question, draw_questions
+from .assets.vqa_questions import Question, draw_questions
 from .charts import load_pyplot
 from .eval.vqa import exact_match, score_model
 

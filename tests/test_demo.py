@@ -10,7 +10,7 @@ from PIL import Image
 
 from hovle import cli, demo
 from hovle.assets import easy_vqa
-from hovle.assets.easy_vqa import Question, draw_questions
+from hovle.assets.vqa_questions import Question, draw_questions
 from hovle.train.config import load_stage
 
 SCORES = {

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..assets.easy_vqa import Question, draw_questions
+from ..assets.vqa_questions import Question, draw_questions
 from ..machine.speed import fastest_dtype
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.pictures import load_picture

@@ -13,7 +13,7 @@ import pytest
 from places import ROOT
 
 from hovle.assets import easy_vqa
-from hovle.assets.easy_vqa import describe_wording, load_questions
+from hovle.assets.vqa_questions import describe_wording, load_questions
 
 
 @pytest.fixture(scope="module")

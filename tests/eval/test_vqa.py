@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
-from hovle.assets.easy_vqa import Question, describe_wording
+from hovle.assets.vqa_questions import Question, describe_wording
 from hovle.eval.vqa import answer_questions, exact_match, with_blank_pictures, with_shuffled_pictures
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ...assets import easy_vqa
-from ...assets.easy_vqa import Question, load_questions, wording_weights
+from ...assets.vqa_questions import Question, load_questions, wording_weights
 from ...files.fingerprints import at_even_distances, fingerprint_files
 from ..config import DataConfig
 from .records import (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from ...assets.easy_vqa import draw_weighted
+from ...assets.vqa_questions import draw_weighted
 from .skips import SkipSampleError
 
 PICTURE_MARK = "<image>"

@@ -17,7 +17,7 @@ from transformers import pipeline
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.assets import easy_vqa
-from hovle.assets.easy_vqa import draw_questions, load_questions
+from hovle.assets.vqa_questions import draw_questions, load_questions
 from hovle.cli import main
 from hovle.eval.benchmarks import harness
 from hovle.eval.benchmarks.suites import TASKS_FOLDER, load_suites

@@ -1,14 +1,14 @@
 """Questions of easy-VQA for lmms-eval. `*.jsonl` name the places of the questions in the test split; `hovle fetch`
 brings the split itself, so that neither the Hub nor a key is needed.
 
-The questions are those that `draw_questions` of `hovle.assets.easy_vqa` draws with seed 0, which the demo's report
-is about.
+The questions are those that `draw_questions` of `hovle.assets.vqa_questions` draws with seed 0: those that the
+demo's report is about.
 """
 
 import datasets
 
 from hovle.assets import easy_vqa
-from hovle.assets.easy_vqa import Question, load_questions
+from hovle.assets.vqa_questions import Question, load_questions
 from hovle.eval.vqa import exact_match, with_blank_pictures
 
 
