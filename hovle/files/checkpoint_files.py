@@ -8,7 +8,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from .atomic import rename_durably
+from .model_folder import refuse_missing_folder
 
 CONFIG, WEIGHTS, INDEX, LICENCE = "config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -180,8 +180,7 @@ def local_folder(src: str | os.PathLike, patterns: Sequence[str] = MODEL_FILES, 
     """
     if Path(src).is_dir():
         return Path(src)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(src)):
-        raise ValueError(f"{src} is neither a folder nor a Hub id such as OpenGVLab/HoVLE.")
+    refuse_missing_folder(src)
     try:
         return Path(snapshot_download(str(src), allow_patterns=list(patterns), **options))
     except (OSError, ValueError) as error:  # the Hub's errors are OSErrors

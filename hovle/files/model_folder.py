@@ -1,20 +1,24 @@
-"""Is there a model in this folder? Checks before a long load, with advice."""
+"""Is there a model in this folder, or is it a Hub id? Checks before a long load, with advice."""
 
 import os
+import re
 from pathlib import Path
+
+
+def is_hub_id(model: str | os.PathLike) -> bool:
+    """Whether a name is taken for one of the Hub: `owner/name`, unless a folder `owner` makes a path of it."""
+    name = os.fspath(model)
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and not Path(name).parent.is_dir()
 
 
 def refuse_missing_folder(model: str | os.PathLike) -> None:
     """Raise for a folder without a model; a mistyped path would be taken for a Hub id and asked for over the network.
 
-    Hub ids are `owner/name`. Anything else is a path, and so is `first/second` where there is a folder `first`.
-
     Raises:
-        ValueError: For a path without a folder, or without a config.json in it.
+        ValueError: For what is no Hub id, where there is no folder, or no config.json in it.
     """
     name = os.fspath(model)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
-    if not looks_like_path or (Path(name) / "config.json").is_file():
+    if (Path(name) / "config.json").is_file() or is_hub_id(name):
         return
     expected = "expected a folder with config.json, or a Hub id such as owner/name."
     if Path(name).is_dir():

@@ -1,7 +1,6 @@
 """`hovle chat`."""
 
 import os
-import shutil
 import subprocess
 import sys
 
@@ -11,7 +10,6 @@ from PIL import Image
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
 from hovle.chat.conversation import Conversation
-from hovle.files.model_folder import refuse_missing_folder
 
 
 @pytest.fixture
@@ -171,21 +169,3 @@ def test_a_missing_folder_is_named_at_once_and_no_hub_is_asked(name, tmp_path, m
     monkeypatch.setattr(HoVLEProcessor, "from_pretrained", lambda *_, **__: pytest.fail("the Hub would be asked"))
     assert cli.main(["chat", "--model", name, "-q", "?"]) == 1
     assert f"No model in {name}, as there is no such folder: expected a folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["owner/name", "runs/x"])
-def test_what_may_be_a_hub_id_is_taken_for_one(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # there is no folder "runs" here
-    refuse_missing_folder(name)
-
-
-def test_models_beside_a_missing_one_are_named(model_folder, tmp_path):
-    for number in range(10):
-        shutil.copytree(model_folder, tmp_path / f"model-{number}")
-    with pytest.raises(ValueError, match=rf"In {tmp_path} there are model, model-0, .*model-6, \.\.\.\.$"):
-        refuse_missing_folder(tmp_path / "modle-1")
-
-
-def test_a_folder_without_a_model_is_told_from_a_missing_one(tmp_path):
-    with pytest.raises(ValueError, match=rf"No model in {tmp_path}: expected a folder with config.json"):
-        refuse_missing_folder(tmp_path)

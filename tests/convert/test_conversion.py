@@ -799,7 +799,7 @@ def test_new_files_have_the_permissions_of_any_new_file(tmp_path):
 
 def test_a_source_that_is_no_folder_is_named(tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "nowhere"), str(tmp_path / "model")]) == 1
-    assert "neither a folder nor a Hub id" in capsys.readouterr().err
+    assert "as there is no such folder: expected a folder with config.json, or a Hub id" in capsys.readouterr().err
     with pytest.raises(ValueError, match="must be one of hovle, released"):
         convert(GOLDEN / "hovle-tiny", tmp_path / "model", to="gguf")
 

@@ -1,10 +1,9 @@
 """Load the model and the processor a stage starts from."""
 
-from pathlib import Path
-
 import torch
 
 from ...assets import resolve_asset
+from ...files.model_folder import refuse_missing_folder
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import ModelConfig, StageConfig
@@ -54,11 +53,10 @@ def start_processor(start: ModelConfig) -> HoVLEProcessor:
 
 def check_checkpoint(name: str) -> None:
     """Raise where neither a model folder nor a Hub id is named."""
-    if name.count("/") != 1 and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"model.checkpoint: no model in {name}. Run the stage before it first, or name a folder "
-            "with config.json or a Hub id such as owner/name."
-        )
+    try:
+        refuse_missing_folder(name)
+    except ValueError as error:
+        raise ValueError(f"model.checkpoint: {error} Where a stage writes it, run that one first.") from None
 
 
 def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen3Config
 from transformers.configuration_utils import PreTrainedConfig
 
+from ...files.model_folder import is_hub_id
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.language_model import IMAGE_TOKENS, config_around, load_language_config
 from ..config import ModelConfig, StageConfig, TeacherConfig, load_stage
@@ -105,7 +106,7 @@ def model_config(stage: StageConfig, others: Iterable[StageConfig] = ()) -> HoVL
     for other in others:
         if Path(other.output) / "model" == Path(start.checkpoint):
             return model_config(other, [item for item in others if item is not other])
-    if start.checkpoint.count("/") == 1:
+    if is_hub_id(start.checkpoint):
         return HoVLEConfig.from_pretrained(start.checkpoint)
     raise ValueError(
         f"model.checkpoint: no model in {start.checkpoint} yet. Name the recipe that writes it as well, before this "

@@ -168,4 +168,4 @@ def test_what_the_user_got_wrong_is_said_in_a_line(next_token_config, tmp_path, 
     assert main(["data", "doctor", recipe, "--samples", "-1"]) == 1
     assert "--samples must be 0 or more" in capsys.readouterr().err
     assert main(["data", "doctor", recipe, "model.checkpoint=nowhere/at/all"]) == 1
-    assert "no model in nowhere/at/all" in capsys.readouterr().err
+    assert "model.checkpoint: No model in nowhere/at/all" in capsys.readouterr().err
