@@ -167,8 +167,10 @@ def _message(message: Any, where: str) -> dict:
         message["tool_calls"] = [
             _tool_call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(message["tool_calls"])
         ]
-        return message
-    message.pop("tool_calls", None)
+        if "content" not in message:
+            return message
+    elif "tool_calls" in message:
+        del message["tool_calls"]
     content = message.get("content", "" if message["role"] == "assistant" else None)
     if isinstance(content, list):
         content = [_item(item, f"{where}.content[{place}]") for place, item in enumerate(content)]

@@ -10,6 +10,7 @@ from hovle.serve.requests import check_request, check_template_kwargs, picture_u
 
 PICTURE = {"type": "image_url", "image_url": {"url": "http://localhost/a.png"}}
 HELLO = {"role": "user", "content": "hello"}
+CALLED = {"name": "f", "arguments": {}}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +73,10 @@ BROKEN = {
     "arguments no JSON": (
         {"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
         "function.arguments: expected JSON",
+    ),
+    "content beside tool calls": (
+        {"messages": [{"role": "assistant", "content": [5], "tool_calls": [{"function": CALLED}]}]},
+        "messages[0].content[0]: expected an object, found 5",
     ),
     "two answers": ({"messages": [HELLO], "n": 2}, "n: only 1 is supported, found 2"),
     "JSON answers": (
