@@ -13,7 +13,7 @@ from typing import Any
 import filelock
 import platformdirs
 
-from ..files.atomic import replace_folder
+from ..files.atomic import write_folder
 
 logger = logging.getLogger(__name__)
 
@@ -80,20 +80,16 @@ def make_folder(folder: Path, identity: dict[str, Any], fill: Callable[[Path], d
     """
     if is_complete(folder, identity):
         return folder
+
+    def fill_and_mark(staging: Path) -> None:
+        _check_free_space(staging, needed)
+        more = fill(staging)
+        _write_marker(staging, {**identity, **more})
+
     with _locked(folder.name):
-        if is_complete(folder, identity):  # the process we waited for has made it
-            return folder
-        staging = folder.parent / "staging" / folder.name
-        with _disk_errors_explained():
-            shutil.rmtree(staging, ignore_errors=True)  # an interrupted run's
-            staging.mkdir(parents=True)
-            _check_free_space(staging, needed)
-            try:
-                more = fill(staging)
-                _write_marker(staging, {**identity, **more})
-                replace_folder(staging, folder)  # one that is there is damaged
-            finally:
-                shutil.rmtree(staging, ignore_errors=True)
+        if not is_complete(folder, identity):  # else the process we waited for has made it
+            with _disk_errors_explained():
+                write_folder(folder, fill_and_mark)  # one that is there is damaged
     return folder
 
 

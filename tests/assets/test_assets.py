@@ -113,7 +113,7 @@ GOOD = [".complete.json", "images/0.png", "images/1.png", "images/2.png", "weigh
 
 
 def leftovers(cache):
-    return [path for name in ("staging", "downloads") if (cache / name).exists() for path in (cache / name).iterdir()]
+    return [*cache.glob(".*"), *cache.glob("downloads/*")]
 
 
 # Unpacking a wheel
