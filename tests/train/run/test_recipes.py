@@ -67,7 +67,7 @@ def test_every_recipe_holds_data_out_that_it_does_not_learn_from(folder, stage):
     assert config.validation is not None
     sets = [(data.source, data.path, data.subset, data.split) for data in (*config.data, config.validation)]
     assert sets[-1] not in sets[:-1]
-    assert config.blind_check
+    assert config.image_ablation
     assert (config.retention is not None) == (folder != "demo")  # there it would cost more than a validation
     assert config.validate_every == config.checkpoint_every
 
