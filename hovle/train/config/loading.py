@@ -3,7 +3,6 @@
 import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import MISSING
 from pathlib import Path
 
 import yaml
@@ -83,7 +82,9 @@ def _without_other_kinds(base: type[Kind], values: dict) -> dict:
     kinds = base.kinds()
     own = field_names(kinds[values[base.TAG]])
     defaults = {field.name: field.default for kind in kinds.values() for field in dataclasses.fields(kind)}
-    return {key: value for key, value in values.items() if key in own or value != defaults.get(key, MISSING)}
+    return {
+        key: value for key, value in values.items() if key in own or value != defaults.get(key, dataclasses.MISSING)
+    }
 
 
 def _read_yaml(text: str, where: str):
