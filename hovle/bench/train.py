@@ -36,7 +36,7 @@ from ..charts import load_pyplot
 from ..machine.memory import keep_freed_memory
 from ..machine.speed import fastest_dtype
 from ..model.modeling_hovle import IGNORE_INDEX
-from ..train.config import DataConfig, StageConfig, load_stage
+from ..train.config import EasyVqaData, StageConfig, load_stage
 from ..train.data.packing import PackedBatches, StreamPosition, pack_rows
 from ..train.data.readers import load_records
 from ..train.data.records import Record
@@ -280,7 +280,7 @@ def num_supervised(batch: dict) -> int:
 
 def make_samples(mix: str, count: int, maker: ReplySamples) -> list[Sample]:
     """Conversations about easy-VQA pictures with one question each, drawn with a fixed seed."""
-    records = load_records(DataConfig(source="easy_vqa"))
+    records = load_records(EasyVqaData())
     assert isinstance(records, list)  # the asset is small
     generator = random.Random(0)
     chosen = generator.sample(records, count)

@@ -98,7 +98,7 @@ def test_every_package_of_an_extra_is_looked_for():
     also = {("hovle", "demo"), ("transformers", "serve"), ("sentencepiece", "eval"), ("matplotlib", "eval")}
     for name, extra in names - also:
         assert known[name] == f"hovle[{extra}]"
-    served = {"fastapi", "uvicorn", "pydantic", "openai"}  # without these transformers has no server
+    served = {"fastapi", "uvicorn", "openai"}  # without these transformers has no server
     assert {name for name, requirement in known.items() if requirement == "hovle[serve]"} == served
 
 

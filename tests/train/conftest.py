@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train import StageConfig, load_stage
-from hovle.train.config import DataConfig
+from hovle.train.config.data import DataSource
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.readers import load_records
 from hovle.train.data.samples import RandomTextSamples, ReplySamples
@@ -127,7 +127,7 @@ def batches(parts, data, next_token_config) -> Callable[..., list[dict]]:
     def build(source: str, count: int = 1, *overrides: str) -> list[dict]:
         path = data / ("chat.jsonl" if source == "chat" else "pictures")
         maker = ReplySamples(parts[1]) if source == "chat" else RandomTextSamples(parts[1], 10, seed=0)
-        records = load_records(DataConfig(source=source, path=str(path)))
+        records = load_records(DataSource.kinds()[source](path=str(path)))
         stream = PackedBatches(records, maker, next_token_config(*overrides), StreamPosition(), 0, 1, pad_token_id=0)
         return list(itertools.islice(stream, count))
 

@@ -69,7 +69,10 @@ def test_an_unknown_recipe_lists_the_shipped_ones():
             "objective: unknown key 'text_wieght'; did you mean",
         ),
         ({"zzz": 1}, "unknown key 'zzz'; known: output, model"),
-        ({1: 2}, "unknown key 1; known"),
+        ({1: 2}, "unknown key '1'; known"),
+        ({"retention": {"windw": 4}}, "retention: unknown key 'windw'; did you mean window?"),
+        ({"blind_check": False}, "unknown key 'blind_check': it is called image_ablation now"),
+        ({"stop_when_blind": True}, "unknown key 'stop_when_blind': it is called stop_when_images_ignored now"),
     ],
 )
 def test_unknown_keys_are_refused_with_a_hint(load, changes, message):
@@ -81,24 +84,32 @@ def test_unknown_keys_are_refused_with_a_hint(load, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_steps": "ten"}, "num_steps must be int, got 'ten'"),
-        ({"num_steps": 1.5}, "num_steps must be int, got 1.5"),
-        ({"num_steps": True}, "num_steps must be int, got True"),
-        ({"learning_rate": "fast"}, "learning_rate must be float, got 'fast'"),
-        ({"learning_rate": True}, "learning_rate must be float, got True"),
-        ({"trainable": "stem"}, "trainable must be a list, got 'stem'"),
-        ({"trainable": [3]}, "trainable must be str, got 3"),
-        ({"model": "somewhere"}, "model must be a mapping, got 'somewhere'"),
-        ({"model": {"checkpoint": "x", "image_size": "big"}}, "model: image_size must be int, got 'big'"),
-        ({"objective": {"name": "next"}}, "objective: name must be one of distillation, next_token, got 'next'"),
-        ({"dtype": "float16"}, "dtype must be one of auto, bfloat16, float32, got 'float16'"),
-        ({"data": {"source": 3}}, "data: source must be str, got 3"),
-        ({"model": {"checkpoint": 5}}, "model: checkpoint must be str, got 5"),
-        ({"output": None}, "output must be str, got None"),
+        ({"num_steps": "ten"}, "num_steps: must be a valid integer, got 'ten'"),
+        ({"num_steps": "10"}, "num_steps: must be a valid integer, got '10'"),
+        ({"num_steps": 1.5}, "num_steps: must be a valid integer, got 1.5"),
+        ({"num_steps": True}, "num_steps: must be a valid integer, got True"),
+        ({"learning_rate": "fast"}, "learning_rate: must be a valid number, got 'fast'"),
+        ({"learning_rate": True}, "learning_rate: must be a valid number, got True"),
+        ({"keep_best": "yes"}, "keep_best: must be a valid boolean, got 'yes'"),
+        ({"trainable": "stem"}, "trainable: must be a list, got 'stem'"),
+        ({"tracking": [3]}, "tracking.0: must be a valid string, got 3"),
+        ({"model": "somewhere"}, "model: must be a mapping, got 'somewhere'"),
+        ({"model": {"checkpoint": "x", "image_size": "big"}}, "model.image_size: must be a valid integer, got 'big'"),
+        (
+            {"objective": {"name": "next"}},
+            "objective.name: must be one of 'distillation', 'next_token', got 'next'",
+        ),
+        ({"objective": {}}, "objective.name: missing"),
+        ({"dtype": "float16"}, "dtype: must be 'auto', 'bfloat16' or 'float32', got 'float16'"),
+        ({"data": {"source": "x"}}, "data.0.source: must be one of 'easy_vqa', 'chat', 'llava', 'pictures', 'hugg"),
+        ({"data": {"source": 3}}, "data.0.source: must be one of 'easy_vqa', "),
+        ({"model": {"checkpoint": 5}}, "model.checkpoint: must be a valid string, got 5"),
+        ({"output": None}, "output: must be a valid string, got None"),
+        ({"retention": {"window": "512"}}, "retention.window: must be a valid integer, got '512'"),
     ],
 )
 def test_wrong_types_are_refused_with_the_key(load, changes, message):
-    with pytest.raises(ValueError, match="must be") as caught:
+    with pytest.raises(ValueError, match=r"must be|missing") as caught:
         load(minimal(**changes))
     assert message in str(caught.value)
 
@@ -106,7 +117,7 @@ def test_wrong_types_are_refused_with_the_key(load, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainable": ["stems"]}, r"trainable names \['stems'\]; known parameter groups: stem,"),
+        ({"trainable": ["stems"]}, "trainable.0: must be 'stem', 'holistic_layers', .*, got 'stems'"),
         ({"trainable": []}, "nothing would learn"),
         ({"lora": {}, "trainable": ["language_model"]}, "take language_model out"),
         ({"model": {}}, "exactly one of checkpoint"),
@@ -117,19 +128,25 @@ def test_wrong_types_are_refused_with_the_key(load, changes, message):
             {"keep_best": True, "checkpoint_every": 5},
             "keep_best compares checkpoints by validation loss: set validation",
         ),
-        ({"keep_last": 0}, "keep_last must be at least 1, got 0"),
-        ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
-        ({"packing_window": 0}, "packing_window must be at least 1"),
-        ({"checkpoint_every": -1}, "checkpoint_every must be at least 0"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"data": []}, "data is an empty list"),
+        ({"keep_last": 0}, "keep_last: must be greater than or equal to 1, got 0"),
+        ({"num_steps": 0}, "num_steps: must be greater than or equal to 1, got 0"),
+        ({"packing_window": 0}, "packing_window: must be greater than or equal to 1"),
+        ({"checkpoint_every": -1}, "checkpoint_every: must be greater than or equal to 0"),
+        ({"num_workers": -1}, "num_workers: must be greater than or equal to 0, got -1"),
+        ({"data": []}, "data: .* at least 1 item"),
         ({"data": [{"source": "easy_vqa"}, {"source": "easy_vqa"}]}, "several sources easy_vqa: give each a `name`"),
-        ({"data": [{"source": "chat", "path": "x", "weight": -1}]}, "weight must be a number above 0, got -1"),
-        ({"max_tiles_per_batch": 0}, "max_tiles_per_batch must be at least 1, got 0"),
-        ({"max_skip_fraction": 1.5}, r"max_skip_fraction must lie in \[0, 1\], got 1.5"),
-        ({"warmup_ratio": 1.0}, "warmup_ratio"),
-        ({"adam_betas": [0.9]}, "adam_betas needs two numbers"),
-        ({"data": {"source": "easy_vqa", "questions_per_sample": 0}}, "questions_per_sample must be at least 1"),
+        (
+            {"data": [{"source": "chat", "path": "x", "weight": -1}]},
+            r"data\.0\.weight: must be greater than 0, got -1",
+        ),
+        ({"max_tiles_per_batch": 0}, "max_tiles_per_batch: must be greater than or equal to 1, got 0"),
+        ({"max_skip_fraction": 1.5}, "max_skip_fraction: must be less than or equal to 1, got 1.5"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio: must be less than 1, got 1.0"),
+        ({"adam_betas": [0.9]}, r"adam_betas\.1: missing"),
+        (
+            {"data": {"source": "easy_vqa", "questions_per_sample": 0}},
+            "questions_per_sample: must be greater than or equal to 1",
+        ),
     ],
 )
 def test_values_that_cannot_work_are_refused(load, changes, message):
@@ -145,13 +162,41 @@ def test_distillation_cannot_train_the_language_model(load, changes):
         load(minimal(**distillation, **changes))
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        (
+            {"objective": {"name": "next_token", "text_weight": 1.0}},
+            "objective: text_weight belongs to distillation; ",
+        ),
+        (
+            {"data": {"source": "chat", "path": "x", "picture_folder": "y"}},
+            "picture_folder belongs to llava; chat does",
+        ),
+        (
+            {"data": {"source": "llava", "path": "x", "split": "train"}},
+            "split belongs to easy_vqa, huggingface; llava",
+        ),
+        ({"validation": {"source": "easy_vqa", "prompt": ""}}, "validation: prompt belongs to huggingface; easy_vqa"),
+    ],
+)
+def test_a_key_of_another_kind_is_refused_even_with_its_default(load, section, message):
+    with pytest.raises(ValueError, match="does not read it") as caught:
+        load(minimal(**section))
+    assert message in str(caught.value)
+
+
 def test_missing_keys_are_named(load):
     values = minimal()
     del values["num_steps"], values["data"]
-    with pytest.raises(ValueError, match="missing data, num_steps"):
+    with pytest.raises(ValueError, match="data: missing; num_steps: missing"):
         load(values)
-    with pytest.raises(ValueError, match="teacher: missing name, image_size"):
+    with pytest.raises(ValueError, match=r"teacher\.name: missing; teacher\.image_size: missing"):
         load(minimal(teacher={}))
+    with pytest.raises(ValueError, match=r"data\.0\.path: missing"):
+        load(minimal(data={"source": "chat"}))
+    with pytest.raises(ValueError, match=r"recipe\.yaml: learning_rate: must .*; num_workers: must "):
+        load(minimal(learning_rate="fast", num_workers=-1))
 
 
 def test_yaml_spellings_mean_what_they_look_like(load):
@@ -159,6 +204,8 @@ def test_yaml_spellings_mean_what_they_look_like(load):
     assert config.learning_rate == 3e-4  # plain YAML reads text
     assert config.compile == "on"  # plain YAML reads a boolean
     assert load(minimal(learning_rate=1)).learning_rate == 1.0
+    assert load(minimal(adam_betas=["5e-1", 1])).adam_betas == (0.5, 1.0)
+    assert load(minimal(min_picture_gap=float("-inf"))).min_picture_gap == float("-inf")
 
 
 def test_yaml_that_builds_python_objects_is_refused(load):
@@ -198,7 +245,7 @@ def test_overrides_replace_fields_and_reach_nested_ones(load):
         ("num_stepz=4", "unknown key 'num_stepz'; did you mean num_steps?"),
         ("model.sise=4", "model: unknown key 'sise'"),
         ("num_steps.x=4", "num_steps has no fields"),
-        ("num_steps=four", "num_steps must be int"),
+        ("num_steps=four", "num_steps: must be a valid integer"),
         ("num_steps=[4", "num_steps=[4 is no plain YAML"),
     ],
 )
@@ -217,7 +264,7 @@ def test_data_is_one_source_or_a_list_of_them(load):
     assert mixed.to_dict()["data"][1]["path"] == "b.json"
     with pytest.raises(ValueError, match=r"data\.2\.weight: '2' is none of the list's 2 items; they count from 0"):
         load(minimal(data=sources), "data.2.weight=1")
-    with pytest.raises(ValueError, match=r"data item: unknown key 'wieght'; did you mean weight\?"):
+    with pytest.raises(ValueError, match=r"data\.0: unknown key 'wieght'; did you mean weight\?"):
         load(minimal(data=[{"source": "chat", "path": "a.jsonl", "wieght": 1}]))
 
 
@@ -225,6 +272,9 @@ def test_a_stage_cannot_be_changed_after_loading(load):
     config = load(minimal())
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.num_steps = 5
+    assert dataclasses.replace(config, num_steps=5).num_steps == 5
+    with pytest.raises(ValueError, match=r"(?s)num_steps.*greater than or equal to 1"):
+        dataclasses.replace(config, num_steps=0)
 
 
 def test_every_stage_script_runs_a_recipe_of_its_own_name():

@@ -18,7 +18,7 @@ from typing import Any
 
 from ...files.fingerprints import fingerprint_files
 from ...model.pictures import picture_size
-from ..config import DataConfig
+from ..config import HuggingFaceData
 from .records import PICTURE_MARK, PICTURE_SUFFIXES, ROLES, Record, conversation, inside, messages_from_turns
 from .skips import SkipSampleError
 
@@ -35,7 +35,7 @@ FAULT = "__fault__"
 """Column of a tar's rows that says which member cannot be decoded, empty where all can."""
 
 
-def open_dataset(config: DataConfig) -> tuple[Any, str]:
+def open_dataset(config: HuggingFaceData) -> tuple[Any, str]:
     """Open a data set, map-style or as a stream, with its pictures left encoded.
 
     Returns:
@@ -44,7 +44,7 @@ def open_dataset(config: DataConfig) -> tuple[Any, str]:
     from datasets import load_dataset_builder  # an extra: other sources do without it
     from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
-    path = Path(str(config.path))
+    path = Path(config.path)
     options: dict = {}
     if path.is_dir():
         options["data_dir"] = str(path)
@@ -63,7 +63,7 @@ def open_dataset(config: DataConfig) -> tuple[Any, str]:
     return dataset, _fingerprint(config, dataset, commit)
 
 
-def _prepare(builder: Any, config: DataConfig) -> None:
+def _prepare(builder: Any, config: HuggingFaceData) -> None:
     """Write the rows to the cache of `datasets`."""
     from datasets.exceptions import DatasetGenerationError
 
@@ -73,7 +73,7 @@ def _prepare(builder: Any, config: DataConfig) -> None:
         raise ValueError(f"{config.label}: `datasets` cannot prepare its rows ({error.__cause__!r:.300}).") from error
 
 
-def _with_encoded_pictures(dataset: Any, config: DataConfig) -> Any:
+def _with_encoded_pictures(dataset: Any, config: HuggingFaceData) -> Any:
     """The data set with its pictures left encoded; ValueError where a column of pictures has a name nobody reads."""
     from datasets import Image, List
 
@@ -134,11 +134,11 @@ def _known_columns() -> str:
     return f"{', '.join(PICTURES)} and members of a tar named {', '.join(PICTURE_SUFFIXES)}"
 
 
-def _layout(config: DataConfig) -> str:
+def _layout(config: HuggingFaceData) -> str:
     """How local files are laid out, by their names if the recipe does not say."""
     if config.format != "auto":
         return config.format
-    path = Path(str(config.path))
+    path = Path(config.path)
     files = path.rglob("*") if path.is_dir() else [path]
     suffixes = {file.suffix.lower() for file in files}
     for layout, known in (("parquet", {".parquet"}), ("webdataset", {".tar"}), ("imagefolder", PICTURE_SUFFIXES)):
@@ -150,14 +150,14 @@ def _layout(config: DataConfig) -> str:
     )
 
 
-def _fingerprint(config: DataConfig, dataset: Any, commit: str | None) -> str:
+def _fingerprint(config: HuggingFaceData, dataset: Any, commit: str | None) -> str:
     """Short hash of local files, or of a Hub id with its commit; of columns, and of rows if known."""
-    path = Path(str(config.path))
+    path = Path(config.path)
     files = sorted(path.rglob("*")) if path.is_dir() else sorted(path.parent.glob(path.name))
     if commit is None:
         made_of = fingerprint_files([file for file in files if file.is_file()], path if path.is_dir() else path.parent)
     else:
-        made_of = str(config.path)
+        made_of = config.path
     rows = None if config.streaming else len(dataset)
     parts = (made_of, config.subset, config.split, sorted(dataset.features or {}), rows)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16] + (f"@{commit}" if commit else "")
@@ -166,7 +166,7 @@ def _fingerprint(config: DataConfig, dataset: Any, commit: str | None) -> str:
 class DatasetRecords:
     """A map-style data set."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: HuggingFaceData):
         self.config = config
         self.dataset, self.fingerprint = open_dataset(config)
 
@@ -184,7 +184,7 @@ class DatasetStream:
     the rows before writing the shards, and write a multiple of the run's lanes (micro-batches per step).
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: HuggingFaceData):
         self.config = config
         self.dataset, self.fingerprint = open_dataset(config)
 
@@ -233,7 +233,7 @@ class LaneStream:
         return record_from_row(row, name, self.source.config)
 
 
-def record_from_row(row: dict, name: str, config: DataConfig) -> Record:
+def record_from_row(row: dict, name: str, config: HuggingFaceData) -> Record:
     """Turn a row into a record; SkipSampleError where it has neither pictures nor text, or too few of them."""
     member = row.get("json")
     if isinstance(member, Mapping):
@@ -255,7 +255,7 @@ def record_from_row(row: dict, name: str, config: DataConfig) -> Record:
     return Record(name, messages_from_turns(name, turns, pictures))
 
 
-def _pictures(row: dict, name: str, config: DataConfig) -> list[str | bytes]:
+def _pictures(row: dict, name: str, config: HuggingFaceData) -> list[str | bytes]:
     """Encoded pictures of a row, or paths of files that stay inside the data set's folder."""
     given: list = []
     for key, value in row.items():
@@ -271,9 +271,9 @@ def _pictures(row: dict, name: str, config: DataConfig) -> list[str | bytes]:
             pictures.append(picture)
         elif isinstance(picture, Mapping) and picture.get("bytes"):
             pictures.append(picture["bytes"])
-        elif isinstance(picture, Mapping) and picture.get("path") and Path(str(config.path)).is_dir():
+        elif isinstance(picture, Mapping) and picture.get("path") and Path(config.path).is_dir():
             try:
-                pictures.append(str(inside(Path(str(config.path)), picture["path"])))
+                pictures.append(str(inside(Path(config.path), picture["path"])))
             except ValueError as error:
                 raise SkipSampleError(name, "picture outside its folder", str(error)) from error
         else:
@@ -311,7 +311,7 @@ def _check_no_picture_is_missing(row: dict, name: str) -> None:
         raise SkipSampleError(name, "missing file", f"its {', '.join(named)} is empty.")
 
 
-def _turns(row: dict, name: str, num_pictures: int, config: DataConfig) -> list[tuple[str, str]] | None:
+def _turns(row: dict, name: str, num_pictures: int, config: HuggingFaceData) -> list[tuple[str, str]] | None:
     """Role and text of each turn; pictures go before the first question where a format has no marks for them."""
     marks = PICTURE_MARK * num_pictures
     try:

@@ -6,13 +6,13 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...assets import easy_vqa
 from ...assets.vqa_questions import Question, load_questions, wording_weights
 from ...files.fingerprints import at_even_distances, fingerprint_files
-from ..config import DataConfig
+from ..config import ChatData, DataConfig, EasyVqaData, HuggingFaceData, LlavaData, PictureData
 from .records import (
     CHAT_ROLES,
     PICTURE_SUFFIXES,
@@ -31,17 +31,22 @@ from .skips import NUM_WORST, SkipSampleError
 
 def load_records(config: DataConfig) -> Records | RecordStream:
     """Open a source; pictures stay on disk."""
-    if config.source == "easy_vqa":
-        folder = Path(config.path) if config.path else easy_vqa()
-        questions = load_questions(folder / config.split)
-        if config.balance_answers:
-            return _balanced_records(questions, config.questions_per_sample)
-        return _question_records(questions, config.questions_per_sample)
-    if config.source not in READERS:
-        raise ValueError(f"Unknown data.source {config.source!r}; known: easy_vqa, {', '.join(READERS)}.")
-    if config.path is None:
-        raise ValueError(f"data.path is missing: the source {config.source!r} needs a file or folder.")
-    return READERS[config.source](config)
+    match config:
+        case ChatData():
+            return _chat_records(Path(config.path))
+        case LlavaData():
+            path = Path(config.path)
+            return LlavaRecords(path, Path(config.picture_folder) if config.picture_folder else path.parent)
+        case PictureData():
+            return PictureRecords(Path(config.path))
+        case HuggingFaceData():
+            from .huggingface import DatasetRecords, DatasetStream
+
+            return DatasetStream(config) if config.streaming else DatasetRecords(config)
+        case EasyVqaData():
+            folder = Path(config.path) if config.path else easy_vqa()
+            make = _balanced_records if config.balance_answers else _question_records
+            return make(load_questions(folder / config.split), config.questions_per_sample)
 
 
 def fingerprint_records(records: Records | RecordStream) -> str:
@@ -87,9 +92,8 @@ def _by_picture(questions: list[Question]) -> dict[Path, list[Question]]:
     return groups
 
 
-def _chat_records(config: DataConfig) -> list[Record]:
+def _chat_records(path: Path) -> list[Record]:
     """Read JSON lines `{"messages": [...]}`; relative picture paths are relative to the file and stay beside it."""
-    path = Path(str(config.path))
     records = []
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
@@ -183,11 +187,6 @@ class LlavaRecords:
         return Record(name, messages_from_turns(name, turns, paths))
 
 
-def _llava_records(config: DataConfig) -> LlavaRecords:
-    path = Path(str(config.path))
-    return LlavaRecords(path, Path(config.picture_folder) if config.picture_folder else path.parent)
-
-
 class PictureRecords(list[Record]):
     """The pictures of a folder and its subfolders; other files and linked subfolders are left aside and told of.
 
@@ -222,22 +221,3 @@ def _describe_left(paths: list[Path], what: str) -> list[str]:
         f"left aside {len(paths):,} {what} ({', '.join(shown)}): {', '.join(names)}"
         + ", ..." * (len(paths) > NUM_WORST)
     ]
-
-
-def _picture_records(config: DataConfig) -> PictureRecords:
-    return PictureRecords(Path(str(config.path)))
-
-
-def _dataset_records(config: DataConfig) -> Records | RecordStream:
-    from .huggingface import DatasetRecords, DatasetStream
-
-    return DatasetStream(config) if config.streaming else DatasetRecords(config)
-
-
-READERS: dict[str, Callable[[DataConfig], Records | RecordStream]] = {
-    "chat": _chat_records,
-    "llava": _llava_records,
-    "pictures": _picture_records,
-    "huggingface": _dataset_records,
-}
-"""Kind of source -> what opens it."""

@@ -6,7 +6,7 @@ from ...assets import resolve_asset
 from ...files.model_folder import refuse_missing_folder
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
-from ..config import ModelConfig, StageConfig
+from ..config import Architecture, Geometry, ModelConfig, StageConfig
 
 
 def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
@@ -18,20 +18,10 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
         processor = HoVLEProcessor.from_pretrained(start.checkpoint)
         check_stated_fields(start, model, processor)
         return model, processor
-    assert start.language_model is not None  # StageConfig wants one of the two
+    assert start.language_model is not None  # ModelConfig wants one of the two
     name = resolve_asset(start.language_model)
-    model = HoVLEForConditionalGeneration.from_language_model(
-        name,
-        start.num_embedding_layers,
-        untie_text_embeddings=start.untie_text_embeddings,
-        image_size=start.image_size,
-        patch_size=start.patch_size,
-        pixel_shuffle_loc=start.pixel_shuffle_loc,
-        image_attention=start.image_attention,
-        dtype=torch.float32,
-    )
-    own_template: dict = {} if start.chat_template is None else {"chat_template": start.chat_template}
-    return model, HoVLEProcessor.from_language_model(name, model.config, max_tiles=start.max_tiles, **own_template)
+    model = HoVLEForConditionalGeneration.from_language_model(name, dtype=torch.float32, **start.part(Architecture))
+    return model, _new_processor(name, start, config=model.config)
 
 
 def start_processor(start: ModelConfig) -> HoVLEProcessor:
@@ -39,16 +29,13 @@ def start_processor(start: ModelConfig) -> HoVLEProcessor:
     if start.checkpoint is not None:
         check_checkpoint(start.checkpoint)
         return HoVLEProcessor.from_pretrained(start.checkpoint)
-    assert start.language_model is not None  # StageConfig wants one of the two
+    assert start.language_model is not None  # ModelConfig wants one of the two
+    return _new_processor(resolve_asset(start.language_model), start, **start.part(Geometry))
+
+
+def _new_processor(name: str, start: ModelConfig, **geometry) -> HoVLEProcessor:
     own_template: dict = {} if start.chat_template is None else {"chat_template": start.chat_template}
-    return HoVLEProcessor.from_language_model(
-        resolve_asset(start.language_model),
-        max_tiles=start.max_tiles,
-        image_size=start.image_size,
-        patch_size=start.patch_size,
-        pixel_shuffle_loc=start.pixel_shuffle_loc,
-        **own_template,
-    )
+    return HoVLEProcessor.from_language_model(name, max_tiles=start.max_tiles, **geometry, **own_template)
 
 
 def check_checkpoint(name: str) -> None:
@@ -62,11 +49,7 @@ def check_checkpoint(name: str) -> None:
 def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:
     """Raise where a recipe describes a checkpoint otherwise than it is: these fields shape new models only."""
     found = {
-        "num_embedding_layers": model.config.num_embedding_layers,
-        "image_size": model.config.image_size,
-        "patch_size": model.config.patch_size,
-        "pixel_shuffle_loc": model.config.pixel_shuffle_loc,
-        "image_attention": model.config.image_attention,
+        **{name: getattr(model.config, name, None) for name in start.part(Architecture)},
         "untie_text_embeddings": not model.config.tie_word_embeddings,
         "max_tiles": processor.image_processor.max_patches,
         "chat_template": processor.chat_template,

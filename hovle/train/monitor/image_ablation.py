@@ -53,7 +53,7 @@ class Examiner:
 
     def warn_where_blind(self) -> None:
         """Show a warning where the recipe wants the effect of pictures checked and nothing held out tells it."""
-        if not self.config.blind_check or self.config.objective.name != "next_token":
+        if not self.config.image_ablation or self.config.objective.name != "next_token":
             return
         token = self.model_config.image_token_id
         if any((only_after_pictures(batch, token)["targets"] != IGNORE_INDEX).any() for batch in self.batches):
@@ -61,7 +61,7 @@ class Examiner:
         found = "no held-out reply follows a picture" if self.batches else "there is no validation source"
         self._show(
             f"WARNING: nothing will tell whether the model looks at its pictures: {found}. Name held-out "
-            "conversations about pictures as `validation`, or set blind_check to false."
+            "conversations about pictures as `validation`, or set image_ablation to false."
         )
 
     def examine(self, step: int) -> str | None:
@@ -73,16 +73,16 @@ class Examiner:
         if not self.batches:
             return None
         terms = self._validate(step)
-        if not step or not self.config.blind_check or self.config.objective.name != "next_token":
+        if not step or not self.config.image_ablation or self.config.objective.name != "next_token":
             return None
         effect = self._effect_of_pictures(terms["reply_nats"])
         self.log({"event": "blind_check", "step": step, **effect})
         return self._alarm(step, effect) if effect["num_pictures"] else None
 
     def examine_or_stop(self, step: int) -> None:
-        """Examine in the middle of a run; raises BlindPicturesError where the recipe says `stop_when_blind`."""
+        """Examine in the middle of a run; BlindPicturesError where the recipe says `stop_when_images_ignored`."""
         alarm = self.examine(step)
-        if alarm and self.config.stop_when_blind:
+        if alarm and self.config.stop_when_images_ignored:
             raise BlindPicturesError(alarm)
 
     def held_out_loss(self, step: int) -> float:

@@ -126,7 +126,7 @@ def warnings_of(shown: Run) -> list[str]:
         and shown.events("finish")
         and not shown.events("blind_check")
     ):
-        reason = "there is no validation source" if shown.recipe["validation"] is None else "blind_check is off"
+        reason = "there is no validation source" if shown.recipe["validation"] is None else "image_ablation is off"
         found.append(f"Whether the pictures matter was not measured: {reason}.")
     for entry in shown.events("blind_check")[-1:]:
         if not entry["num_pictures"]:

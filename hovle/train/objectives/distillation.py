@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...model.modeling_hovle import HolisticEmbeddingOutput, HoVLEForConditionalGeneration
-from ..config import ObjectiveConfig
+from ..config import DistillationConfig
 from ..data.tiles import PixelNormalization
 from .base import Objective, ObjectiveOutput
 from .teachers import Targets
@@ -33,7 +33,7 @@ class DistillationObjective(Objective):
         model: HoVLEForConditionalGeneration,
         teacher: Targets,
         text_table: torch.Tensor,
-        config: ObjectiveConfig,
+        config: DistillationConfig,
         student_layers: Sequence[int] = (-1,),
         normalize: PixelNormalization | None = None,
     ):

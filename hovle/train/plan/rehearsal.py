@@ -159,8 +159,9 @@ def random_objective(config: StageConfig, model_config: HoVLEConfig, dtype: torc
     store_parameters(model, dtype)
     if config.quantize_frozen != "none":
         quantize_language_model(model, config.quantize_frozen, dtype, torch.device("cpu"))
-    if config.teacher is None:
+    if config.objective.name == "next_token":
         return NextTokenObjective(model, PixelNormalization())
+    assert config.teacher is not None  # StageConfig wants one with this objective
     student_layers = [match.student for match in config.teacher.layers]
     if config.teacher.cache is not None:
         targets = RandomTargets(teacher_shapes(config.teacher).widths)

@@ -14,7 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from ...files.model_folder import is_hub_id
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.language_model import IMAGE_TOKENS, config_around, load_language_config
-from ..config import ModelConfig, StageConfig, TeacherConfig, load_stage
+from ..config import Architecture, ModelConfig, StageConfig, TeacherConfig, load_stage
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> LlamaConfig:
@@ -117,16 +117,8 @@ def model_config(stage: StageConfig, others: Iterable[StageConfig] = ()) -> HoVL
 def _new_model(start: ModelConfig) -> HoVLEConfig:
     language_config = language_model_config(start.language_model or "")
     vocab_size = language_config.vocab_size + len(IMAGE_TOKENS)
-    fields: dict[str, Any] = {
-        name: getattr(start, name) for name in ("image_size", "patch_size", "pixel_shuffle_loc", "image_attention")
-    }
     return config_around(
-        language_config,
-        start.num_embedding_layers,
-        image_token_id=vocab_size - 1,
-        vocab_size=vocab_size,
-        untie_text_embeddings=start.untie_text_embeddings,
-        **fields,
+        language_config, image_token_id=vocab_size - 1, vocab_size=vocab_size, **start.part(Architecture)
     )
 
 

@@ -17,7 +17,7 @@ from ...machine.memory import keep_freed_memory
 from ...machine.speed import choose_dtype, dtype_name
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
-from ..config import StageConfig
+from ..config import EasyVqaData, StageConfig
 from ..data.mixture import Mixture, open_mixture
 from ..data.packing import PackedBatches, StreamPosition, load_batches
 from ..data.records import picture_sources
@@ -238,7 +238,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     Raises:
         ValueError: For a wrong config, an occupied output folder, or a failed hand-off check.
         NonFiniteLossError: When the loss is not a number.
-        BlindPicturesError: When pictures do not matter and the recipe says `stop_when_blind`.
+        BlindPicturesError: When pictures do not matter and the recipe says `stop_when_images_ignored`.
     """
     check_trackers(config.tracking)
     accelerator = make_accelerator()
@@ -333,7 +333,7 @@ def train_and_save(stage: Stage, resume: bool) -> None:
         finish(stage)
         log({"event": "finish", "step": config.num_steps, "predicted": forecast.predicted, "measured": measured})
         accelerator.wait_for_everyone()
-    if alarm and config.stop_when_blind:
+    if alarm and config.stop_when_images_ignored:
         raise BlindPicturesError(f"{alarm} The model is saved in {stage.output / 'model'}.")
 
 
@@ -419,7 +419,8 @@ def check_hd(config: StageConfig, model: HoVLEForConditionalGeneration) -> None:
     sources = [("data", data) for data in config.data]
     sources += [("validation", config.validation)] if config.validation else []
     for name, data in sources:
-        if config.objective.name == "next_token" and data.questions_per_sample > 1:
+        shares = isinstance(data, EasyVqaData) and data.questions_per_sample > 1
+        if config.objective.name == "next_token" and shares:
             raise ValueError(
                 f"HoVLE-HD cannot share a picture between questions: set {name}.questions_per_sample to 1."
             )

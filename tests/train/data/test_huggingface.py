@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from hovle import HoVLEProcessor
-from hovle.train.config import DataConfig
+from hovle.train.config import ChatData, HuggingFaceData
 from hovle.train.data.mixture import Mixture, MixtureReader
 from hovle.train.data.packing import PackedBatches, StreamPosition, load_batches
 from hovle.train.data.readers import load_records
@@ -90,8 +90,8 @@ def parquet(tmp_path) -> Path:
     return folder
 
 
-def config_of(path: Path, **fields) -> DataConfig:
-    return DataConfig(source="huggingface", path=str(path), **fields)
+def config_of(path: Path, **fields) -> HuggingFaceData:
+    return HuggingFaceData(path=str(path), **fields)
 
 
 def replies(record) -> list[str]:
@@ -330,7 +330,7 @@ def test_once_takes_every_row_of_a_stream_once(tars, checkpoints, next_token_con
 
 def test_a_mixture_with_a_stream_is_packed_and_resumed_exactly(tars, data, checkpoints, next_token_config):
     def batches(rank=0, world_size=1, start=None) -> PackedBatches:
-        sources = [config_of(tars, streaming=True), DataConfig(source="chat", path=str(data / "chat.jsonl"))]
+        sources = [config_of(tars, streaming=True), ChatData(path=str(data / "chat.jsonl"))]
         mixture = Mixture([load_records(source) for source in sources], 0, [2, 1])
         config = next_token_config(f"gradient_accumulation_steps={2 // world_size}", "packing_window=6")
         maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))

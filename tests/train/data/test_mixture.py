@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from hovle.train.config import DataConfig
+from hovle.train.config import ChatData, PictureData
 from hovle.train.data.mixture import BLOCK, Mixture, apportion, open_mixture
 from hovle.train.data.records import Record
 
@@ -73,8 +73,8 @@ def test_no_share_falls_as_the_count_grows():
 
 def test_a_recipes_sources_are_described_with_their_shares(data):
     sources = [
-        DataConfig(source="chat", path=str(data / "chat.jsonl"), weight=3),
-        DataConfig(source="pictures", path=str(data / "pictures"), name="photos"),
+        ChatData(path=str(data / "chat.jsonl"), weight=3),
+        PictureData(path=str(data / "pictures"), name="photos"),
     ]
     mixture = open_mixture(sources, seed=0)
     assert mixture.describe() == [

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from hovle import HoVLEProcessor
-from hovle.train.config import DataConfig
+from hovle.train.config import ChatData, PictureData
 from hovle.train.data.readers import load_records
 from hovle.train.data.records import Record, conversation
 from hovle.train.data.samples import RandomTextSamples, ReplySamples, Sample, share_beginning, special_ids, was_split
@@ -24,12 +24,12 @@ def processor(checkpoints) -> HoVLEProcessor:
 
 @pytest.fixture(scope="module")
 def picture_records(data) -> list[Record]:
-    return load_records(DataConfig(source="pictures", path=str(data / "pictures")))
+    return load_records(PictureData(path=str(data / "pictures")))
 
 
 @pytest.fixture(scope="module")
 def chat_records(data) -> list[Record]:
-    return load_records(DataConfig(source="chat", path=str(data / "chat.jsonl")))
+    return load_records(ChatData(path=str(data / "chat.jsonl")))
 
 
 def ids_between(sample: Sample, start: list[int], end: list[int]) -> list[int]:

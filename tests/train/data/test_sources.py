@@ -8,7 +8,8 @@ from collections import Counter
 
 import pytest
 
-from hovle.train.config import DataConfig
+from hovle.train.config import ChatData, EasyVqaData, HuggingFaceData, LlavaData, PictureData
+from hovle.train.config.data import DataSource
 from hovle.train.data.mixture import Mixture
 from hovle.train.data.readers import fingerprint_records, load_records
 from hovle.train.data.records import Record, conversation
@@ -17,7 +18,7 @@ from hovle.train.data.skips import SkipSampleError
 
 @pytest.fixture(scope="module")
 def chat_records(data) -> list[Record]:
-    return load_records(DataConfig(source="chat", path=str(data / "chat.jsonl")))
+    return load_records(ChatData(path=str(data / "chat.jsonl")))
 
 
 def conversation_of(*turns: str) -> list[dict]:
@@ -56,34 +57,30 @@ def test_a_malformed_line_is_named(tmp_path, line):
     good = json.dumps({"messages": conversation_of("A tree?", "Yes")})
     (tmp_path / "chat.jsonl").write_text(f"{good}\n{line}\n")
     with pytest.raises(ValueError, match=r"chat\.jsonl:2: expected"):
-        load_records(DataConfig(source="chat", path=str(tmp_path / "chat.jsonl")))
+        load_records(ChatData(path=str(tmp_path / "chat.jsonl")))
 
 
 def test_pictures_outside_the_data_folder_are_refused(tmp_path):
     messages = [{"role": "user", "content": [{"type": "image", "path": "../secret.png"}]}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"messages": messages}))
     with pytest.raises(ValueError, match="lies outside"):
-        load_records(DataConfig(source="chat", path=str(tmp_path / "chat.jsonl")))
+        load_records(ChatData(path=str(tmp_path / "chat.jsonl")))
 
 
-@pytest.mark.parametrize(
-    ("source", "message"), [("chat", "no conversations"), ("pictures", "no pictures"), ("x", "known: easy_vqa, chat")]
-)
-def test_empty_and_unknown_sources_are_refused(tmp_path, source, message):
-    path = tmp_path / "empty"
-    path.mkdir() if source == "pictures" else path.touch()
-    with pytest.raises(ValueError, match=message):
-        load_records(DataConfig(source=source, path=str(path)))
-    if source != "x":
-        with pytest.raises(ValueError, match=r"data\.path is missing"):
-            load_records(DataConfig(source=source))
+def test_empty_sources_are_refused(tmp_path):
+    (tmp_path / "empty").touch()
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(ValueError, match="no conversations"):
+        load_records(ChatData(path=str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match="no pictures"):
+        load_records(PictureData(path=str(tmp_path / "pictures")))
 
 
 def test_easy_vqa_questions_about_one_picture_share_a_record(tmp_path):
     (tmp_path / "train").mkdir()
     rows = [["What color?", "red", 5], ["A circle?", "no", 5], ["What shape?", "cube", 5], ["Is it blue?", "yes", 6]]
     (tmp_path / "train" / "questions.json").write_text(json.dumps(rows))
-    records = load_records(DataConfig(source="easy_vqa", path=str(tmp_path), questions_per_sample=2))
+    records = load_records(EasyVqaData(path=str(tmp_path), questions_per_sample=2))
     assert [record.name for record in records] == ["5.png[0]", "5.png[2]", "6.png[0]"]
     picture = tmp_path / "train" / "images" / "5.png"
     assert records[0].messages == conversation(picture, "What color?", "red")
@@ -97,7 +94,7 @@ def test_balanced_questions_are_drawn_anew_and_seldom_where_the_wording_tells_th
     rows += [[f"What {n}?", "ba"[n % 2], 1 - n // 4] for n in range(8)]
     (tmp_path / "train" / "images").mkdir(parents=True)
     (tmp_path / "train" / "questions.json").write_text(json.dumps(rows))
-    config = DataConfig(source="easy_vqa", path=str(tmp_path), questions_per_sample=3, balance_answers=True)
+    config = EasyVqaData(path=str(tmp_path), questions_per_sample=3, balance_answers=True)
     records = load_records(config)
     assert [record.name for record in records] == ["0.png", "1.png"]
     asked: Counter[str] = Counter()
@@ -114,8 +111,6 @@ def test_balanced_questions_are_drawn_anew_and_seldom_where_the_wording_tells_th
     one = dataclasses.replace(records[0], num_drawn=1)
     assert records[0].has_branches
     assert not one.has_branches  # although it knows more conversations
-    with pytest.raises(ValueError, match="balances the questions of easy_vqa"):
-        DataConfig(source="chat", path="x", balance_answers=True)
 
 
 # --- LLaVA -----------------------------------------------------------------------------------------------------------
@@ -127,7 +122,7 @@ def llava(tmp_path, *entries, name="llava.json", **fields):
     text = "\n".join(json.dumps(entry) for entry in entries) if lines else json.dumps(entries)
     (tmp_path / name).write_text(text)
     fields = {"picture_folder": str(tmp_path / "images"), **fields}
-    return load_records(DataConfig(source="llava", path=str(tmp_path / name), **fields))
+    return load_records(LlavaData(path=str(tmp_path / name), **fields))
 
 
 def turns_of(*values: str) -> list[dict]:
@@ -199,11 +194,11 @@ def test_what_is_wrong_with_a_llava_conversation_is_told_when_it_is_drawn(tmp_pa
 def test_a_line_that_is_no_json_is_skipped_but_a_file_that_is_none_is_refused(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"conversations": []}\nnot json')
     with pytest.raises(SkipSampleError, match=r"x\.jsonl:2: expected"):
-        load_records(DataConfig(source="llava", path=str(tmp_path / "x.jsonl")))[1]
+        load_records(LlavaData(path=str(tmp_path / "x.jsonl")))[1]
     for text, message in (("not json", "is no JSON"), ("[]", "list of conversations"), ('{"a": 1}', "list of conv")):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            load_records(DataConfig(source="llava", path=str(tmp_path / "x.json")))
+            load_records(LlavaData(path=str(tmp_path / "x.json")))
 
 
 def test_a_picture_folder_with_a_link_that_leads_out_is_refused(tmp_path):
@@ -211,7 +206,7 @@ def test_a_picture_folder_with_a_link_that_leads_out_is_refused(tmp_path):
     (tmp_path / "secret.png").touch()
     (tmp_path / "pictures" / "link.png").symlink_to(tmp_path / "secret.png")
     with pytest.raises(ValueError, match=r"link\.png.* lies outside"):
-        load_records(DataConfig(source="pictures", path=str(tmp_path / "pictures")))
+        load_records(PictureData(path=str(tmp_path / "pictures")))
 
 
 def test_what_a_picture_folder_leaves_aside_is_counted_and_named(tmp_path):
@@ -220,7 +215,7 @@ def test_what_a_picture_folder_leaves_aside_is_counted_and_named(tmp_path):
     for name in ("a.PNG", "real/b.tif", "real/c.avif", "real/notes.txt", "d.heic", "e.heic", "LICENSE"):
         (folder / name).touch()
     (folder / "link").symlink_to(folder / "real", target_is_directory=True)
-    records = load_records(DataConfig(source="pictures", path=str(folder)))
+    records = load_records(PictureData(path=str(folder)))
     assert [record.name for record in records] == ["a.PNG", "b.tif", "c.avif"]
     mixture = Mixture([records], 0, labels=["photos"])
     assert mixture.describe()[1:] == [
@@ -236,16 +231,16 @@ def test_a_picture_folder_with_a_linked_folder_outside_is_refused(tmp_path):
         (tmp_path / name / "a.png").touch()
     (tmp_path / "pictures" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     with pytest.raises(ValueError, match=r"'link' lies outside"):
-        load_records(DataConfig(source="pictures", path=str(tmp_path / "pictures")))
+        load_records(PictureData(path=str(tmp_path / "pictures")))
     (tmp_path / "all").symlink_to(tmp_path / "elsewhere", target_is_directory=True)  # the source itself may be a link
-    assert len(load_records(DataConfig(source="pictures", path=str(tmp_path / "all")))) == 1
+    assert len(load_records(PictureData(path=str(tmp_path / "all")))) == 1
 
 
 @pytest.mark.parametrize("source", ["chat", "pictures", "llava"])
 def test_a_changed_picture_is_noticed_and_a_copied_folder_is_not(data, tmp_path, source):
     def fingerprint(folder) -> str:
         path = folder / {"chat": "chat.jsonl", "pictures": "pictures", "llava": "llava.json"}[source]
-        return fingerprint_records(load_records(DataConfig(source=source, path=str(path))))
+        return fingerprint_records(load_records(DataSource.kinds()[source](path=str(path))))
 
     first = tmp_path / "first"
     shutil.copytree(data, first)
@@ -262,16 +257,5 @@ def test_a_changed_picture_is_noticed_and_a_copied_folder_is_not(data, tmp_path,
 
 
 def test_a_revision_belongs_to_a_hub_id(tmp_path):
-    with pytest.raises(ValueError, match="revision belongs to the source huggingface"):
-        DataConfig(source="chat", path="x", revision="main")
     with pytest.raises(ValueError, match="revision belongs to a Hub id"):
-        DataConfig(source="huggingface", path=str(tmp_path), revision="main")
-
-
-def test_a_field_of_another_kind_of_source_is_refused():
-    with pytest.raises(ValueError, match="picture_folder belongs to the source llava; 'chat' does not read it"):
-        DataConfig(source="chat", path="x", picture_folder="y")
-    with pytest.raises(ValueError, match="streaming belongs to the source huggingface"):
-        DataConfig(source="llava", path="x", streaming=True)
-    with pytest.raises(ValueError, match="weight must be a number above 0, got 0"):
-        DataConfig(source="chat", path="x", weight=0)
+        HuggingFaceData(path=str(tmp_path), revision="main")

@@ -83,7 +83,7 @@ def test_a_run_whose_answers_need_no_picture_raises_the_alarm(color_config, caps
 
 
 def test_a_run_whose_answers_need_the_picture_does_not(color_config, capsys):
-    config = color_config(True, "stop_when_blind=true")
+    config = color_config(True, "stop_when_images_ignored=true")
     run_stage(config)
     [check] = events(config.output, "blind_check")
     assert check["blank_gap"] > 0.1
@@ -93,12 +93,13 @@ def test_a_run_whose_answers_need_the_picture_does_not(color_config, capsys):
 
 
 def test_stopping_in_the_middle_leaves_no_model_and_stopping_at_the_end_does(color_config, tmp_path):
-    early = color_config(False, "stop_when_blind=true", "validate_every=2", "num_steps=3", "min_picture_gap=9")
+    stopping = ("stop_when_images_ignored=true", "min_picture_gap=9")
+    early = color_config(False, *stopping, "validate_every=2", "num_steps=3")
     with pytest.raises(BlindPicturesError, match="Pictures hardly matter"):
         run_stage(early)
     assert [entry["step"] for entry in events(early.output, "warning")] == [2]
     assert not (Path(early.output) / "model").exists()
-    late = color_config(False, "stop_when_blind=true", "num_steps=1", "min_picture_gap=9", f"output={tmp_path / 'b'}")
+    late = color_config(False, *stopping, "num_steps=1", f"output={tmp_path / 'b'}")
     with pytest.raises(BlindPicturesError, match=r"The model is saved in .*model"):
         run_stage(late)
     assert (tmp_path / "b" / "model" / "model.safetensors").is_file()
@@ -109,7 +110,7 @@ def test_stopping_in_the_middle_leaves_no_model_and_stopping_at_the_end_does(col
     [
         (["validation=null"], "there is no validation source"),
         (["validation.path={questions}"], "no held-out reply follows a picture"),
-        (["validation=null", "blind_check=false"], None),
+        (["validation=null", "image_ablation=false"], None),
         ([], None),
     ],
     ids=["nothing held out", "no pictures", "switched off", "pictures"],
@@ -176,7 +177,7 @@ def test_the_check_compares_replies_that_follow_a_picture(examiner, parts):
 
 
 def test_no_alarm_is_raised_during_warm_up_or_when_switched_off(examiner):
-    for overrides in (("warmup_ratio=0.5", "num_steps=10"), ("blind_check=false",)):
+    for overrides in (("warmup_ratio=0.5", "num_steps=10"), ("image_ablation=false",)):
         examine, entries = examiner("min_picture_gap=9", *overrides)
         assert examine.examine(5 if "num_steps=10" in overrides else 4) is None
         assert not [entry for entry in entries if entry["event"] == "warning"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from hovle.train.config import LoraConfig, ObjectiveConfig
+from hovle.train.config import DistillationConfig, LoraConfig
 from hovle.train.model.adapters import add_lora
 from hovle.train.model.parameters import select_trainable
 from hovle.train.monitor import meter as meters
@@ -40,7 +40,7 @@ class NoTeacher(Targets):
 
 def distillation(model, teacher: Targets) -> DistillationObjective:
     table = model.get_input_embeddings().weight.detach().clone()
-    return DistillationObjective(model, teacher, table, ObjectiveConfig(name="distillation"))
+    return DistillationObjective(model, teacher, table, DistillationConfig())
 
 
 # --- operations ------------------------------------------------------------------------------------------------------

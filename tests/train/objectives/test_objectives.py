@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
-from hovle.train.config import DataConfig, ObjectiveConfig
+from hovle.train.config import ChatData, DistillationConfig, PictureData
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.readers import load_records
 from hovle.train.data.records import Record, conversation
@@ -37,7 +37,7 @@ def distillation(
     model: HoVLEForConditionalGeneration, width: int = 64, layers: tuple[int, ...] = (-1,), **fields
 ) -> DistillationObjective:
     table = model.get_input_embeddings().weight.detach().clone()
-    config = ObjectiveConfig(name="distillation", **fields)
+    config = DistillationConfig(**fields)
     torch.manual_seed(3)
     return DistillationObjective(model, ColorTeacher(*[width] * len(layers)), table, config, layers)
 
@@ -164,7 +164,7 @@ def test_next_token_loss_equals_that_of_the_model(parts, data):
     model, processor = parts
     sampler = ReplySamples(processor)
     objective = NextTokenObjective(model)
-    records = load_records(DataConfig(source="chat", path=str(data / "chat.jsonl")))
+    records = load_records(ChatData(path=str(data / "chat.jsonl")))
     for index, record in enumerate(records[:6]):
         sample = sampler.make(record, index)
         batch = as_batch(sampler, sample)
@@ -215,7 +215,7 @@ def test_logits_exist_only_where_there_are_targets(parts, batches):
 
 def test_a_batch_without_pictures_still_reaches_the_stem(parts, data):
     model, processor = parts
-    records = load_records(DataConfig(source="chat", path=str(data / "chat.jsonl")))
+    records = load_records(ChatData(path=str(data / "chat.jsonl")))
     maker = ReplySamples(processor)
     text_only = as_batch(maker, maker.make(records[3], 0))
     assert len(text_only["pixel_values"]) == 0
@@ -348,7 +348,7 @@ def test_hd_distils_what_the_language_model_will_see(language_models, data, next
         language_models["tied"], 2, image_size=56, pixel_shuffle_loc="post", dtype=torch.float32
     )
     processor = HoVLEProcessor.from_language_model(language_models["tied"], model.config, max_tiles=2)
-    records = load_records(DataConfig(source="pictures", path=str(data / "pictures")))
+    records = load_records(PictureData(path=str(data / "pictures")))
     config = next_token_config("rows_per_batch=1")
     batch = next(
         iter(

@@ -129,11 +129,45 @@ def test_a_field_that_is_new_since_the_checkpoint_had_its_default(next_token_con
     old = next_token_config().to_dict()
     for name in ("adam_betas", "max_tiles_per_picture", "quantize_frozen"):
         del old[name]
-    del old["objective"]["tiles_per_set"]
-    del old["data"][0]["prompt"]
+    del old["data"][0]["weight"]
     checkpoints.check_same_run(next_token_config(), {"config": old, "data_fingerprint": "abc"}, "abc")
-    other = next_token_config("objective.tiles_per_set=4", "max_tiles_per_picture=1")
-    assert checkpoints.changed_fields(old, other.to_dict()) == ["objective", "max_tiles_per_picture"]
+    other = next_token_config("data.weight=4", "max_tiles_per_picture=1")
+    assert checkpoints.changed_fields(old, other.to_dict()) == ["data", "max_tiles_per_picture"]
+
+
+FLAT_DISTILLATION = {
+    "num_random_tokens": 50,
+    "image_loss": "cosine",
+    "temperature": 0.07,
+    "tiles_per_set": 16,
+    "text_weight": 1.0,
+    "scale_weight": 0.1,
+}
+FLAT_DATA = {
+    "split": "train",
+    "picture_folder": None,
+    "format": "auto",
+    "subset": None,
+    "revision": None,
+    "streaming": False,
+    "prompt": "",
+    "questions_per_sample": 1,
+    "balance_answers": False,
+}
+"""What version 0.1 wrote beside each objective's and source's own fields."""
+
+
+def test_a_checkpoint_with_the_fields_of_all_kinds_and_older_names_is_resumed(next_token_config):
+    config = next_token_config("validation.source=pictures", "validation.path=x")
+    old = config.to_dict()
+    old["objective"] |= FLAT_DISTILLATION
+    for source in (*old["data"], old["validation"]):
+        source |= FLAT_DATA
+    old |= {"blind_check": old.pop("image_ablation"), "stop_when_blind": old.pop("stop_when_images_ignored")}
+    checkpoints.check_same_run(config, {"config": old, "data_fingerprint": "abc"}, "abc")
+    old["validation"]["split"] = "test"  # which pictures never read, but the run may have meant something by it
+    with pytest.raises(ValueError, match=r"recipe changed .*validation: .*'split': 'test'"):
+        checkpoints.check_same_run(config, {"config": old, "data_fingerprint": "abc"}, "abc")
 
 
 def test_a_recipe_that_cannot_be_read_any_more_is_compared_as_it_stands(next_token_config):

@@ -517,7 +517,7 @@ def test_resuming_a_finished_run_does_nothing(next_token_config, capsys):
 
 def test_the_checkpoint_with_the_smallest_validation_loss_stays(next_token_config, monkeypatch, data, tmp_path):
     validation = ("validation.source=chat", f"validation.path={data / 'chat.jsonl'}", "num_validation_batches=1")
-    validation = (*validation, "blind_check=false")
+    validation = (*validation, "image_ablation=false")
     losses = iter([9.0, 3.0, 1.0, 2.0, 4.0, 3.0, 2.5])  # before the first step, after steps 1 to 5, after the last
 
     def validate(*args):

@@ -1,0 +1,117 @@
+"""Sources of training samples, one class for each kind."""
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Discriminator
+
+from .section import Count, Kind, Number, Positive, Section, section
+
+
+@section
+class DataSource(Kind):
+    """What every source of training samples has."""
+
+    TAG: ClassVar[str] = "source"
+    source: str
+    path: str | None
+    weight: Positive = 1.0
+    """Samples drawn from this source in proportion to those of the others in the list; leave a source out to mute
+    it."""
+    name: str | None = None
+    """What logs and errors call the source; by default its kind and the name of its file."""
+
+    @property
+    def label(self) -> str:
+        """What logs and errors call the source."""
+        return self.name or self.source + (f":{Path(self.path).name}" if self.path else "")
+
+
+@section
+class EasyVqaData(DataSource):
+    """Questions about coloured shapes, the easy-VQA asset."""
+
+    source: Literal["easy_vqa"] = "easy_vqa"
+    path: str | None = None
+    """Folder of the data set instead of the asset."""
+    split: str = "train"
+    """Part to read: `train` or `test`."""
+    questions_per_sample: Count = 1
+    """Questions about one picture that share its tokens; each sees the picture and itself only."""
+    balance_answers: bool = False
+    """Draw `questions_per_sample` of a picture's questions anew each time, those less often whose wording gives the
+    answer away, so that looking pays; otherwise every question is asked once an epoch."""
+
+
+@section
+class ChatData(DataSource):
+    """JSON lines of messages."""
+
+    source: Literal["chat"] = "chat"
+    path: str
+    """File; picture paths are relative to it."""
+
+
+@section
+class LlavaData(DataSource):
+    """Conversations as LLaVA and InternVL write them."""
+
+    source: Literal["llava"] = "llava"
+    path: str
+    """File of JSON or JSON lines."""
+    picture_folder: str | None = None
+    """Folder that picture paths are relative to, and which they may not leave; by default the file's own."""
+
+
+@section
+class PictureData(DataSource):
+    """Pictures alone, for distillation."""
+
+    source: Literal["pictures"] = "pictures"
+    path: str
+    """Folder, read with its subfolders."""
+
+
+@section
+class HuggingFaceData(DataSource):
+    """Local files or a data set of the Hub, read by `datasets`."""
+
+    source: Literal["huggingface"] = "huggingface"
+    path: str
+    """File, folder or Hub id."""
+    split: str = "train"
+    """Part of the data set to read."""
+    format: Literal["auto", "parquet", "webdataset", "imagefolder"] = "auto"
+    """How local files are laid out; `auto` goes by their names, and by the card of a Hub id."""
+    subset: str | None = None
+    """Which of a data set's configurations to read."""
+    revision: str | None = None
+    """Commit, branch or tag of a Hub id; a commit keeps a run resumable when the data set moves on."""
+    streaming: bool = False
+    """Read shards one after another instead of preparing all of them on disk first."""
+    prompt: str = ""
+    """What the user says beside the picture where a row holds a picture and its caption only."""
+
+    def __post_init__(self):
+        if self.revision is not None and Path(self.path).exists():
+            raise ValueError(f"revision belongs to a Hub id; {self.path} is a local path.")
+
+
+DataConfig = Annotated[
+    EasyVqaData | ChatData | LlavaData | PictureData | HuggingFaceData, Discriminator(DataSource.TAG)
+]
+"""A source of any kind; `source` says which."""
+
+
+@section
+class ExpectedData(Section):
+    """What `hovle plan` assumes of the data, which it does not read; training ignores it."""
+
+    tiles_per_sample: Number = 1.0
+    """Picture tiles, thumbnail included."""
+    text_tokens_per_sample: Number = 60.0
+    """Tokens that are not picture, chat template included; in distillation without the random ones."""
+    supervised_tokens_per_sample: Number = 20.0
+    """Those of them that are replies."""
+    filled_ratio: Number = 0.95
+    """Share of packed rows that is not padding."""

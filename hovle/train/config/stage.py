@@ -1,0 +1,159 @@
+"""StageConfig: one training stage as a frozen value."""
+
+from functools import partial
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BeforeValidator, Field, Strict, TypeAdapter
+
+from ...language.text_perplexity import RetentionConfig
+from .data import DataConfig, ExpectedData
+from .model import LoraConfig, ModelConfig
+from .objective import ObjectiveConfig, TeacherConfig
+from .section import Count, CountOrNone, Many, Number, Section, refuse_unknown_keys, section
+
+ParameterGroup = Literal["stem", "holistic_layers", "text_embeddings", "language_model"]
+
+PARAMETER_GROUPS: tuple[str, ...] = get_args(ParameterGroup)
+"""What a stage can train: patch stem; the first N layers; the text table; the LLM's layers, norm and head."""
+
+
+def _switch(value: Any) -> Any:
+    """YAML reads on and off as booleans."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+@section
+class StageConfig(Section):
+    """One training stage."""
+
+    output: str
+    """Run folder: log, checkpoints and, at the end, `model`. One run per folder."""
+    model: ModelConfig
+    """Where the stage starts."""
+    objective: ObjectiveConfig
+    """What it minimises."""
+    data: Annotated[Many[DataConfig], Field(min_length=1)]
+    """What it reads: one source, or a list of sources mixed by `weight`."""
+    validation: DataConfig | None = None
+    """Held-out data, measured before the first step, every `validate_every` steps and after the last."""
+    num_validation_batches: Count = 4
+    """Packed batches of it, all processes and micro-batches together, fewer where the source ends: the same samples
+    whatever their number, each once."""
+    validate_every: CountOrNone = 0
+    """Steps between validations; 0: only before the first step and after the last."""
+    image_ablation: bool = True
+    """With every validation after the first, measure blank and shuffled pictures too (next_token)."""
+    min_picture_gap: Number = 0.01
+    """Nats per reply token by which such pictures must raise the loss; below it, an alarm is raised after warm-up."""
+    stop_when_images_ignored: bool = False
+    """End the run on that alarm instead of warning; after the last step the model is saved first."""
+    retention: Annotated[RetentionConfig, BeforeValidator(partial(refuse_unknown_keys, RetentionConfig))] | None = None
+    """Whether the model still knows its language; None: not measured."""
+    tracking: Many[str] = ()
+    """Trackers of accelerate that receive the log beside `log.jsonl`: tensorboard, trackio, wandb, ..."""
+    trainable: Many[ParameterGroup]
+    """Parameter groups that receive gradients: stem, holistic_layers, text_embeddings, language_model."""
+    teacher: TeacherConfig | None = None
+    """Image teacher, for distillation."""
+    lora: LoraConfig | None = None
+    """Adapters on the language model; then `language_model` must not be in `trainable`."""
+    expected: ExpectedData | None = None
+    """Average sample, for `hovle plan` only."""
+
+    num_steps: Count
+    """Optimizer steps, not micro-batches."""
+    rows_per_batch: Count
+    """Packed rows of one micro-batch on one process."""
+    row_length: Count
+    """Tokens of one packed row; samples are packed, never cut."""
+    packing_window: Count = 64
+    """Samples drawn ahead to choose from when rows are packed; more of them waste less padding."""
+    max_tiles_per_batch: Count | None = None
+    """Most picture tiles of one micro-batch on one process, where pictures would overflow the memory."""
+    max_skip_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.001
+    """The run stops when a larger share of the samples (of the first thousand at least) had to be skipped."""
+    max_tiles_per_picture: Count | None = None
+    """Most tiles a picture is cut into in this stage; by default what the model's processor allows, which stays."""
+    gradient_accumulation_steps: Count = 1
+    """Micro-batches per optimizer step."""
+    learning_rate: Number
+    """Peak learning rate."""
+    final_learning_rate_ratio: Number = 0.1
+    """Learning rate at the last step over the peak, reached by a cosine."""
+    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
+    """Share of the steps with a linear warm-up."""
+    adam_betas: Annotated[tuple[Number, Number], Strict(False)] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: Number = 0.05
+    """AdamW's weight decay, on matrices only."""
+    max_gradient_norm: Number = 1.0
+    """Gradients are clipped to this norm."""
+    seed: int = 0
+    """Seeds new weights, sample order and random text."""
+
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Number format of matrix products; `auto` takes bfloat16 where this machine is faster with it."""
+    compile: Annotated[Literal["auto", "on", "off"], BeforeValidator(_switch)] = "auto"
+    """Compile decoder layers; `auto` runs eager, and says so, where there is no working C++ compiler."""
+    sharding: Literal["none", "full"] = "none"
+    """With several processes: each holds the whole model (`none`), or a piece of each of its tensors (`full`)."""
+    activation_checkpointing: bool = False
+    """Run each decoder layer again in the backward pass instead of keeping what it computed: saves memory."""
+    quantize_frozen: Literal["none", "int8", "int4"] = "none"
+    """Hold the frozen language model's layers in 8 or 4 bits while training (needs bitsandbytes); the saved model has
+    its weights as they were."""
+    num_workers: CountOrNone = 0
+    """0: the training process prepares the batches; 1: a process of its own does; more: one of them tokenises and
+    packs, the others read pictures. The batches are the same."""
+    log_every: Count = 10
+    """Steps between log lines."""
+    checkpoint_every: CountOrNone = 0
+    """Steps between resumable checkpoints; 0 for none."""
+    keep_last: Count = 1
+    """Newest checkpoints to keep."""
+    keep_best: bool = False
+    """Measure the validation loss at every checkpoint and keep the one with the smallest, too; `best` names it."""
+
+    def __post_init__(self):
+        if not self.trainable and self.lora is None:
+            raise ValueError("trainable is empty and lora is not set: nothing would learn.")
+        if self.lora is not None and "language_model" in self.trainable:
+            raise ValueError("lora adapts a frozen language model: take language_model out of trainable.")
+        if (self.objective.name == "distillation") != (self.teacher is not None):
+            raise ValueError("A teacher goes with the distillation objective, and only with it.")
+        if self.objective.name == "distillation" and (self.lora is not None or "language_model" in self.trainable):
+            raise ValueError("Distillation does not run the language model: it can train neither it nor lora.")
+        if self.validate_every and self.validation is None:
+            raise ValueError(f"validate_every is {self.validate_every}, but there is no validation source.")
+        if self.stop_when_images_ignored and not (self.image_ablation and self.validation and not self.teacher):
+            raise ValueError(
+                "stop_when_images_ignored needs image_ablation, a validation source and the next_token objective: "
+                "nothing would be checked."
+            )
+        self._check_quantization()
+        if self.keep_best and (self.validation is None or not self.checkpoint_every):
+            raise ValueError("keep_best compares checkpoints by validation loss: set validation and checkpoint_every.")
+        labels = [data.label for data in self.data]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"data names several sources {', '.join(repeated)}: give each a `name` of its own.")
+
+    def _check_quantization(self) -> None:
+        if self.quantize_frozen == "none":
+            return
+        if self.objective.name == "distillation" or self.lora is not None or "language_model" in self.trainable:
+            raise ValueError(
+                f"quantize_frozen is {self.quantize_frozen}, which is for next_token stages whose language model is "
+                "frozen and has no lora: distillation does not run it, the others change it."
+            )
+        if self.retention is not None:
+            raise ValueError(
+                "retention would measure the quantised language model, not the saved one: take it out, or set "
+                "quantize_frozen to none."
+            )
+        if self.sharding == "full":
+            raise ValueError("quantize_frozen cannot be cut into pieces: take it out, or set sharding to none.")
+
+    def to_dict(self) -> dict:
+        """Plain values, as written to the run folder's `recipe.yaml`."""
+        return TypeAdapter(StageConfig).dump_python(self, mode="json")
