@@ -117,12 +117,12 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def measured_activations():
-    """What autograd keeps of the same model and rows is measured once: a run's prediction costs more than its steps."""
+    """What autograd keeps of the same model and rows is measured once: it costs more than the steps of a tiny run."""
     known: dict[tuple, cost.Activations] = {}
 
     def measure(config, model_config, *sizes) -> cost.Activations:
-        stage = (config.trainable, config.lora, config.objective.name)
-        key = (*stage, repr(model_config.to_dict()), model_config._attn_implementation, *sizes)
+        stage = repr((config.trainable, config.lora, config.objective))
+        key = (stage, repr(model_config.to_dict()), model_config._attn_implementation, *sizes)
         if key not in known:
             known[key] = measure_activations(config, model_config, *sizes)
         return known[key]
