@@ -24,9 +24,10 @@ demo: $(READY)
 tables: $(READY)
 	$(BIN)/python eval/tables.py
 
+# Run every test, and name the slowest.
 test: $(READY)
 	$(BIN)/hovle fetch
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --durations=20
 
 check: $(READY)
 	$(BIN)/ruff format --check .

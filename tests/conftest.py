@@ -86,6 +86,12 @@ def tiny_config() -> Callable[..., HoVLEConfig]:
     return build
 
 
+@pytest.fixture
+def offline(monkeypatch) -> None:
+    """The Hub answers as on a machine that is told to be offline: at once."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 @pytest.fixture(scope="session")
 def whole_graph() -> contextlib.AbstractContextManager:
     """Where `torch.compile(fullgraph=True)` belongs: refused by a torch that cannot trace transformers' own Llama."""

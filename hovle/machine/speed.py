@@ -1,5 +1,6 @@
 """What this machine is good at: its fastest number format, how fast it multiplies and reads."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -89,8 +90,9 @@ class Stopwatch:
         return sum(began.elapsed_time(end) for began, end in spans) / 1000  # CUDA gives milliseconds
 
 
+@functools.cache
 def matmul_flops_per_second(device: torch.device, dtype: torch.dtype) -> float:
-    """Multiply-adds, counted as two, that large matrix products reach on this device per second."""
+    """Multiply-adds, counted as two, that large matrix products reach on this device per second; measured once."""
     size = 8192 if device.type == "cuda" else 1024
     return 2 * size**3 / _matmul_seconds(dtype, (size, size, size), device)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hovle.files import atomic as durable
+from hovle.files import atomic
 
 
 def write(text: str):
@@ -36,22 +36,22 @@ def test_all_files_reach_the_disk_before_the_folder_has_its_name_and_the_name_af
         (folder / "inner" / "a").write_text("a")
         (folder / "b").write_text("b")
 
-    durable.write_folder(tmp_path / "model", fill)
+    atomic.write_folder(tmp_path / "model", fill)
     renamed = events.index(("rename", "model"))
     assert {name for _, name in events[:renamed]} == {"a", "b", "inner", ".model.writing"}
     assert events[renamed + 1 :] == [("fsync", tmp_path.name)]
 
 
 def test_a_folder_replaces_an_older_one(tmp_path):
-    durable.write_folder(tmp_path / "model", write("one"))
-    durable.write_folder(tmp_path / "model", write("two"))
+    atomic.write_folder(tmp_path / "model", write("one"))
+    atomic.write_folder(tmp_path / "model", write("two"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "weights").read_text() == "two"
 
 
 @pytest.mark.parametrize("moment", ["fill", "fsync", "rename"])
 def test_what_fails_leaves_the_older_folder_and_nothing_else(tmp_path, monkeypatch, moment):
-    durable.write_folder(tmp_path / "model", write("one"))
+    atomic.write_folder(tmp_path / "model", write("one"))
 
     def fail(*args):
         raise OSError("No space left on device")
@@ -62,23 +62,23 @@ def test_what_fails_leaves_the_older_folder_and_nothing_else(tmp_path, monkeypat
     if moment == "rename":
         monkeypatch.setattr(os, "rename", lambda *args: fail() if ".writing" in str(args[0]) else original(*args))
     with pytest.raises(OSError, match="No space"):
-        durable.write_folder(tmp_path / "model", fail if moment == "fill" else write("two"))
+        atomic.write_folder(tmp_path / "model", fail if moment == "fill" else write("two"))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "weights").read_text() == "one"
 
 
 def test_a_free_name_is_needed_where_nothing_may_be_replaced(tmp_path):
-    durable.write_folder(tmp_path / "one", write("one"))
-    durable.write_folder(tmp_path / "two", write("two"))
+    atomic.write_folder(tmp_path / "one", write("one"))
+    atomic.write_folder(tmp_path / "two", write("two"))
     with pytest.raises(OSError, match="not empty"):
-        durable.rename_durably(tmp_path / "two", tmp_path / "one")
+        atomic.rename_durably(tmp_path / "two", tmp_path / "one")
 
 
 def test_a_removed_folder_loses_its_name_first(tmp_path, monkeypatch):
-    durable.write_folder(tmp_path / "model", write("one"))
-    monkeypatch.setattr(durable.shutil, "rmtree", lambda *args, **kwargs: None)  # killed before the rest
-    durable.remove_folder(tmp_path / "model")
+    atomic.write_folder(tmp_path / "model", write("one"))
+    monkeypatch.setattr(atomic.shutil, "rmtree", lambda *args, **kwargs: None)  # killed before the rest
+    atomic.remove_folder(tmp_path / "model")
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == [".model.old"]
-    durable.remove_leftovers(tmp_path)
+    atomic.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -17,6 +17,8 @@ from hovle.train.config.data import DataSource
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.readers import load_records
 from hovle.train.data.samples import RandomTextSamples, ReplySamples
+from hovle.train.plan import cost
+from hovle.train.plan.memory import measure_activations
 
 COLORS = ("red", "green", "blue", "black", "white", "gray")
 
@@ -111,6 +113,23 @@ def data(tmp_path_factory) -> Path:
         lines.append(json.dumps({"messages": messages}))
     (folder / "chat.jsonl").write_text("\n".join(lines))
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_activations():
+    """What autograd keeps of the same model and rows is measured once: it costs more than the steps of a tiny run."""
+    known: dict[tuple, cost.Activations] = {}
+
+    def measure(config, model_config, *sizes) -> cost.Activations:
+        stage = repr((config.trainable, config.lora, config.objective))
+        key = (stage, repr(model_config.to_dict()), model_config._attn_implementation, *sizes)
+        if key not in known:
+            known[key] = measure_activations(config, model_config, *sizes)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cost, "measure_activations", measure)
+        yield
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from ...charts import load_pyplot
 from ...model.pictures import load_picture
 from ..results import provenance
 from .attention_reading import ROWS, AttentionReading, read_attention, summarize
-from .subjects import Subject
+from .model_under_test import ModelUnderTest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,23 +57,23 @@ def run(args: argparse.Namespace) -> int:
     picture = load_picture(args.picture)
     readings = []
     for path in [args.model, *([] if args.compare is None else [args.compare])]:
-        subject = Subject(path)
-        reading = subject.read(picture, args.question, args.max_tiles)
-        answer = subject.answer(reading, args.max_new_tokens) if args.answer is None else subject.encode(args.answer)
-        readings.append(read_attention(subject, reading, answer))
+        tested = ModelUnderTest(path)
+        prompt = tested.prepare(picture, args.question, args.max_tiles)
+        answer = tested.answer(prompt, args.max_new_tokens) if args.answer is None else tested.encode(args.answer)
+        readings.append(read_attention(tested, prompt, answer))
     args.output.mkdir(parents=True, exist_ok=True)
     result = {
         "picture": Path(args.picture).name,
         "picture_size": list(picture.size),
         "question": args.question,
         "models": [summarize(found) for found in readings],
-        "provenance": provenance([found.subject.path for found in readings], readings[0].subject.model.device),
+        "provenance": provenance([found.tested.path for found in readings], readings[0].tested.model.device),
     }
     (args.output / "attention.json").write_text(json.dumps(result) + "\n")
     draw_layers(pyplot, readings, args.output / "layers.png")
     draw_maps(pyplot, readings, args.question, args.output / "maps.png", args.tokens)
     for found in readings:
-        print(f"{found.subject.label}: {' '.join(found.tokens)}\n{table(found)}\n")  # noqa: T201 - the output
+        print(f"{found.tested.label}: {' '.join(found.tokens)}\n{table(found)}\n")  # noqa: T201 - the output
     longest = max(len(found.answer) for found in readings)
     if longest > args.tokens:
         print(  # noqa: T201

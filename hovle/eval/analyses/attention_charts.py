@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .attention_reading import ROWS, AttentionReading
 from .drawing import COLORS, FONT_SIZE, GRAY, add_caption, drawable, layer_ticks, save
-from .subjects import HOLISTIC
+from .model_under_test import HOLISTIC
 
 PANELS = (
     ("image", "mass on image tokens"),
@@ -26,7 +26,7 @@ def draw_layers(pyplot, readings: list[AttentionReading], path: Path) -> None:
     """Draw mass, entropy and sparsity over the layers of one model or two, the language models' layers aligned."""
     figure, axes = pyplot.subplots(2, len(PANELS), figsize=(12, 5.6), sharex=True, sharey="col")
     num_holistic = max(_num_holistic(found) for found in readings)
-    num_language = max(len(found.subject.language_layers) for found in readings)
+    num_language = max(len(found.tested.language_layers) for found in readings)
     for axis_row, (name, field) in zip(axes, ROWS.items(), strict=True):
         for axis, (key, title) in zip(axis_row, PANELS, strict=True):
             for found, color in zip(readings, COLORS, strict=False):
@@ -47,7 +47,7 @@ def draw_layers(pyplot, readings: list[AttentionReading], path: Path) -> None:
             "holistic\nlayers", (0.5 - num_holistic / 2, 0.98), ha="center", va="top", fontsize=8, color=GRAY
         )
     handles = [
-        pyplot.Line2D([], [], color=color, marker="o", markersize=3, label=found.subject.label)
+        pyplot.Line2D([], [], color=color, marker="o", markersize=3, label=found.tested.label)
         for found, color in zip(readings, COLORS, strict=False)
     ]
     handles.append(pyplot.Line2D([], [], color=GRAY, linestyle=":", label="mass on the first token"))
@@ -58,7 +58,7 @@ def draw_layers(pyplot, readings: list[AttentionReading], path: Path) -> None:
 
 
 def _num_holistic(found: AttentionReading) -> int:
-    return len(found.subject.holistic_layers)
+    return len(found.tested.holistic_layers)
 
 
 def _draw_curve(axis, found: AttentionReading, field: str, key: str, color: str) -> None:
@@ -82,12 +82,12 @@ def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Pat
         path: PNG file to write.
         max_tokens: Answer tokens that get a map, the first ones; the caption says how many there are.
     """
-    picture = readings[0].reading.picture
+    picture = readings[0].prompt.image
     rows = [(found, section, layers) for found in readings for section, layers in found.layers]
     num_columns = 1 + min(max_tokens, max(len(found.answer) for found in readings))
     width = 2.1
     height = width * min(max(picture.height / picture.width, 0.35), 2.2)
-    has_thumbnails = any(found.reading.grid.has_thumbnail for found in readings)
+    has_thumbnails = any(found.prompt.grid.has_thumbnail for found in readings)
     thumbnail_height = 1.0 if has_thumbnails else 0.0
     row_height = height + thumbnail_height + 0.75
     total_width = width * num_columns + 0.8
@@ -102,7 +102,7 @@ def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Pat
         for axis in axes.flat:
             axis.set_axis_off()
         _show_picture(axes[0, 0], found)
-        label = found.subject.label.replace(" (", "\n(")
+        label = found.tested.label.replace(" (", "\n(")
         axes[0, 0].set_title(f"{label}\n{section.name}", fontsize=FONT_SIZE - 1.5, loc="left")
         for column, (token, (body, thumbnail)) in enumerate(
             zip(found.tokens[:max_tokens], found.mean_map(section, layers), strict=False), start=1
@@ -138,7 +138,7 @@ def draw_maps(pyplot, readings: list[AttentionReading], question: str, path: Pat
 
 
 def _show_picture(axis, found: AttentionReading) -> None:
-    picture, grid = found.reading.picture, found.reading.grid
+    picture, grid = found.prompt.image, found.prompt.grid
     axis.imshow(picture)
     for column in range(1, grid.columns):
         axis.axvline(picture.width * column / grid.columns - 0.5, color="#d1242f", lw=1)

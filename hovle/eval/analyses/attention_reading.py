@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
+from .model_under_test import ModelUnderTest, PromptInputs
 from .probe import MASS, LayerReading, RowStatistics, Section, probing
-from .subjects import Reading, Subject
 
 ROWS = {"text_to_image": "text", "image_to_image": "image"}
 """Name of a direction -> field of `LayerReading`."""
@@ -16,8 +16,8 @@ ROWS = {"text_to_image": "text", "image_to_image": "image"}
 class AttentionReading:
     """What one model's attention came to on one prompt."""
 
-    subject: Subject
-    reading: Reading
+    tested: ModelUnderTest
+    prompt: PromptInputs
     answer: torch.Tensor
     """Ids of the answer, shape `(A,)`."""
     layers: list[tuple[Section, list[LayerReading]]]
@@ -26,42 +26,42 @@ class AttentionReading:
     @property
     def tokens(self) -> list[str]:
         """The answer's tokens."""
-        return [self.subject.token_text(token) for token in self.answer.tolist()]
+        return [self.tested.token_text(token) for token in self.answer.tolist()]
 
     def mean_map(self, section: Section, layers: list[LayerReading]) -> list[tuple[Any, Any]]:
         """For each answer token, mean attention over a section's layers: over the picture, over the thumbnail."""
-        grid = self.subject.grid_of(section, self.reading)
+        grid = self.tested.grid_of(section, self.prompt)
         maps = torch.stack([layer.answer_maps for layer in layers]).mean(dim=0)
         return [grid.split(row) for row in maps]
 
 
 @torch.inference_mode()
-def read_attention(subject: Subject, reading: Reading, answer: torch.Tensor) -> AttentionReading:
+def read_attention(tested: ModelUnderTest, prompt: PromptInputs, answer: torch.Tensor) -> AttentionReading:
     """Run a model over a prompt and its answer and reduce each layer's attention.
 
     Args:
-        subject: The model.
-        reading: The prompt.
+        tested: The model.
+        prompt: The prompt.
         answer: Ids of the answer, shape `(A,)`.
     """
-    input_ids = torch.cat([reading.inputs["input_ids"][0], answer[:-1]])
-    sections = subject.sections(input_ids, len(answer))
+    input_ids = torch.cat([prompt.inputs["input_ids"][0], answer[:-1]])
+    sections = tested.sections(input_ids, len(answer))
     with probing(sections) as probe:
-        subject.model(
+        tested.model(
             input_ids=input_ids[None],
-            pixel_values=reading.inputs["pixel_values"],
+            pixel_values=prompt.inputs["pixel_values"],
             use_cache=False,
             logits_to_keep=1,
         )
-    return AttentionReading(subject, reading, answer, [(section, probe.readings(section)) for section in sections])
+    return AttentionReading(tested, prompt, answer, [(section, probe.readings(section)) for section in sections])
 
 
 def summarize(found: AttentionReading) -> dict:
     """All numbers of one model, for the JSON file."""
-    grid = found.reading.grid
+    grid = found.prompt.grid
     return {
-        "model": found.subject.path,
-        "kind": found.subject.kind,
+        "model": found.tested.path,
+        "kind": found.tested.kind,
         "answer_tokens": found.tokens,
         "grid": {"columns": grid.columns, "rows": grid.rows, "side": grid.side, "thumbnail": grid.has_thumbnail},
         "sections": [

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from .drawing import COLORS, FONT_SIZE, GRAY, add_caption, drawable, layer_ticks, save
 from .embedding_reading import KINDS, EmbeddingReading
-from .subjects import HOLISTIC
+from .model_under_test import HOLISTIC
 
 MAX_CELLS = 24
 """Cells along a side whose words can still be read; a finer picture is shown by its thumbnail's tokens."""
@@ -16,7 +16,7 @@ CELL_HEIGHT = 0.42
 
 def draw_words(pyplot, found: EmbeddingReading, path: Path) -> None:
     """Write the word nearest to each image token into its cell over the picture."""
-    picture, grid = found.reading.picture, found.reading.grid
+    picture, grid = found.prompt.image, found.prompt.grid
     words, thumbnail_words = grid.split(found.nearest)
     cosines, thumbnail_cosines = grid.split(found.image_cosine)
     remark = ""
@@ -35,7 +35,7 @@ def draw_words(pyplot, found: EmbeddingReading, path: Path) -> None:
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.35 / height, bottom=0.02, wspace=0.06)
     for axis, (ids, closeness, is_thumbnail), size in zip(axes[0], panels, sizes, strict=True):
         _label_cells(axis, found, ids, closeness, size)
-        axis.set_title("thumbnail" if is_thumbnail else found.subject.label, fontsize=FONT_SIZE, loc="left")
+        axis.set_title("thumbnail" if is_thumbnail else found.tested.label, fontsize=FONT_SIZE, loc="left")
     add_caption(
         figure,
         "The word whose embedding is nearest, by cosine, to each image token as it enters the language model; below "
@@ -54,7 +54,7 @@ def _size(shape, aspect: float) -> tuple[float, float]:
 
 def _label_cells(axis, found: EmbeddingReading, ids, closeness, size: tuple[float, float]) -> None:
     num_rows, num_columns = ids.shape
-    picture = found.reading.picture
+    picture = found.prompt.image
     axis.imshow(picture, extent=(0, num_columns, num_rows, 0), alpha=0.45, aspect="auto")
     for row in range(num_rows + 1):
         axis.axhline(row, color="white", lw=0.8)
@@ -63,7 +63,7 @@ def _label_cells(axis, found: EmbeddingReading, ids, closeness, size: tuple[floa
     characters = max(4, int(size[0] / num_columns / 0.07))
     for row in range(num_rows):
         for column in range(num_columns):
-            word = drawable(found.subject.token_text(int(ids[row, column])), characters)
+            word = drawable(found.tested.token_text(int(ids[row, column])), characters)
             axis.text(
                 column + 0.5,
                 row + 0.5,
@@ -103,7 +103,7 @@ def draw_numbers(pyplot, found: EmbeddingReading, path: Path) -> None:
     for axis in (cosine_axis, norm_axis):
         axis.set_ylabel("share of tokens", fontsize=FONT_SIZE)
         axis.legend(fontsize=FONT_SIZE - 1, loc="upper center")
-    num_holistic = len(found.subject.holistic_layers)
+    num_holistic = len(found.tested.holistic_layers)
     for axis, field, title in zip(
         drift_axes,
         ("to_input", "to_first"),
@@ -119,7 +119,7 @@ def draw_numbers(pyplot, found: EmbeddingReading, path: Path) -> None:
                 axis.plot(places, values, color=colors[kind], marker="o", markersize=3, lw=1.4, label=name)
         if num_holistic:
             axis.axvspan(0.5 - num_holistic, 0.5, color=GRAY, alpha=0.1, lw=0, label="holistic layers")
-        ticks = layer_ticks(num_holistic, len(found.subject.language_layers))
+        ticks = layer_ticks(num_holistic, len(found.tested.language_layers))
         axis.set_xticks(list(ticks.values()), list(ticks))
         axis.set_xlabel("layer", fontsize=FONT_SIZE)
         axis.set_ylabel("mean cosine", fontsize=FONT_SIZE)
@@ -128,7 +128,7 @@ def draw_numbers(pyplot, found: EmbeddingReading, path: Path) -> None:
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.tick_params(labelsize=FONT_SIZE - 1)
-    figure.suptitle(found.subject.label, fontsize=FONT_SIZE + 2)
+    figure.suptitle(found.tested.label, fontsize=FONT_SIZE + 2)
     figure.tight_layout()
     save(pyplot, figure, path)
 

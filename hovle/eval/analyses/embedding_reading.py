@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .model_under_test import ModelUnderTest, PromptInputs
 from .probe import Section
-from .subjects import Reading, Subject
 
 KINDS = ("text", "image")
 
@@ -29,8 +29,8 @@ class Drift:
 class EmbeddingReading:
     """Embeddings of one prompt beside a table of words."""
 
-    subject: Subject
-    reading: Reading
+    tested: ModelUnderTest
+    prompt: PromptInputs
     token_ids: torch.Tensor
     """Ids of the prompt's text tokens, shape `(T',)`."""
     text_cosine: torch.Tensor
@@ -51,29 +51,29 @@ class EmbeddingReading:
 
 
 @torch.inference_mode()
-def read_embeddings(subject: Subject, reading: Reading, table: torch.Tensor) -> EmbeddingReading:
+def read_embeddings(tested: ModelUnderTest, prompt: PromptInputs, table: torch.Tensor) -> EmbeddingReading:
     """Compare a prompt's embeddings with a table and follow them through the layers.
 
     Args:
-        subject: A HoVLE.
-        reading: The prompt.
+        tested: A HoVLE.
+        prompt: The prompt.
         table: Shape `(V, D)`, float32.
     """
-    input_ids, pixels = reading.inputs["input_ids"], reading.inputs["pixel_values"]
-    embeds = subject.model.get_holistic_embeddings(input_ids, pixels).inputs_embeds[0].float()
-    is_image = input_ids[0] == subject.model.config.image_token_id
+    input_ids, pixels = prompt.inputs["input_ids"], prompt.inputs["pixel_values"]
+    embeds = tested.model.get_holistic_embeddings(input_ids, pixels).inputs_embeds[0].float()
+    is_image = input_ids[0] == tested.model.config.image_token_id
     text, image, ids = embeds[~is_image], embeds[is_image], input_ids[0, ~is_image]
     norms = table.norm(dim=-1)
     mean_norm = float(norms.mean())
     text_cosine = torch.full((len(ids),), torch.nan, device=ids.device)
     has_row = ids < len(table)
     text_cosine[has_row] = nn.functional.cosine_similarity(text[has_row], table[ids[has_row]], dim=-1)
-    image_cosine, nearest = _nearest(image, table, subject.processor.image_token_ids)
-    with following(subject.sections(input_ids[0], 1)) as drifts:
-        subject.model(input_ids=input_ids, pixel_values=pixels, use_cache=False, logits_to_keep=1)
+    image_cosine, nearest = _nearest(image, table, tested.processor.image_token_ids)
+    with following(tested.sections(input_ids[0], 1)) as drifts:
+        tested.model(input_ids=input_ids, pixel_values=pixels, use_cache=False, logits_to_keep=1)
     return EmbeddingReading(
-        subject,
-        reading,
+        tested,
+        prompt,
         ids.cpu(),
         text_cosine.cpu(),
         (text.norm(dim=-1) / mean_norm).cpu(),
@@ -131,13 +131,13 @@ def _follow(drift: Drift, first: list[torch.Tensor]) -> Any:
 
 def summarize(found: EmbeddingReading) -> dict:
     """All numbers, for the JSON file."""
-    subject, grid = found.subject, found.reading.grid
+    tested, grid = found.tested, found.prompt.grid
     body, thumbnail = grid.split(found.nearest)
     return {
         "grid": {"columns": grid.columns, "rows": grid.rows, "side": grid.side, "thumbnail": grid.has_thumbnail},
         "table_mean_norm": found.mean_norm,
         "text": {
-            "tokens": [subject.token_text(token) for token in found.token_ids.tolist()],
+            "tokens": [tested.token_text(token) for token in found.token_ids.tolist()],
             "cosine": _spread(found.text_cosine),
             "norm": _spread(found.text_norm),
         },
@@ -145,10 +145,10 @@ def summarize(found: EmbeddingReading) -> dict:
             "cosine": _spread(found.image_cosine),
             "norm": _spread(found.image_norm),
             "num_distinct_words": len(found.nearest.unique()),
-            "nearest_words": [[subject.token_text(token) for token in row] for row in body.tolist()],
+            "nearest_words": [[tested.token_text(token) for token in row] for row in body.tolist()],
             "thumbnail_words": None
             if thumbnail is None
-            else [[subject.token_text(token) for token in row] for row in thumbnail.tolist()],
+            else [[tested.token_text(token) for token in row] for row in thumbnail.tolist()],
         },
         "table_norm": _spread(found.table_norm),
         "drift": [

@@ -29,7 +29,7 @@ from ...model.backbones import scale_embeddings
 from ...model.pictures import load_picture
 from ..results import provenance
 from .embedding_reading import KINDS, read_embeddings, summarize
-from .subjects import Subject
+from .model_under_test import ModelUnderTest
 
 FILES = ("embeddings.json", "words.png", "embeddings.png")
 """What the command writes."""
@@ -51,11 +51,11 @@ def run(args: argparse.Namespace) -> int:
     from .embedding_charts import draw_numbers, draw_words
 
     picture = load_picture(args.picture)
-    subject = Subject(args.model)
-    if subject.kind != "hovle":
-        raise ValueError(f"{args.model} is a {subject.kind} model; only a HoVLE has a holistic embedding to look at.")
-    table = word_table(subject, args.language_model)
-    found = read_embeddings(subject, subject.read(picture, args.question, args.max_tiles), table)
+    tested = ModelUnderTest(args.model)
+    if tested.kind != "hovle":
+        raise ValueError(f"{args.model} is a {tested.kind} model; only a HoVLE has a holistic embedding to look at.")
+    table = word_table(tested, args.language_model)
+    found = read_embeddings(tested, tested.prepare(picture, args.question, args.max_tiles), table)
     args.output.mkdir(parents=True, exist_ok=True)
     result = {
         "picture": Path(args.picture).name,
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         "model": args.model,
         "table": args.language_model or "the model's own",
         **summarize(found),
-        "provenance": provenance([args.model], subject.model.device),
+        "provenance": provenance([args.model], tested.model.device),
     }
     (args.output / FILES[0]).write_text(json.dumps(result) + "\n")
     draw_words(pyplot, found, args.output / FILES[1])
@@ -77,24 +77,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 @torch.no_grad()
-def word_table(subject: Subject, language_model: str | None) -> torch.Tensor:
+def word_table(tested: ModelUnderTest, language_model: str | None) -> torch.Tensor:
     """The table embeddings are compared with, shape `(V, D)`, float32, as it enters a first layer.
 
     Args:
-        subject: A HoVLE.
+        tested: A HoVLE.
         language_model: Bare model whose table to take; None for the HoVLE's own.
 
     Raises:
         ValueError: When the bare model's vectors have another length.
     """
     if language_model is None:
-        return subject.model.model.text_table().float()
+        return tested.model.model.text_table().float()
     bare = AutoModelForCausalLM.from_pretrained(resolve_asset(language_model))
     weight = bare.get_input_embeddings().weight.detach()
-    hidden_size = subject.model.config.text_config.hidden_size
+    hidden_size = tested.model.config.text_config.hidden_size
     if weight.shape[1] != hidden_size:
         raise ValueError(
-            f"{language_model} has vectors of {weight.shape[1]} numbers, {subject.path} of {hidden_size}: name the "
+            f"{language_model} has vectors of {weight.shape[1]} numbers, {tested.path} of {hidden_size}: name the "
             "language model it was built around."
         )
-    return scale_embeddings(weight, subject.model.config.text_config).float().to(subject.model.device)
+    return scale_embeddings(weight, tested.model.config.text_config).float().to(tested.model.device)

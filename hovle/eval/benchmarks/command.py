@@ -21,14 +21,13 @@ import os
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 
 from ...version import __version__
-from .suites import TASKS_FOLDER, Benchmark, Suites, load_suites
+from .suites import Benchmark, Suites, load_suites
 
 UNSAID = -1
 """Default of --max-tiles: the suite decides."""
@@ -158,10 +157,11 @@ class Plan:
         from ..results import digest, write_result
         from .harness import BenchmarkError, run_benchmark
         from .judges import judge_facts
+        from .scoring import benchmark_facts
 
         judge = judge_facts() if benchmark.key else None
         settings = self._settings() | ({"judge": judge} if judge else {})
-        identity = digest({"model": self.model_hash, "settings": settings, "task": _task_facts(benchmark)})
+        identity = digest({"model": self.model_hash, "settings": settings, "task": benchmark_facts(benchmark)})
         if self.args.resume and self._is_done(benchmark.name, identity):
             return
         self.output.mkdir(parents=True, exist_ok=True)
@@ -201,11 +201,9 @@ class Plan:
     def _settings(self) -> dict[str, Any]:
         """What scores may depend on; in float32 the batch size is not among it."""
         from ...files.fingerprints import fingerprint_files
-        from ..results import digest, harness_version
+        from ..results import harness_version
+        from .scoring import code_fingerprint
 
-        package = TASKS_FOLDER.parent.parent
-        code = [*sorted(package.glob("*.py")), *sorted(package.joinpath("eval").glob("*.py"))]
-        tasks = [path for path in sorted(TASKS_FOLDER.rglob("*")) if path.suffix != ".pyc" and path.is_file()]
         data = self.args.data
         if data is not None:
             files = sorted(path for path in data.rglob("*") if path.is_file())
@@ -219,8 +217,7 @@ class Plan:
             "data": data,
             "harness": harness_version(),
             "hovle": __version__,
-            "code": digest([path.read_text(encoding="utf-8") for path in code]),
-            "tasks": digest([path.read_text(encoding="utf-8") for path in tasks]),
+            "code": code_fingerprint(),
         }
 
     def _dtype(self) -> str:
@@ -245,12 +242,6 @@ class Plan:
                 keep_loaded=True,
             )
         return self._model
-
-
-def _task_facts(benchmark: Benchmark) -> dict[str, Any]:
-    """What decides a benchmark's score, without what is only shown."""
-    shown = ("title", "note", "published", "comparable", "data", "judge", "key")
-    return {name: value for name, value in asdict(benchmark).items() if name not in shown}
 
 
 def model_name(model: str) -> str:

@@ -7,7 +7,7 @@ from PIL import Image
 
 from hovle.cli import main
 from hovle.eval.analyses.drawing import drawable, layer_ticks
-from hovle.eval.analyses.subjects import Subject
+from hovle.eval.analyses.model_under_test import ModelUnderTest
 from hovle.files.model_folder import short_name
 
 
@@ -86,9 +86,9 @@ def test_a_model_of_another_kind_is_refused(tmp_path, picture_file, capsys):
 
 
 def test_a_tile_limit_reaches_transformers_internvl(save_internvl, picture):
-    subject = Subject(save_internvl())
-    assert subject.read(picture, "what?").grid.num_tokens == 16
-    assert subject.read(picture, "what?", max_tiles=1).grid.num_tokens == 4
+    tested = ModelUnderTest(save_internvl())
+    assert tested.prepare(picture, "what?").grid.num_tokens == 16
+    assert tested.prepare(picture, "what?", max_tiles=1).grid.num_tokens == 4
 
 
 def test_text_that_a_chart_cannot_draw_is_written_in_another_way():

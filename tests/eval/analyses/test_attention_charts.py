@@ -10,7 +10,7 @@ from hovle.charts import load_pyplot
 from hovle.cli import main
 from hovle.eval.analyses import attention_charts
 from hovle.eval.analyses.attention_reading import AttentionReading, read_attention
-from hovle.eval.analyses.subjects import Subject
+from hovle.eval.analyses.model_under_test import ModelUnderTest
 
 LOOKER = "7"
 """The one token that looks at what is dark; all others look at nothing in particular."""
@@ -46,9 +46,9 @@ def looking(save_hovle):
     """`looking(picture, answer, **config fields)`: the attention of such a model."""
 
     def read(picture: Image.Image, answer: str, **fields) -> AttentionReading:
-        subject = Subject(save_hovle(**fields))
-        see_dark(subject.model, int(subject.encode(LOOKER)))
-        return read_attention(subject, subject.read(picture, "what?"), subject.encode(answer))
+        tested = ModelUnderTest(save_hovle(**fields))
+        see_dark(tested.model, int(tested.encode(LOOKER)))
+        return read_attention(tested, tested.prepare(picture, "what?"), tested.encode(answer))
 
     return read
 
@@ -105,7 +105,7 @@ def test_the_drawn_map_is_bright_where_the_answer_token_looks(
     assert found.tokens == ["1", LOOKER, "2"]
     attention_charts.draw_maps(load_pyplot(), [found], "what?", tmp_path / "maps.png")
     (figure,) = figures
-    has_thumbnail = found.reading.grid.has_thumbnail
+    has_thumbnail = found.prompt.grid.has_thumbnail
     columns = 1 + num_tokens
     for number, (section, layers) in enumerate(found.layers):
         first = number * columns * (1 + has_thumbnail)

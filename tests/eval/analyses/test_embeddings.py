@@ -11,7 +11,7 @@ from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.cli import main
 from hovle.eval.analyses.embedding_reading import following, read_embeddings
 from hovle.eval.analyses.embeddings import word_table
-from hovle.eval.analyses.subjects import Subject
+from hovle.eval.analyses.model_under_test import ModelUnderTest
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def around_llama(tmp_path, make_tokenizer):
 
 def test_a_fresh_models_text_is_the_tables(around_llama, picture):
     model, language_model = around_llama()
-    subject = Subject(model)
-    for table in (word_table(subject, None), word_table(subject, language_model)):
-        found = read_embeddings(subject, subject.read(picture, "what is it?"), table)
+    tested = ModelUnderTest(model)
+    for table in (word_table(tested, None), word_table(tested, language_model)):
+        found = read_embeddings(tested, tested.prepare(picture, "what is it?"), table)
         known = ~found.text_cosine.isnan()
         assert known.sum() > 10
         torch.testing.assert_close(found.text_cosine[known], torch.ones(int(known.sum())))
@@ -49,15 +49,15 @@ def test_a_fresh_models_text_is_the_tables(around_llama, picture):
 
 
 def test_nearest_words_are_those_of_a_direct_search(save_hovle, picture):
-    subject = Subject(save_hovle())
-    reading = subject.read(picture, "what is it?")
-    table = word_table(subject, None)
-    found = read_embeddings(subject, reading, table)
-    inputs = {name: reading.inputs[name] for name in ("input_ids", "pixel_values")}
+    tested = ModelUnderTest(save_hovle())
+    prompt = tested.prepare(picture, "what is it?")
+    table = word_table(tested, None)
+    found = read_embeddings(tested, prompt, table)
+    inputs = {name: prompt.inputs[name] for name in ("input_ids", "pixel_values")}
     with torch.no_grad():
-        embeds = subject.model.get_holistic_embeddings(**inputs).inputs_embeds[0]
-    image = embeds[reading.inputs["input_ids"][0] == subject.model.config.image_token_id]
-    no_words = set(subject.processor.image_token_ids)
+        embeds = tested.model.get_holistic_embeddings(**inputs).inputs_embeds[0]
+    image = embeds[prompt.inputs["input_ids"][0] == tested.model.config.image_token_id]
+    no_words = set(tested.processor.image_token_ids)
     for place, vector in enumerate(image):
         cosines = torch.nn.functional.cosine_similarity(vector[None], table, dim=-1)
         best = max((token for token in range(len(table)) if token not in no_words), key=lambda token: cosines[token])
@@ -69,14 +69,14 @@ def test_nearest_words_are_those_of_a_direct_search(save_hovle, picture):
 
 @pytest.mark.parametrize("fields", [{}, {"pixel_shuffle_loc": "post"}])
 def test_drift_is_that_of_the_hidden_states(save_hovle, picture, fields):
-    subject = Subject(save_hovle(**fields))
-    inputs = subject.read(picture, "what is it?").inputs
+    tested = ModelUnderTest(save_hovle(**fields))
+    inputs = tested.prepare(picture, "what is it?").inputs
     inputs = {name: inputs[name] for name in ("input_ids", "pixel_values")}
-    sections = subject.sections(inputs["input_ids"][0], 1)
+    sections = tested.sections(inputs["input_ids"][0], 1)
     with torch.no_grad():
         with following(sections) as drifts:
-            subject.model(**inputs, use_cache=False)
-        outputs = subject.model.get_holistic_embeddings(**inputs, output_hidden_states=True)
+            tested.model(**inputs, use_cache=False)
+        outputs = tested.model.get_holistic_embeddings(**inputs, output_hidden_states=True)
     for before, after, found in zip(
         outputs.hidden_states, outputs.hidden_states[1:], drifts[0].to_input["image"][1:], strict=False
     ):

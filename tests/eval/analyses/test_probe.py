@@ -11,8 +11,8 @@ from places import ROOT
 
 import hovle.eval.analyses.probe as probe_module
 from hovle.eval.analyses.attention_reading import read_attention
+from hovle.eval.analyses.model_under_test import HOLISTIC, LANGUAGE, ModelUnderTest
 from hovle.eval.analyses.probe import EVEN_SHARE_FRACTION, LayerReading, Section, probing
-from hovle.eval.analyses.subjects import HOLISTIC, LANGUAGE, Subject
 
 KINDS = {
     "hovle": {},
@@ -23,15 +23,15 @@ KINDS = {
 
 
 @pytest.fixture(params=[*KINDS, "internvl"])
-def subject(request, save_hovle, save_internvl) -> Subject:
-    return Subject(save_internvl() if request.param == "internvl" else save_hovle(**KINDS[request.param]))
+def under_test(request, save_hovle, save_internvl) -> ModelUnderTest:
+    return ModelUnderTest(save_internvl() if request.param == "internvl" else save_hovle(**KINDS[request.param]))
 
 
-def whole_matrices(subject: Subject, input_ids, pixel_values) -> list[torch.Tensor]:
+def whole_matrices(under_test: ModelUnderTest, input_ids, pixel_values) -> list[torch.Tensor]:
     """Attention of every layer, `(H, T, T)`, as transformers' eager attention gives it."""
-    subject.model.set_attn_implementation("eager")
+    under_test.model.set_attn_implementation("eager")
     with torch.inference_mode():
-        outputs = subject.model(
+        outputs = under_test.model(
             input_ids=input_ids[None], pixel_values=pixel_values, output_attentions=True, use_cache=False
         )
     return [layer[0].double() for layer in outputs.attentions]
@@ -67,69 +67,69 @@ def check(reading: LayerReading, weights: torch.Tensor, section: Section) -> Non
 
 
 @pytest.mark.parametrize("block_elements", [1000, 2**21], ids=["in blocks", "in one block"])
-def test_readings_equal_sums_over_eager_attention(subject, picture, monkeypatch, block_elements):
+def test_readings_equal_sums_over_eager_attention(under_test, picture, monkeypatch, block_elements):
     monkeypatch.setitem(probe_module.BLOCK_ELEMENTS, "cpu", block_elements)
-    reading = subject.read(picture, "what is it?")
-    answer = subject.encode("a bus and a tree")
-    found = read_attention(subject, reading, answer)
+    prompt = under_test.prepare(picture, "what is it?")
+    answer = under_test.encode("a bus and a tree")
+    found = read_attention(under_test, prompt, answer)
     names = [section.name for section, _ in found.layers]
-    assert names == ([HOLISTIC, LANGUAGE] if subject.holistic_layers else [LANGUAGE])
-    input_ids = torch.cat([reading.inputs["input_ids"][0], answer[:-1]])
-    matrices = whole_matrices(subject, input_ids, reading.inputs["pixel_values"])
+    assert names == ([HOLISTIC, LANGUAGE] if under_test.holistic_layers else [LANGUAGE])
+    input_ids = torch.cat([prompt.inputs["input_ids"][0], answer[:-1]])
+    matrices = whole_matrices(under_test, input_ids, prompt.inputs["pixel_values"])
     for section, layers in found.layers:
         for layer in layers:
             check(layer, matrices.pop(0), section)
     assert not matrices
 
 
-def test_rows_sum_to_one(subject, picture):
-    found = read_attention(subject, subject.read(picture, "what is it?"), subject.encode("red"))
+def test_rows_sum_to_one(under_test, picture):
+    found = read_attention(under_test, under_test.prepare(picture, "what is it?"), under_test.encode("red"))
     for _, layers in found.layers:
         for layer in layers:
             for rows in (layer.text, layer.image):
                 torch.testing.assert_close(rows.mass.sum(dim=1), torch.ones(4).double(), atol=1e-5, rtol=0)
 
 
-def test_logits_and_settings_stay_what_they_are(subject, picture):
-    reading = subject.read(picture, "what is it?")
-    inputs = {"input_ids": reading.inputs["input_ids"], "pixel_values": reading.inputs["pixel_values"]}
+def test_logits_and_settings_stay_what_they_are(under_test, picture):
+    prompt = under_test.prepare(picture, "what is it?")
+    inputs = {"input_ids": prompt.inputs["input_ids"], "pixel_values": prompt.inputs["pixel_values"]}
     with torch.inference_mode():
-        expected = subject.model(**inputs, use_cache=False).logits
-        before = subject.language_layers[0].self_attn.config._attn_implementation
-        with probing(subject.sections(inputs["input_ids"][0], 1)):
-            found = subject.model(**inputs, use_cache=False).logits
+        expected = under_test.model(**inputs, use_cache=False).logits
+        before = under_test.language_layers[0].self_attn.config._attn_implementation
+        with probing(under_test.sections(inputs["input_ids"][0], 1)):
+            found = under_test.model(**inputs, use_cache=False).logits
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=1e-4)
-    assert subject.language_layers[0].self_attn.config._attn_implementation == before != probe_module.NAME
+    assert under_test.language_layers[0].self_attn.config._attn_implementation == before != probe_module.NAME
 
 
 def test_the_holistic_layers_of_hd_have_a_map_of_patches(save_hovle, picture):
-    subject = Subject(save_hovle(pixel_shuffle_loc="post"))
-    found = read_attention(subject, subject.read(picture, "what is it?"), subject.encode("red"))
+    under_test = ModelUnderTest(save_hovle(pixel_shuffle_loc="post"))
+    found = read_attention(under_test, under_test.prepare(picture, "what is it?"), under_test.encode("red"))
     (holistic, language) = (found.mean_map(*entry)[0] for entry in found.layers)
     assert [tuple(part.shape) for part in holistic] == [(4, 12), (4, 4)]
     assert [tuple(part.shape) for part in language] == [(2, 6), (2, 2)]
 
 
 def test_what_cannot_be_read_is_refused(save_hovle, picture):
-    subject = Subject(save_hovle())
-    ids = subject.read(picture, "what is it?").inputs["input_ids"]
-    with probing(subject.sections(ids[0], 1)) as probe, torch.inference_mode():
+    under_test = ModelUnderTest(save_hovle())
+    ids = under_test.prepare(picture, "what is it?").inputs["input_ids"]
+    with probing(under_test.sections(ids[0], 1)) as probe, torch.inference_mode():
         with pytest.raises(ValueError, match=r"Layers \[0, 1\] of the holistic layers did not go through"):
             probe.readings(probe.sections[0])
         with pytest.raises(ValueError, match=rf"read for one prompt of {ids.shape[1]} tokens without a cache, got 2"):
-            subject.model(input_ids=torch.full((2, 5), 7), use_cache=False)
-        attention = subject.language_layers[0].self_attn
+            under_test.model(input_ids=torch.full((2, 5), 7), use_cache=False)
+        attention = under_test.language_layers[0].self_attn
         states = torch.zeros(1, 4, ids.shape[1], 16)
         with pytest.raises(ValueError, match="LlamaAttention has attention sinks"):
             probe_module.probed_attention(attention, states, states[:, :2], states[:, :2], None, s_aux=torch.zeros(4))
 
 
 def test_softcapped_scores_are_capped_in_the_reading_too(save_hovle, picture):
-    subject = Subject(save_hovle())
-    ids = subject.read(picture, "what is it?").inputs["input_ids"][0]
+    under_test = ModelUnderTest(save_hovle())
+    ids = under_test.prepare(picture, "what is it?").inputs["input_ids"][0]
     states = 5 * torch.randn(1, 4, len(ids), 16, generator=torch.Generator().manual_seed(0))
-    attention = subject.language_layers[0].self_attn
-    with probing(subject.sections(ids, 1)):
+    attention = under_test.language_layers[0].self_attn
+    with probing(under_test.sections(ids, 1)):
         found, _ = probe_module.probed_attention(
             attention, states, states[:, :2], states[:, :2], None, scaling=1.0, softcap=3.0
         )

@@ -131,12 +131,12 @@ def test_layers_that_keep_nothing_are_not_run_again(next_token_config):
 def test_shards_are_a_share_of_everything_and_what_is_joined(next_token_config):
     plain, sharded, work = costs(next_token_config, "sharding=full")
     before, after = plain.memory(work), sharded.memory(work, num_processes=4)
-    assert (after.weights, after.optimizer) == (before.weights / 4, before.optimizer / 4)
-    stem, holistic, language, head = before.gradients
-    assert after.gradients == (stem, holistic / 4, language, head)  # the stem's are cut up at the end
-    assert language == head == 0
     layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64  # matrices and two norms
     assert plain.groups["holistic_layers"] == 2 * layer
+    stem = plain.num_trainable - 2 * layer
+    assert 4 * after.optimizer == 8 * plain.num_trainable  # two moments in float32
+    assert 4 * after.weights == 4 * plain.num_trainable + 2 * (plain.num_parameters - plain.num_trainable)
+    assert after.gradients == (4 * stem, 2 * layer, 0, 0)  # the stem's are cut up at the end
     rest = before.weights - 2 * layer * 4 - 2 * layer * 2  # two learn in float32, two are frozen in bfloat16
     assert after.joined == rest + layer * 4
     assert after.working[1] == before.working[1] + layer * 4  # its gradient is whole before it is cut

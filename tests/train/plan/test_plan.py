@@ -137,8 +137,7 @@ def test_a_checkpoint_to_come_has_the_shapes_of_the_recipe_that_writes_it(recipe
     assert found.to_dict() == first.to_dict()
 
 
-def test_an_unknown_language_model_is_refused_with_what_is_known(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_an_unknown_language_model_is_refused_with_what_is_known(offline):
     with pytest.raises(ValueError, match=r"No config of the language model 'no/such-model'.*SmolLM2-360M"):
         language_model_config("no/such-model")
 
@@ -166,13 +165,20 @@ def test_mistakes_are_told_in_one_line(recipe, capsys, arguments, message):
 def test_json_holds_what_the_table_shows(recipe, capsys):
     assert main(["plan", recipe, EXPECTED, "dtype=auto", "--gpu", "L4-24G", "--json"]) == 0
     [plan] = json.loads(capsys.readouterr().out)
-    assert plan["flops_per_step"] == sum(plan["flops"].values())
-    assert plan["total_flops"] == plan["flops_per_step"] * plan["num_steps"]
-    assert {"peak_gib", "largest_rows_per_batch", "tokens_per_second", "hours", "dollars"} <= plan.keys()
     assert main(["plan", recipe, EXPECTED, "dtype=auto", "--gpu", "L4-24G"]) == 0
     printed = capsys.readouterr().out
     assert "assumed: 40% of the peak reached (--mfu), $0.60 per hour" in printed
-    assert f"{plan['total_flops']:.2e}" in printed
+    [shown] = [line.split() for line in printed.splitlines() if line.startswith(plan["name"])][:1]
+    expected = {
+        "peak_gib": ".1f",
+        "largest_rows_per_batch": "",
+        "samples_per_step": ",.0f",
+        "num_steps": ",",
+        "tokens_per_second": ",.0f",
+        "total_flops": ".2e",
+        "hours": ",.1f",
+    }
+    assert [name for name, form in expected.items() if format(plan[name], form) not in shown] == []
 
 
 def test_this_machine_is_measured_first(recipe, capsys):
@@ -228,7 +234,6 @@ def test_sharding_lets_a_plan_fit_more_rows(next_token_config):
     config, sharded = next_token_config(EXPECTED, *whole), next_token_config(EXPECTED, *whole, "sharding=full")
     model, device = model_config(config), GPUS["L4-24G"]
     alone, shared = (plan_stage("", stage, model, device, count=8) for stage in (config, sharded))
-    assert shared.memory.optimizer == alone.memory.optimizer / 8
     assert shared.memory.joined > 0 == alone.memory.joined
     assert shared.tokens_per_second > alone.tokens_per_second  # each changes an eighth of the weights
     large = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hovle import HoVLEForConditionalGeneration
-from hovle.files import atomic as durable
+from hovle.files import atomic
 from hovle.files.atomic import append_log
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.records import Record, conversation
@@ -56,7 +56,7 @@ def test_an_interrupted_save_leaves_the_older_checkpoint_usable(tmp_path, monkey
     elif moment == "state":
         monkeypatch.setattr(torch, "save", fail)
     else:
-        monkeypatch.setattr(durable.os, "rename", fail)
+        monkeypatch.setattr(atomic.os, "rename", fail)
     with pytest.raises(
         checkpoints.SaveError, match=r"step 4 .*No space left.*checkpoint-000002 is complete: continue"
     ):

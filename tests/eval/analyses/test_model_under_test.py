@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from hovle.eval.analyses.subjects import HOLISTIC, LANGUAGE, Subject
+from hovle.eval.analyses.model_under_test import HOLISTIC, LANGUAGE, ModelUnderTest
 
 
 @pytest.fixture
-def hd(save_hovle) -> Subject:
+def hd(save_hovle) -> ModelUnderTest:
     """Two by two patches make a token: a placeholder takes four places among the holistic layers, text one."""
-    return Subject(save_hovle(pixel_shuffle_loc="post"))
+    return ModelUnderTest(save_hovle(pixel_shuffle_loc="post"))
 
 
 def test_answer_queries_of_hd_stand_where_counting_puts_them(hd):
@@ -35,9 +35,9 @@ def test_an_answer_of_one_token_looks_from_the_prompts_last_place(hd):
 
 def test_the_words_of_an_answer_enter_the_layers_at_those_places(hd, picture):
     """What goes into the first layer of each section, at the places of the answer's queries, is those words."""
-    reading = hd.read(picture, "what is it?")
+    prompt = hd.prepare(picture, "what is it?")
     answer = hd.encode("a bus")
-    ids = torch.cat([reading.inputs["input_ids"][0], answer[:-1]])
+    ids = torch.cat([prompt.inputs["input_ids"][0], answer[:-1]])
     entered = {}
     sections = hd.sections(ids, len(answer))
     hooks = [
@@ -50,7 +50,7 @@ def test_the_words_of_an_answer_enter_the_layers_at_those_places(hd, picture):
         for section in sections
     ]
     with torch.inference_mode():
-        hd.model(input_ids=ids[None], pixel_values=reading.inputs["pixel_values"], use_cache=False)
+        hd.model(input_ids=ids[None], pixel_values=prompt.inputs["pixel_values"], use_cache=False)
     for hook in hooks:
         hook.remove()
     holistic, language = sections
@@ -59,5 +59,5 @@ def test_the_words_of_an_answer_enter_the_layers_at_those_places(hd, picture):
     torch.testing.assert_close(entered[HOLISTIC][0, holistic.answer_queries], words)
     assert entered[LANGUAGE].shape[1] == len(language.image_mask) == len(ids)
     patches = entered[HOLISTIC][0, holistic.image_mask]
-    assert len(patches) == 16 * len(reading.inputs["pixel_values"])
-    assert torch.equal(patches, hd.model.model.patch_embedding(reading.inputs["pixel_values"]).flatten(0, 1))
+    assert len(patches) == 16 * len(prompt.inputs["pixel_values"])
+    assert torch.equal(patches, hd.model.model.patch_embedding(prompt.inputs["pixel_values"]).flatten(0, 1))

@@ -23,17 +23,17 @@ KINDS = ("hovle", "internvl")
 
 
 @dataclass
-class Reading:
+class PromptInputs:
     """A prompt with one picture, as a model reads it."""
 
-    picture: Image.Image
+    image: Image.Image
     inputs: BatchFeature
     """`input_ids`, `pixel_values`, ... of the prompt."""
     grid: TokenGrid
     """Of the tokens the language model sees."""
 
 
-class Subject:
+class ModelUnderTest:
     """A model, its processor and what they know about each other.
 
     Args:
@@ -81,17 +81,17 @@ class Subject:
         base = self.model.model
         return list(base.language_layers if self.kind == "hovle" else base.language_model.layers)
 
-    def read(self, picture: Image.Image, question: str, max_tiles: int | None = None) -> Reading:
+    def prepare(self, image: Image.Image, question: str, max_tiles: int | None = None) -> PromptInputs:
         """Build the prompt of a question about a picture.
 
         Args:
-            picture: As `load_picture` gives it.
+            image: As `load_picture` gives it.
             question: The user's words.
             max_tiles: Most tiles of the picture; the model's own limit by default.
         """
         limit_name = "max_tiles" if self.kind == "hovle" else "max_patches"
         limits = {} if max_tiles is None else {limit_name: max_tiles}
-        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
         inputs = self.processor.apply_chat_template(
             [{"role": "user", "content": content}],
             add_generation_prompt=True,
@@ -100,27 +100,27 @@ class Subject:
             return_tensors="pt",
             processor_kwargs=limits,
         ).to(self.model.device, self.model.dtype)
-        columns, rows = self._choose_grid(picture, limits)
+        columns, rows = self._choose_grid(image, limits)
         num_tokens = int((inputs["input_ids"] == self.model.config.image_token_id).sum())
         grid = TokenGrid.from_counts(columns, rows, len(inputs["pixel_values"]), num_tokens)
-        return Reading(picture, inputs, grid)
+        return PromptInputs(image, inputs, grid)
 
-    def _choose_grid(self, picture: Image.Image, limits: dict) -> tuple[int, int]:
+    def _choose_grid(self, image: Image.Image, limits: dict) -> tuple[int, int]:
         processor = self.processor.image_processor
         if self.kind == "hovle":
-            return processor.choose_grid(picture.height, picture.width, limits)
+            return processor.choose_grid(image.height, image.width, limits)
         # transformers' InternVLProcessor always cuts into tiles, whatever its image processor says.
         most = limits.get("max_patches", processor.max_patches)
         if most == 1:
             return 1, 1
         size = (processor.size["height"], processor.size["width"])
-        return get_optimal_tiled_canvas((picture.height, picture.width), size, processor.min_patches, most)
+        return get_optimal_tiled_canvas((image.height, image.width), size, processor.min_patches, most)
 
     @torch.inference_mode()
-    def answer(self, reading: Reading, max_new_tokens: int) -> torch.Tensor:
+    def answer(self, prompt: PromptInputs, max_new_tokens: int) -> torch.Tensor:
         """Answer greedily; ids of shape `(A,)`, at least one, the end of the turn included if it was reached."""
-        generated = self.model.generate(**reading.inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return generated[0, reading.inputs["input_ids"].shape[1] :]
+        generated = self.model.generate(**prompt.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        return generated[0, prompt.inputs["input_ids"].shape[1] :]
 
     def encode(self, text: str) -> torch.Tensor:
         """Ids of an answer given as text, shape `(A,)`; ValueError if there are none."""
@@ -156,8 +156,8 @@ class Subject:
             language,
         ]
 
-    def grid_of(self, section: Section, reading: Reading) -> TokenGrid:
+    def grid_of(self, section: Section, prompt: PromptInputs) -> TokenGrid:
         """How a section's image tokens lie over the picture; those of HoVLE-HD's holistic layers are patches."""
         if section.name == HOLISTIC and self.is_hd:
-            return reading.grid.finer(self.model.config.shuffle_factor)
-        return reading.grid
+            return prompt.grid.finer(self.model.config.shuffle_factor)
+        return prompt.grid
