@@ -205,12 +205,11 @@ def _read_file(path: str | os.PathLike) -> bytes:
 
 
 def _check_file(file: Path) -> None:
+    if file.is_file():
+        return
     if file.is_dir():
         raise PictureError("is a directory, not a picture file.")
-    if not file.exists():
-        raise PictureError("no such file.")
-    if not file.is_file():
-        raise PictureError("is not a regular file.")
+    raise PictureError("is not a regular file." if file.exists() else "no such file.")
 
 
 def _from_text(text: str, kind: Kind | None) -> "PictureFile":

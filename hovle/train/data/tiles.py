@@ -46,7 +46,8 @@ def cut_tiles(pixels: torch.Tensor, image_processor: HoVLEImageProcessor) -> tor
     # Batch axis first: only then torch notices that channels are last, and takes its fast kernel.
     picture = pixels[None].permute(0, 3, 1, 2)
     grid = image_processor.choose_grid(*pixels.shape[:2])
-    return torch.cat(grid.cut(functools.partial(_resize, picture), image_processor.size["height"]))
+    tiles = grid.cut(functools.partial(_resize, picture), image_processor.size["height"])
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
 def _resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
