@@ -8,7 +8,9 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-image-tokens", type=positive, metavar="N", help="tokens all pictures of a prompt may take together"
     )
-    parser.add_argument("--label-pictures", action="store_true", help="number the pictures of a prompt: Image-1, ...")
+    parser.add_argument(
+        "--label-images", "--label-pictures", action="store_true", help="number the pictures of a prompt: Image-1, ..."
+    )
 
 
 def positive(text: str) -> int:

@@ -13,7 +13,6 @@ import io
 import os
 import sys
 
-from ..model.pictures import load_picture
 from ..options import add_picture_arguments, positive
 from .conversation import Conversation
 
@@ -32,11 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Answer one question, or hold a conversation."""
-    pictures = [load_picture(source) for source in args.image]  # before the model, which takes long to load
     conversation = Conversation(
-        args.model, args.max_new_tokens, args.max_tiles, args.max_image_tokens, args.label_pictures
+        args.model, args.max_new_tokens, args.max_tiles, args.max_image_tokens, args.label_images, args.image
     )
-    conversation.add_pictures(pictures)
     if args.question is not None:
         _say(conversation.answer(args.question))
         return 0
@@ -63,7 +60,7 @@ def _obey(line: str, conversation: "Conversation") -> None:
     elif line == "/help":
         _say(HELP)
     elif command == "/image":
-        conversation.add_pictures([_picture_source(rest.strip())])
+        conversation.add_images([_picture_source(rest.strip())])
     elif line.startswith("/"):
         raise ValueError(f"{command}: no command. {HELP} A question that starts with / needs a space before it.")
     elif line.strip():

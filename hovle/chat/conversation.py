@@ -1,8 +1,11 @@
 """A conversation with a model about pictures."""
 
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from PIL import Image
 from transformers import TextStreamer
 
 from ..files.model_folder import refuse_missing_folder, refuse_missing_processor
@@ -19,7 +22,9 @@ class Conversation:
         max_new_tokens: Longest answer in tokens.
         max_tiles: Most tiles of a picture, or None for the model's own limit.
         max_image_tokens: Tokens all pictures shown so far may take together, or None for no limit.
-        label_pictures: Number the pictures, so that questions can name them: Image-1, Image-2, ...
+        label_images: Number the pictures, so that questions can name them: Image-1, Image-2, ...
+        images: Pictures for the first question, as `load_picture` reads them; before the model, which takes long to
+            load.
     """
 
     def __init__(
@@ -28,8 +33,11 @@ class Conversation:
         max_new_tokens: int = 256,
         max_tiles: int | None = None,
         max_image_tokens: int | None = None,
-        label_pictures: bool = False,
+        label_images: bool = False,
+        images: Sequence[Any] = (),
     ):
+        self.restart()
+        self.add_images(images)
         refuse_missing_folder(model)
         refuse_missing_processor(model)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -37,22 +45,24 @@ class Conversation:
         self.model = HoVLEForConditionalGeneration.from_pretrained(model).to(device).eval()
         self.max_new_tokens = max_new_tokens
         limits = {"max_tiles": max_tiles, "max_image_tokens": max_image_tokens}
-        self.picture_kwargs = {name: limit for name, limit in limits.items() if limit is not None}
-        self.label_pictures = label_pictures
-        self.restart()
+        self.image_kwargs = {name: limit for name, limit in limits.items() if limit is not None}
+        self.label_images = label_images
 
     def restart(self) -> None:
         """Forget what was said and shown."""
         self.messages: list[dict] = []
-        self.pictures: list = []
+        self.images: list[Image.Image] = []
 
-    def add_pictures(self, sources: list) -> None:
-        """Read pictures now, so that a broken one is refused at once, and show them with the next question."""
-        self.pictures += [load_picture(source) for source in sources]
+    def add_images(self, sources: Sequence[Any]) -> None:
+        """Load pictures now, so that a broken one is refused at once and none is loaded again in a later turn.
+
+        They are shown with the next question.
+        """
+        self.images += [load_picture(source) for source in sources]
 
     def answer(self, question: str, stream: bool = False) -> str:
         """Ask a question after all that was said before; `stream` prints the answer as it comes."""
-        content = [{"type": "image", "image": picture} for picture in self.pictures]
+        content = [{"type": "image", "image": image} for image in self.images]
         messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         inputs = self.processor.apply_chat_template(
             messages,
@@ -60,8 +70,8 @@ class Conversation:
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            processor_kwargs=self.picture_kwargs,
-            label_pictures=self.label_pictures,
+            processor_kwargs=self.image_kwargs,
+            label_images=self.label_images,
         ).to(self.model.device, self.model.dtype)
         streamer = None
         if stream:
@@ -70,6 +80,6 @@ class Conversation:
             **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer
         )
         reply = self.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        self.pictures = []
+        self.images = []
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": reply}]}]
         return reply

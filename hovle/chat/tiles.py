@@ -21,6 +21,7 @@ from ..model.configuration_hovle import HoVLEConfig, count_tile_tokens
 from ..model.image_processing_hovle import HoVLEImageProcessor
 from ..model.pictures import load_picture
 from ..model.processing_hovle import HoVLEProcessor
+from ..model.tiling import TileGrid
 
 PICTURE_SIDE = 960
 """Longer side of the picture in the drawing, in pixels."""
@@ -38,45 +39,37 @@ LINE_SHADOW = "#d1242f"
 class TilePlan:
     """How one picture is cut, and what it costs."""
 
-    columns: int
-    rows: int
+    grid: TileGrid
     tile_size: int
     """Side of a tile in pixels."""
 
     tokens_per_tile: int
 
     @property
-    def has_thumbnail(self) -> bool:
-        """Whether the whole picture follows as one more tile."""
-        return self.columns * self.rows > 1
-
-    @property
-    def num_tiles(self) -> int:
-        """Tiles, the thumbnail included."""
-        return self.columns * self.rows + self.has_thumbnail
-
-    @property
     def num_tokens(self) -> int:
         """Tokens in the prompt, `<img>` and `</img>` included."""
-        return self.num_tiles * self.tokens_per_tile + 2
+        return self.grid.num_tiles * self.tokens_per_tile + 2
 
     def lines(self) -> list[str]:
         """Say it in words, one fact per line."""
         return [
-            f"grid             {self._grid()}",
-            f"tiles            {self.num_tiles}",
+            f"grid             {self._grid_in_words()}",
+            f"tiles            {self.grid.num_tiles}",
             f"tokens per tile  {self.tokens_per_tile}",
             f"tokens in all    {self.num_tokens:,} (with <img> and </img>)",
         ]
 
     def captions(self) -> list[str]:
         """Say it shortly, for the drawing."""
-        return [self._grid(), f"{self.num_tiles} x {self.tokens_per_tile} + 2 = {self.num_tokens:,} tokens"]
+        return [
+            self._grid_in_words(),
+            f"{self.grid.num_tiles} x {self.tokens_per_tile} + 2 = {self.num_tokens:,} tokens",
+        ]
 
-    def _grid(self) -> str:
-        if not self.has_thumbnail:
+    def _grid_in_words(self) -> str:
+        if not self.grid.has_thumbnail:
             return f"one tile of {self.tile_size} px"
-        return f"{self.columns} x {self.rows} tiles of {self.tile_size} px + thumbnail"
+        return f"{self.grid.columns} x {self.grid.rows} tiles of {self.tile_size} px + thumbnail"
 
 
 def plan_tiles(
@@ -101,11 +94,11 @@ def plan_tiles(
     limits: list[int] = [image_processor.max_patches] * len(image_sizes)
     if max_image_tokens is not None:
         limits = image_processor.spread_tiles(image_sizes, max_image_tokens, tokens_per_tile)[0]
-    plans = []
-    for size, limit in zip(image_sizes, limits, strict=True):
-        columns, rows = image_processor.choose_grid(*size, {"max_tiles": limit})
-        plans.append(TilePlan(columns=columns, rows=rows, tile_size=tile_size, tokens_per_tile=tokens_per_tile))
-    return plans
+    grids = [
+        image_processor.choose_grid(*size, {"max_tiles": limit})
+        for size, limit in zip(image_sizes, limits, strict=True)
+    ]
+    return [TilePlan(grid=grid, tile_size=tile_size, tokens_per_tile=tokens_per_tile) for grid in grids]
 
 
 def draw_tiles(picture: Image.Image, plan: TilePlan, title: str) -> Image.Image:
@@ -119,7 +112,7 @@ def draw_tiles(picture: Image.Image, plan: TilePlan, title: str) -> Image.Image:
     thumbnail_side = min(height, 240) if is_wide else 240
     left, top = (MARGIN, MARGIN + height + MARGIN) if is_wide else (MARGIN + width + MARGIN, MARGIN)
     right, bottom = MARGIN + width, MARGIN + height
-    if plan.has_thumbnail:
+    if plan.grid.has_thumbnail:
         right, bottom = max(right, left + thumbnail_side), max(bottom, top + thumbnail_side + line_height)
     captions = [f"{title}: {picture.width} x {picture.height} px", *plan.captions()]
     right = max(right, *(MARGIN + round(font.getlength(caption)) for caption in captions))
@@ -128,11 +121,11 @@ def draw_tiles(picture: Image.Image, plan: TilePlan, title: str) -> Image.Image:
     canvas = Image.new("RGB", (right + MARGIN, caption_top + len(captions) * line_height + MARGIN // 2), BACKGROUND)
     draw = ImageDraw.Draw(canvas)
     canvas.paste(picture.resize((width, height), Image.Resampling.BICUBIC), (MARGIN, MARGIN))
-    _draw_grid(draw, plan, MARGIN, MARGIN, width, height)
-    if plan.has_thumbnail:
+    _draw_grid(draw, plan.grid, MARGIN, MARGIN, width, height)
+    if plan.grid.has_thumbnail:
         canvas.paste(picture.resize((thumbnail_side, thumbnail_side), Image.Resampling.BICUBIC), (left, top))
         _draw_frame(draw, left, top, thumbnail_side, thumbnail_side)
-        _draw_badge(draw, plan.num_tiles, left, top, thumbnail_side)
+        _draw_badge(draw, plan.grid.num_tiles, left, top, thumbnail_side)
         draw.text((left, top + thumbnail_side + 6), "thumbnail", fill=PALE_INK, font=font)
     for number, caption in enumerate(captions):
         ink = INK if number == 0 else PALE_INK
@@ -140,20 +133,17 @@ def draw_tiles(picture: Image.Image, plan: TilePlan, title: str) -> Image.Image:
     return canvas
 
 
-def _draw_grid(draw: ImageDraw.ImageDraw, plan: TilePlan, left: int, top: int, width: int, height: int) -> None:
+def _draw_grid(draw: ImageDraw.ImageDraw, grid: TileGrid, left: int, top: int, width: int, height: int) -> None:
     """Draw tile borders and numbers over the picture."""
-    across = [left + round(width * column / plan.columns) for column in range(plan.columns + 1)]
-    down = [top + round(height * row / plan.rows) for row in range(plan.rows + 1)]
+    boxes = [(left + x0, top + y0, left + x1, top + y1) for x0, y0, x1, y1 in grid.boxes(height, width)]
     for color, line_width in ((LINE_SHADOW, 5), (LINE, 1)):
-        for x in across[1:-1]:
+        for x in [box[0] for box in boxes[1 : grid.columns]]:
             draw.line([(x, top), (x, top + height - 1)], fill=color, width=line_width)
-        for y in down[1:-1]:
+        for y in [box[1] for box in boxes[grid.columns :: grid.columns]]:
             draw.line([(left, y), (left + width - 1, y)], fill=color, width=line_width)
     _draw_frame(draw, left, top, width, height)
-    for row in range(plan.rows):
-        for column in range(plan.columns):
-            room = min(across[column + 1] - across[column], down[row + 1] - down[row])
-            _draw_badge(draw, row * plan.columns + column + 1, across[column], down[row], room)
+    for number, (x0, y0, x1, y1) in enumerate(boxes, start=1):
+        _draw_badge(draw, number, x0, y0, min(x1 - x0, y1 - y0))
 
 
 def _draw_frame(draw: ImageDraw.ImageDraw, left: int, top: int, width: int, height: int) -> None:

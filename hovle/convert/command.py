@@ -353,7 +353,7 @@ def _save_processor(folder: Path, image_processor: HoVLEImageProcessor) -> str |
     if missing:
         return f"No processor was written: the tokenizer lacks {', '.join(missing)}."
     processor = HoVLEProcessor(
-        image_processor, tokenizer, config.patch_size * config.shuffle_factor, text_after_picture="\n"
+        image_processor, tokenizer, config.patch_size * config.shuffle_factor, text_after_image="\n"
     )
     if processor.image_token_id != config.image_token_id:
         raise ValueError(

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..assets.vqa_questions import Question, draw_questions
 from ..machine.speed import fastest_dtype
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
-from ..model.pictures import load_picture
+from ..model.pictures import load_picture, picture_size
 from ..model.processing_hovle import HoVLEProcessor
 
 
@@ -41,12 +41,7 @@ def answer_questions(
     answers: list[str] = []
     for start in tqdm(range(0, len(distinct), batch_size), desc=description, unit="batch"):
         chats = [
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image", "image": load_picture(question.picture)}, _text(question.text)],
-                }
-            ]
+            [{"role": "user", "content": [{"type": "image", "image": question.picture}, _text(question.text)]}]
             for question in list(distinct.values())[start : start + batch_size]
         ]
         inputs = processor.apply_chat_template(
@@ -85,7 +80,15 @@ def _normal(text: str) -> str:
 def with_blank_pictures(questions: Sequence[Question]) -> list[Question]:
     """The same questions about white pictures of the same size: what can be guessed without looking."""
     blank = functools.cache(lambda size: Image.new("RGB", size, "white"))
-    return [Question(item.text, item.answer, blank(load_picture(item.picture).size)) for item in questions]
+    return [Question(item.text, item.answer, blank(_size(item.picture))) for item in questions]
+
+
+def _size(picture: Any) -> tuple[int, int]:
+    """Width and height of an upright picture, from the header of its file where it is one."""
+    if isinstance(picture, Path):
+        height, width = picture_size(picture)
+        return width, height
+    return load_picture(picture).size
 
 
 def with_shuffled_pictures(questions: Sequence[Question], seed: int = 0) -> list[Question]:

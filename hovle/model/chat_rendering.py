@@ -86,18 +86,18 @@ class ChatRenderer:
         template: Jinja source.
         breaker: Character that breaks up special tokens; it occurs in no string of the chat.
         mark: Another such character, for pictures.
-        text_after_picture: Stands after each picture unless the message itself goes on with it.
+        text_after_image: Stands after each picture unless the message itself goes on with it.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str, breaker: str, mark: str, text_after_picture: str = ""
+        self, tokenizer: PreTrainedTokenizerBase, template: str, breaker: str, mark: str, text_after_image: str = ""
     ):
         self.tokenizer = tokenizer
         self.special_tokens = SpecialTokens.of(tokenizer)
         self.template = template
         self.words = set(re.findall(r"\w+", re.sub(self.special_tokens.pattern, " ", template)))
         self.breaker, self.mark = breaker, mark
-        self.text_after_picture = text_after_picture
+        self.text_after_image = text_after_image
 
     def render(self, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs) -> list["Prompt"]:
         """Render a batch of chats.
@@ -153,7 +153,7 @@ class ChatRenderer:
             elif kind in ("image", "image_url"):
                 parts += [self._break_up(text + pending), f"{self.mark}{len(pictures)}{self.mark}"]
                 pictures.append(item)
-                text, pending = "", self.text_after_picture
+                text, pending = "", self.text_after_image
             elif kind == "text":
                 raise ValueError(f"An item of type 'text' needs a string as its 'text', got {words!r:.80}.")
             else:

@@ -16,10 +16,10 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorKwargs,
     GotOcr2ImageProcessorPil,
-    get_optimal_tiled_canvas,
 )
 
 from .pictures import load_picture
+from .tiling import TileGrid
 
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False, "data_format": "channels_first"}
 """Arguments of other image processors that have no meaning for tiles, with the only value they may have."""
@@ -73,22 +73,18 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
 
         return load(image_url_or_urls)
 
-    def choose_grid(self, height: int, width: int, images_kwargs: dict | None = None) -> tuple[int, int]:
+    def choose_grid(self, height: int, width: int, images_kwargs: dict | None = None) -> TileGrid:
         """Choose how many tiles go across and down.
 
         Args:
             height: Of the upright picture, in pixels.
             width: Of the upright picture, in pixels.
             images_kwargs: Arguments that replace the defaults, for instance `{"max_tiles": 6}`.
-
-        Returns:
-            Columns, rows.
         """
         kwargs = self.grid_settings(images_kwargs)
-        if not kwargs["crop_to_patches"] or kwargs["max_patches"] == 1:
-            return 1, 1
-        tile = (kwargs["size"].height, kwargs["size"].width)
-        return get_optimal_tiled_canvas((height, width), tile, kwargs["min_patches"], kwargs["max_patches"])
+        if not kwargs["crop_to_patches"]:
+            return TileGrid(1, 1)
+        return TileGrid.closest(height, width, kwargs["size"].height, kwargs["min_patches"], kwargs["max_patches"])
 
     def grid_settings(self, images_kwargs: dict | None = None) -> dict:
         """`size`, `min_patches`, `max_patches` and `crop_to_patches` of a call with these arguments."""
@@ -98,8 +94,7 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
 
     def get_number_of_image_patches(self, height: int, width: int, images_kwargs: dict | None = None) -> int:
         """Count the tiles of a picture without its pixels, the thumbnail included; arguments as in `choose_grid`."""
-        columns, rows = self.choose_grid(height, width, images_kwargs)
-        return columns * rows + (columns * rows > 1)
+        return self.choose_grid(height, width, images_kwargs).num_tiles
 
     def spread_tiles(
         self,
@@ -112,23 +107,20 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         images_kwargs = images_kwargs or {}
         fewest = self.grid_settings(images_kwargs)["min_patches"]
 
-        def grid(size: tuple[int, int], limit: int | None) -> int:
-            options = images_kwargs if limit is None else {**images_kwargs, "max_patches": limit, "max_tiles": None}
-            columns, rows = self.choose_grid(*size, options)
-            return columns * rows
-
-        grids = [grid(size, None) for size in image_sizes]
+        grids = [self.choose_grid(*size, images_kwargs) for size in image_sizes]
         while True:
-            tokens = [2 + tokens_per_tile * (tiles + (tiles > 1)) for tiles in grids]
+            tokens = [2 + tokens_per_tile * grid.num_tiles for grid in grids]
+            sizes = [grid.columns * grid.rows for grid in grids]
             if sum(tokens) <= max_image_tokens:
-                return grids, tokens
-            largest = max(range(len(grids)), key=lambda number: grids[number])
-            if grids[largest] <= fewest:
+                return sizes, tokens
+            largest = sizes.index(max(sizes))
+            if sizes[largest] <= fewest:
                 raise ValueError(
                     f"max_image_tokens ({max_image_tokens}) is too small: {len(grids)} pictures take {sum(tokens)} "
                     f"tokens with the fewest tiles ({fewest} each). Give fewer pictures or a smaller tile_size."
                 )
-            grids[largest] = grid(image_sizes[largest], grids[largest] - 1)
+            fewer = {**images_kwargs, "max_patches": sizes[largest] - 1, "max_tiles": None}
+            grids[largest] = self.choose_grid(*image_sizes[largest], fewer)
 
     def _standardize_kwargs(self, **kwargs) -> dict:  # type: ignore[override]
         """Translate our names into the base class's and refuse numbers that allow no grid."""
@@ -178,14 +170,8 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
     ) -> list[np.ndarray]:
         """Cut a picture into tiles in reading order, the thumbnail last; each uint8, shape `(3, s, s)`."""
         side = patch_size.height
-        columns, rows = get_optimal_tiled_canvas((image.height, image.width), (side, side), min_patches, max_patches)
-        canvas = self.resize(image, SizeDict(height=rows * side, width=columns * side), resample)
-        tiles = [
-            canvas[:, row * side : (row + 1) * side, column * side : (column + 1) * side]
-            for row in range(rows)
-            for column in range(columns)
-        ]
-        return tiles if len(tiles) == 1 else [*tiles, self.resize(image, patch_size, resample)]
+        grid = TileGrid.closest(image.height, image.width, side, min_patches, max_patches)
+        return grid.cut(lambda height, width: self.resize(image, SizeDict(height=height, width=width), resample), side)
 
     def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:  # type: ignore[override]
         """Subtract the mean and divide by the standard deviation of each channel, shape `(3, s, s)`.

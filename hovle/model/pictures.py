@@ -1,7 +1,8 @@
 """Load a picture from wherever it is, as upright 8-bit RGB, or say which picture is bad and why.
 
 Read from top to bottom: `load_picture` -> where the bytes come from (file, URL, base64) -> decoding -> arrays;
-`colours.py` goes on from there. Whatever is found to be wrong with a picture ends in a `ValueError` that names it.
+`pictures_colour.py` goes on from there. Whatever is found to be wrong with a picture ends in a `ValueError` that names
+it.
 
 Not all damage can be found. Truncated files are refused in every format, and PNG files by their checksums. Changed
 bytes inside a JPEG show only where the decoder loses its place: Pillow then fills the rest in silence, simplejpeg (an
@@ -11,13 +12,12 @@ extra) tells of most such files.
 import base64
 import binascii
 import contextlib
-import http.client
+import importlib.util
 import io
 import os
 import threading
 import time
 import urllib.parse
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ from .pictures_colour import (
     scaled_to_uint8,
     to_upright_rgb,
 )
-from .pictures_damage import checked, refuse_endless_scans, refusing_truncated_files
+from .pictures_damage import checked, refusing_truncated_files
 from .pictures_png import SIGNATURE as PNG_SIGNATURE
 from .pictures_png import examine as examine_png
 from .pictures_png import tells_orientation_late
@@ -54,9 +54,6 @@ MAX_SECONDS = 10.0
 MAX_REDIRECTS = 5
 """Redirects followed by one download."""
 
-UNQUOTED = "/%:@!$&'()*+,;=?~[]|{}^`\"<>\\"
-"""ASCII characters that stay as they are in the path and the query of a URL."""
-
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
 """Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
 
@@ -68,9 +65,10 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
     """Load one picture.
 
     Args:
-        source: A Pillow image; a path; a URL (http or https); base64 text, bare or as a `data:` URL; the bytes of a
-            picture file or an open binary file; a numpy array or torch tensor. Arrays hold `(H, W)`, `(H, W, C)` or
-            `(C, H, W)` with 1, 3 or 4 channels: uint8 in 0..255, uint16 in 0..65535, bool, or float in 0..1.
+        source: A Pillow image, which comes back as it is where it is upright RGB already; a path; a URL (http or
+            https); base64 text, bare or as a `data:` URL; the bytes of a picture file or an open binary file; a numpy
+            array or torch tensor. Arrays hold `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels: uint8 in
+            0..255, uint16 in 0..65535, bool, or float in 0..1.
         name: What an error calls the picture, for instance "picture 2 of the request".
         kind: Read a string only as `"url"`, `"path"` or `"base64"`; by default it is whatever it looks like.
 
@@ -95,13 +93,13 @@ def _load(source: Any, kind: Kind | None) -> Image.Image:
     if isinstance(source, np.ndarray | torch.Tensor):
         return to_upright_rgb(_check_size(_from_array(source)))
     if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
-        return _decode(_open_file(source))
+        return PictureFile(_read_file(source)).picture()
     if isinstance(source, str):
-        return _decode(_from_text(source, kind))
+        return _from_text(source, kind).picture()
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(source))
+        return PictureFile(bytes(source)).picture()
     if hasattr(source, "read"):
-        return _decode(io.BytesIO(source.read()))
+        return PictureFile(source.read()).picture()
     raise PictureError(
         "a picture must be a Pillow image, path, URL, base64 text, bytes, numpy array or torch tensor, "
         f"got {type(source).__name__}."
@@ -147,33 +145,14 @@ def _tells_orientation_late(source: str | os.PathLike | bytes) -> bool:
         return tells_orientation_late(file)
 
 
-def decode_plain_jpeg(source: str | os.PathLike | bytes) -> np.ndarray | None:
-    """Decode the commonest kind of picture file fast: a sound JPEG that is nothing but upright colour or grey.
+def load_pixels(source: str | os.PathLike | bytes) -> np.ndarray:
+    """Load one picture as `load_picture` does, but give its pixels, shape `(H, W, 3)`, uint8.
 
     Args:
         source: Path or bytes of the file.
-
-    Returns:
-        The pixels of `load_picture`, bit for bit, shape `(H, W, 3)`, uint8. None where the file is anything else
-        (another format, turned, CMYK, with a colour profile, damaged, too large), which `load_picture` is to judge, or
-        where simplejpeg is not installed.
     """
-    try:
-        import simplejpeg  # an extra: Pillow reads the same pixels in more time
-
-        data = source if isinstance(source, bytes) else _open_file(source).getvalue()
-        if not data.startswith(b"\xff\xd8"):
-            return None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as in `_decode`, which sees what is odd again
-            header = _check_size(Image.open(io.BytesIO(data), formats=["JPEG"]))
-            is_plain = header.format == "JPEG" and header.mode in ("RGB", "L") and not header.info.get("icc_profile")
-            if not is_plain or orientation_of(header) != 1:
-                return None
-            refuse_endless_scans(header, data)
-        return simplejpeg.decode_jpeg(data, "RGB")  # strict: raises on what Pillow calls truncated
-    except (ImportError, PictureError, *DECODING_ERRORS):
-        return None
+    with _naming(_label(Path(source) if isinstance(source, str) else source, None, None)):
+        return PictureFile(source if isinstance(source, bytes) else _read_file(source)).pixels()
 
 
 def _label(source: Any, name: str | None, kind: Kind | None) -> str:
@@ -215,45 +194,39 @@ def _reason(error: BaseException) -> str:
 # --- where the bytes come from ---------------------------------------------------------------------------------------
 
 
-def _open_file(path: str | os.PathLike) -> io.BytesIO:
+def _read_file(path: str | os.PathLike) -> bytes:
     """Read a regular file; pipes and devices could block for ever."""
     file = Path(path)
     try:
         _check_file(file)
-        return io.BytesIO(file.read_bytes())
+        return file.read_bytes()
     except (OSError, ValueError) as error:
         raise PictureError(f"cannot be read ({error}).") from error
 
 
 def _check_file(file: Path) -> None:
+    if file.is_file():
+        return
     if file.is_dir():
         raise PictureError("is a directory, not a picture file.")
-    if not file.exists():
-        raise PictureError("no such file.")
-    if not file.is_file():
-        raise PictureError("is not a regular file.")
+    raise PictureError("is not a regular file." if file.exists() else "no such file.")
 
 
-def _from_text(text: str, kind: Kind | None) -> io.BytesIO:
-    """Find the bytes a string stands for: a URL, an existing file, or base64."""
+def _from_text(text: str, kind: Kind | None) -> "PictureFile":
+    """Open what a string stands for: a URL, an existing file, or base64."""
     if kind == "base64" or _is_data_url(text):
-        return io.BytesIO(_decode_base64(text))
+        return PictureFile(_decode_base64(text))
     scheme = text.partition("://")[0].strip().lower() if "://" in text[:32] else ""
     if scheme in ("http", "https"):
-        return io.BytesIO(_download(text))
+        return PictureFile(_download(text))
     if scheme or kind == "url":
         raise PictureError("only http and https URLs are read.")
+    if os.path.exists(text):
+        return PictureFile(_read_file(text))
     try:
-        if os.path.exists(text):
-            return _open_file(text)
-    except ValueError:  # a null character
-        pass
-    try:
-        data = _decode_base64(text)
-        Image.open(io.BytesIO(data), formats=_known_formats()).close()
+        return PictureFile(_decode_base64(text))
     except (*DECODING_ERRORS, PictureError):
         raise PictureError("no such file, and not a picture in base64 either.") from None
-    return io.BytesIO(data)
 
 
 def _is_data_url(text: str) -> bool:
@@ -288,8 +261,13 @@ def _download(url: str) -> bytes:
 
     def work() -> None:
         try:
-            result["data"] = _read_url(url, deadline)
-        except (OSError, http.client.HTTPException, ValueError, PictureError) as error:
+            result["data"] = _read_url(url.strip(), deadline)
+        except (
+            OSError,
+            ValueError,
+            ImportError,
+            PictureError,
+        ) as error:  # ImportError: a proxy no client is there for
             result["error"] = error
 
     thread = threading.Thread(target=work, name="hovle-download", daemon=True)
@@ -301,56 +279,41 @@ def _download(url: str) -> bytes:
     if isinstance(error, TimeoutError) or not result:
         raise PictureError(f"the download took longer than {MAX_SECONDS:g} seconds.")
     if error is not None:
-        raise PictureError(f"the download failed ({error}).") from error
+        raise PictureError(f"the download failed ({_reason(error)}).") from error
     return result["data"]
 
 
 def _read_url(url: str, deadline: float) -> bytes:
-    # An opener of http and https only: the default one also reads file:, ftp: and data:, and follows redirects there.
-    opener = urllib.request.OpenerDirector()
-    for handler in (urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()):
-        opener.add_handler(handler)
-    for _ in range(MAX_REDIRECTS + 1):
-        if urllib.parse.urlsplit(url).scheme.lower() not in ("http", "https"):
-            raise PictureError(f"the server redirects to {url}; only http and https are followed.")
-        request = urllib.request.Request(
-            _ascii_url(url), headers={"User-Agent": "hovle (python-urllib)", "Accept": "image/*"}
-        )
-        with opener.open(request, timeout=max(deadline - time.monotonic(), 0.01)) as response:
-            if response.status in (301, 302, 303, 307, 308) and response.headers["Location"]:
-                url = urllib.parse.urljoin(url, _as_utf8(response.headers["Location"]))
-                continue
-            if response.status != 200:
-                raise PictureError(f"the server answered {response.status} {response.reason}.")
-            return _read_limited(response, deadline)
+    # It comes with huggingface_hub: since its version 2 as httpx2. Only here, as importing it takes time.
+    httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+    headers = {"User-Agent": "hovle (python-httpx)", "Accept": "image/*", "Accept-Encoding": "identity"}
+    try:
+        with httpx.Client(headers=headers) as client:
+            request = client.build_request("GET", url)
+            for _ in range(MAX_REDIRECTS + 1):  # by hand: the client would read all of each redirect's own body
+                if request.url.scheme not in ("http", "https"):
+                    raise PictureError(f"the server redirects to {request.url}; only http and https are followed.")
+                seconds = max(deadline - time.monotonic(), 0.01)
+                request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
+                with contextlib.closing(client.send(request, stream=True)) as response:
+                    if response.next_request is None:
+                        return _read_limited(response, deadline)
+                    request = response.next_request
+    except httpx.TimeoutException as error:
+        raise TimeoutError from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise OSError(_reason(error)) from error
     raise PictureError(f"more than {MAX_REDIRECTS} redirects.")
 
 
-def _ascii_url(url: str) -> str:
-    """A URL as people write it, with letters beyond ASCII or spaces, in the form that is sent; escapes stay."""
-    parts = urllib.parse.urlsplit(url.strip())
-    user, at, host = parts.netloc.rpartition("@")
-    if not host.isascii():
-        name, colon, port = host.partition(":")
-        host = name.encode("idna").decode() + colon + port
-    path, query = (urllib.parse.quote(part, safe=UNQUOTED) for part in (parts.path, parts.query))
-    return urllib.parse.urlunsplit((parts.scheme, user + at + host, path, query, ""))
-
-
-def _as_utf8(header: str) -> str:
-    """A header that http.client has read as Latin-1; servers send UTF-8."""
-    try:
-        return header.encode("latin-1").decode()
-    except UnicodeError:
-        return header
-
-
-def _read_limited(response: http.client.HTTPResponse, deadline: float) -> bytes:
+def _read_limited(response: Any, deadline: float) -> bytes:
+    if response.status_code != 200:
+        raise PictureError(f"the server answered {response.status_code} {response.reason_phrase}.")
     too_large = f"the download is larger than the limit of {_mebibytes(MAX_BYTES)}."
-    if int(response.headers["Content-Length"] or 0) > MAX_BYTES:
+    if int(response.headers.get("Content-Length") or 0) > MAX_BYTES:
         raise PictureError(too_large)
     data = bytearray()
-    while chunk := response.read1(2**16):
+    for chunk in response.iter_raw():
         data += chunk
         if len(data) > MAX_BYTES:
             raise PictureError(too_large)
@@ -387,21 +350,62 @@ def _open_image(file: io.BytesIO | str | os.PathLike) -> Image.Image:
             raise
 
 
-def _decode(data: io.BytesIO) -> Image.Image:
-    """Decode the bytes of a picture file after a look at its header."""
-    if not data.getbuffer().nbytes:
-        raise PictureError("is empty (0 bytes).")
-    png = examine_png(data.getvalue()) if data.getvalue().startswith(PNG_SIGNATURE) else None
-    with refusing_truncated_files(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image = _check_size(_open_image(io.BytesIO(png.data) if png else data))
-        primaries, transfer = png[2:] if png else (UNKNOWN, UNKNOWN)
-        if png and png.profile:
-            image.info["icc_profile"] = png.profile
-        if image.format == "AVIF":
-            primaries, transfer = _avif_codes(data.getvalue())
-        image = checked(image, data.getvalue())
-        return to_upright_rgb(_without_gaps(image, data.getvalue()), primaries, transfer)
+class PictureFile:
+    """A picture file, opened; its pixels are decoded when they are asked for, so ask once.
+
+    Args:
+        data: All bytes of the file.
+    """
+
+    def __init__(self, data: bytes):
+        if not data:
+            raise PictureError("is empty (0 bytes).")
+        self.data = data
+        self.primaries, self.transfer = UNKNOWN, UNKNOWN
+        png = examine_png(data) if data.startswith(PNG_SIGNATURE) else None
+        with refusing_truncated_files():
+            self.image = _open_image(io.BytesIO(png.data if png else data))
+        if png:
+            self.primaries, self.transfer = png.primaries, png.transfer
+            if png.profile:
+                self.image.info["icc_profile"] = png.profile
+        if self.image.format == "AVIF":
+            self.primaries, self.transfer = _avif_codes(data)
+
+    def picture(self) -> Image.Image:
+        """Upright RGB, as `load_picture` gives it."""
+        with self._strictly():
+            return self._upright(self._decode())
+
+    def pixels(self) -> np.ndarray:
+        """The same as an array, shape `(H, W, 3)`, uint8."""
+        with self._strictly():
+            decoded = self._decode()
+            if self.is_plain and isinstance(decoded, np.ndarray):
+                return decoded if decoded.shape[-1] == 3 else decoded.repeat(3, axis=-1)
+            return np.array(self._upright(decoded))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file is of the commonest kind: a JPEG that is nothing but upright colour or grey."""
+        image = self.image
+        has_profile = bool(image.info.get("icc_profile"))
+        return image.format == "JPEG" and image.mode in ("RGB", "L") and not has_profile and orientation_of(image) == 1
+
+    @contextlib.contextmanager
+    def _strictly(self) -> Iterator[None]:
+        with refusing_truncated_files(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+
+    def _decode(self) -> Image.Image | np.ndarray:
+        return checked(_check_size(self.image), self.data)
+
+    def _upright(self, decoded: Image.Image | np.ndarray) -> Image.Image:
+        if isinstance(decoded, np.ndarray):
+            decoded = Image.fromarray(decoded.squeeze(-1) if decoded.shape[-1] == 1 else decoded)
+            decoded.info = self.image.info
+        return to_upright_rgb(_without_gaps(decoded, self.data), self.primaries, self.transfer)
 
 
 def _without_gaps(image: Image.Image, data: bytes) -> Image.Image:

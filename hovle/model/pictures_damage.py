@@ -77,8 +77,8 @@ def refusing_truncated_files() -> Iterator[None]:
                 ImageFile.LOAD_TRUNCATED_IMAGES = True
 
 
-def checked(image: Image.Image, data: bytes) -> Image.Image:
-    """The picture after the checks of its format, perhaps decoded.
+def checked(image: Image.Image, data: bytes) -> Image.Image | np.ndarray:
+    """The picture after the checks of its format, perhaps decoded; of a JPEG perhaps its pixels, `(H, W, C)`.
 
     Args:
         image: As opened by Pillow.
@@ -123,8 +123,8 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         yield found[1][0], found.start(), offset
 
 
-def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
-    """A JPEG with simplejpeg's pixels, where it is installed: Pillow's in less time, and damage is told."""
+def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image | np.ndarray:
+    """The pixels of a JPEG by simplejpeg, where it is installed: Pillow's in less time, and damage is told."""
     try:
         import simplejpeg
     except ImportError:
@@ -139,11 +139,7 @@ def _strictly_decoded(image: Image.Image, data: bytes) -> Image.Image:
         if _is_damage(str(error), data):
             raise PictureError(f"is damaged ({error}).") from error
         return image
-    if colours == "CMYK":  # Pillow knows by Adobe's mark whether the inks are stored inverted
-        return image
-    decoded = Image.fromarray(pixels.squeeze(-1) if colours == "GRAY" else pixels)
-    decoded.info = image.info
-    return decoded
+    return image if colours == "CMYK" else pixels  # Pillow knows by Adobe's mark whether inks are stored inverted
 
 
 def _without_stray_bytes(data: bytes) -> bytes:

@@ -13,7 +13,7 @@ Two ways in:
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -42,6 +42,16 @@ WITHOUT_MEANING = {
 }
 """Arguments that servers, pipelines and harnesses pass to every model; where nothing takes them, they are dropped."""
 
+RENAMED = {"label_pictures": "label_images", "text_after_picture": "text_after_image"}
+"""Arguments by the names they had in version 0.1.0, and by today's."""
+
+
+def refuse_renamed(names: Iterable[str], where: str = "") -> None:
+    """Raise for an argument that is given by its old name."""
+    for name in names:
+        if name in RENAMED:
+            raise ValueError(f"{where}{name} is called {RENAMED[name]} now.")
+
 
 class HoVLEProcessor(ProcessorMixin):
     """Tokenizer and image processor of HoVLE in one.
@@ -53,7 +63,7 @@ class HoVLEProcessor(ProcessorMixin):
             by default.
         image_seq_length: Tokens of one tile of the default size; another way to give `pixels_per_token_side`.
         chat_template: Jinja template of conversations; the tokenizer's by default.
-        text_after_picture: What a chat writes after each picture unless the message goes on with it; the released
+        text_after_image: What a chat writes after each picture unless the message goes on with it; the released
             models saw a line break.
     """
 
@@ -64,11 +74,13 @@ class HoVLEProcessor(ProcessorMixin):
         pixels_per_token_side: int | None = None,
         image_seq_length: int | None = None,
         chat_template=None,
-        text_after_picture: str = "",
+        text_after_image: str = "",
+        **unknown,
     ):
+        refuse_renamed(unknown)
         if chat_template is None:
             chat_template = getattr(tokenizer, "chat_template", None)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template, **unknown)
         if not hasattr(tokenizer, "context_image_token"):
             known = tokenizer.get_vocab()
             missing = [token for token in IMAGE_TOKENS.values() if token not in known]
@@ -86,7 +98,7 @@ class HoVLEProcessor(ProcessorMixin):
         self.end_image_token_id = tokenizer.convert_tokens_to_ids(self.end_image_token)
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.image_token_ids = [self.image_token_id, self.start_image_token_id, self.end_image_token_id]
-        self.text_after_picture = text_after_picture
+        self.text_after_image = text_after_image
         self.pixels_per_token_side = self._side_from(pixels_per_token_side, image_seq_length)
 
     def _side_from(self, pixels_per_token_side: int | None, image_seq_length: int | None) -> int:
@@ -109,7 +121,7 @@ class HoVLEProcessor(ProcessorMixin):
         *,
         min_tiles: int = 1,
         max_tiles: int = 12,
-        text_after_picture: str = "",
+        text_after_image: str = "",
         **kwargs,
     ) -> "HoVLEProcessor":
         """Build the processor that goes with `HoVLEForConditionalGeneration.from_language_model`.
@@ -121,13 +133,14 @@ class HoVLEProcessor(ProcessorMixin):
                 against the tokenizer.
             min_tiles: Fewest tiles of a picture.
             max_tiles: Most tiles of a picture, the thumbnail not counted.
-            text_after_picture: What a chat writes after each picture.
+            text_after_image: What a chat writes after each picture.
             **kwargs: Without `config`, fields of `HoVLEConfig` that give the geometry (`image_size`, `patch_size`,
                 `pixel_shuffle_loc`, `downsample_ratio`); all others go to `AutoTokenizer.from_pretrained`.
 
         Raises:
             ValueError: When the tokenizer gives `<IMG_CONTEXT>` another id than the configuration.
         """
+        refuse_renamed(kwargs)
         fields = {key: kwargs.pop(key) for key in list(kwargs) if key in HoVLEConfig.__dataclass_fields__}
         if config is not None and fields:
             raise ValueError(f"Give config or {', '.join(fields)}, not both.")
@@ -143,7 +156,7 @@ class HoVLEProcessor(ProcessorMixin):
         geometry = config or HoVLEConfig(**fields)
         image_processor = HoVLEImageProcessor(tile_size=geometry.image_size, min_tiles=min_tiles, max_tiles=max_tiles)
         side = geometry.patch_size * geometry.shuffle_factor
-        processor = cls(image_processor, tokenizer, side, text_after_picture=text_after_picture)
+        processor = cls(image_processor, tokenizer, side, text_after_image=text_after_image)
         if config is not None and processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, the configuration "
@@ -158,6 +171,14 @@ class HoVLEProcessor(ProcessorMixin):
             HoVLEImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
             AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
         ]
+
+    @classmethod
+    def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
+        """Build from a saved dictionary, which may be of a version with other names."""
+        refuse_renamed(kwargs)
+        return super().from_args_and_dict(
+            args, {RENAMED.get(name, name): value for name, value in processor_dict.items()}, **kwargs
+        )
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
@@ -359,7 +380,7 @@ class HoVLEProcessor(ProcessorMixin):
         return_tensors=None,
         return_dict: bool = False,
         processor_kwargs: dict | None = None,
-        label_pictures: bool = False,
+        label_images: bool = False,
         **kwargs,
     ):
         """Render conversations with the language model's chat template and, with `tokenize`, encode them.
@@ -368,7 +389,7 @@ class HoVLEProcessor(ProcessorMixin):
             conversation: A list of messages, or a list of such lists. `content` is a string or a list of items:
                 `{"type": "text", "text": ...}` and `{"type": "image", KEY: ...}` with KEY `image` (anything
                 `load_picture` reads), `url` (http, https or `data:`), `path` or `base64`; OpenAI's `image_url` too.
-                A picture stands in the prompt exactly where its item stands, followed by `text_after_picture`.
+                A picture stands in the prompt exactly where its item stands, followed by `text_after_image`.
             chat_template: Another template, or the name of one of several.
             tools: As in `tokenizer.apply_chat_template`.
             documents: As in `tokenizer.apply_chat_template`.
@@ -380,9 +401,9 @@ class HoVLEProcessor(ProcessorMixin):
             return_tensors: "pt" or "np".
             return_dict: Return everything the model needs instead of the ids alone.
             processor_kwargs: Arguments of a call (`min_tiles`, `max_tiles`, `max_image_tokens`, `tile_size`,
-                `padding`, ...) and `label_pictures`; `images` gives the pictures of items that carry none, in the
+                `padding`, ...) and `label_images`; `images` gives the pictures of items that carry none, in the
                 items' order.
-            label_pictures: Write "Image-1: " before the first picture of a conversation, "Image-2: " before the
+            label_images: Write "Image-1: " before the first picture of a conversation, "Image-2: " before the
                 second, ..., and a line break after each, so that a question can name them.
             **kwargs: The same arguments, and variables of the template.
 
@@ -396,11 +417,12 @@ class HoVLEProcessor(ProcessorMixin):
             raise ValueError(
                 "return_assistant_tokens_mask is not supported: compare the ids with and without the answer instead."
             )
+        refuse_renamed([*kwargs, *(processor_kwargs or {})])
         template = self._resolve_template(chat_template, tools)
         call_kwargs, template_kwargs = self._split_chat_kwargs(template, kwargs)
         call_kwargs = {**call_kwargs, **(processor_kwargs or {})}
         chats, is_batched = _as_batch(conversation)
-        if call_kwargs.pop("label_pictures", label_pictures):
+        if call_kwargs.pop("label_images", label_images):
             chats = [_with_labels(chat) for chat in chats]
         prompts = self._render(
             template,
@@ -428,7 +450,7 @@ class HoVLEProcessor(ProcessorMixin):
         """Render chats with characters for breaking up and marking that none of their strings contains."""
         tools = tool_schemas(tools)
         unused = unused_characters([chats, tools, documents, template, kwargs])
-        renderer = ChatRenderer(self.tokenizer, template, *unused, self.text_after_picture)
+        renderer = ChatRenderer(self.tokenizer, template, *unused, self.text_after_image)
         return renderer.render(chats, tools, documents, **kwargs)
 
     def _resolve_template(self, chat_template: str | None, tools: Any) -> str:

@@ -4,7 +4,7 @@
   transformers chat runs/demo/instruction_tuning/model       talks to it from another terminal, text only
 
 Requests name the model as it is named here. Pictures come as `image_url` items: http(s) or `data:` URLs. A request's
-`chat_template_kwargs` replace --max-image-tokens and --label-pictures, within the server's and the model's bounds:
+`chat_template_kwargs` replace --max-image-tokens and --label-images, within the server's and the model's bounds:
 {"max_image_tokens": 500, "max_tiles": 4}. Answers end at `stop` strings, at the model's last position, and when the
 client hangs up. One answer is generated at a time; pictures of other requests are loaded meanwhile.
 Where hovle is not installed, `transformers serve DIR --trust-remote-code` does the same with the code in the folder,
@@ -70,4 +70,4 @@ def _refuse_missing_device(name: str) -> None:
 def _defaults(args: argparse.Namespace) -> dict:
     """Arguments of `apply_chat_template` for requests that do not bring their own."""
     budget = {} if args.max_image_tokens is None else {"max_image_tokens": args.max_image_tokens}
-    return {**budget, "label_pictures": args.label_pictures}
+    return {**budget, "label_images": args.label_images}

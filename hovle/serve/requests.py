@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..model.processing_hovle import HoVLEProcessor
+from ..model.processing_hovle import HoVLEProcessor, refuse_renamed
 
 FIELD_TYPES: dict[str, tuple[type, ...]] = {
     "model": (str,),
@@ -88,9 +88,10 @@ def check_template_kwargs(
         ValueError: For another name, and for a value out of bounds. Pictures, paths and templates are no client's
             business.
     """
+    refuse_renamed(kwargs, "chat_template_kwargs.")
     for name, value in kwargs.items():
         where = f"chat_template_kwargs.{name}"
-        if name == "label_pictures":
+        if name == "label_images":
             _expect(value, (bool,), where)
         elif name in ("max_image_tokens", "max_tiles", "min_tiles"):
             _expect(value, (int,), where)
@@ -103,7 +104,7 @@ def check_template_kwargs(
                 raise ValueError(f"{where}: expected plain words, found {value!r}.")
         else:
             raise ValueError(
-                f"{where}: not taken from a request; known are label_pictures, max_image_tokens, max_tiles, min_tiles "
+                f"{where}: not taken from a request; known are label_images, max_image_tokens, max_tiles, min_tiles "
                 "and variables of the model's chat template."
             )
     return dict(kwargs)

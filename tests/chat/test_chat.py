@@ -36,13 +36,13 @@ def test_one_question_prints_one_answer(model_folder, pictures, capsys):
     arguments = ["chat", "--model", str(model_folder), "--image", str(first), "--image", str(second)]
     assert cli.main([*arguments, "-q", "what differs?", "--max-new-tokens", "5"]) == 0
     conversation = Conversation(str(model_folder), max_new_tokens=5)
-    conversation.add_pictures([str(first), str(second)])
+    conversation.add_images([str(first), str(second)])
     assert capsys.readouterr().out == conversation.answer("what differs?") + "\n"
 
 
 def test_a_conversation_remembers_turns_and_pictures(model_folder, pictures):
     conversation = Conversation(str(model_folder), max_new_tokens=4)
-    conversation.add_pictures([str(pictures[0])])
+    conversation.add_images([str(pictures[0])])
     conversation.answer("what is it?")
     conversation.answer("and now?")
     kinds = [[item["type"] for item in message["content"]] for message in conversation.messages]
@@ -51,7 +51,8 @@ def test_a_conversation_remembers_turns_and_pictures(model_folder, pictures):
     assert conversation.messages == []
 
 
-def test_pictures_can_share_a_budget_and_be_numbered(model_folder, pictures, monkeypatch, capsys):
+@pytest.mark.parametrize("option", ["--label-images", "--label-pictures"])
+def test_pictures_can_share_a_budget_and_be_numbered(model_folder, pictures, monkeypatch, capsys, option):
     prompts = []
     monkeypatch.setattr(
         HoVLEForConditionalGeneration,
@@ -63,7 +64,7 @@ def test_pictures_can_share_a_budget_and_be_numbered(model_folder, pictures, mon
     processor = HoVLEProcessor.from_pretrained(model_folder)
     budget = sum(processor.spread_tiles([(60, 90)] * 2, 10**6)[1]) - 1
     assert cli.main(command) == 0
-    assert cli.main([*command, "--max-image-tokens", str(budget), "--label-pictures"]) == 0
+    assert cli.main([*command, "--max-image-tokens", str(budget), option]) == 0
     plain, numbered = prompts
     assert numbered.count(processor.image_token_id) + 4 <= budget < plain.count(processor.image_token_id) + 4
     for label in ("Image-1: ", "Image-2: "):
@@ -119,7 +120,7 @@ def test_paths_may_be_quoted_and_start_at_home(model_folder, pictures, monkeypat
     monkeypatch.setenv("HOME", str(pictures[0].parent))
     spaced = pictures[0].rename(pictures[0].with_name("a b.png"))
     lines = [f'/image "{spaced}"', f"/image '{spaced}'", f"/image {spaced}", "/image ~/a b.png", "/quit"]
-    assert len(converse(model_folder, monkeypatch, lines).pictures) == 4
+    assert len(converse(model_folder, monkeypatch, lines).images) == 4
 
 
 def test_bytes_of_another_encoding_do_not_end_a_conversation(model_folder):
@@ -136,7 +137,7 @@ def test_bytes_of_another_encoding_do_not_end_a_conversation(model_folder):
 
 
 def test_a_missing_picture_is_named_before_the_model_is_read(model_folder, monkeypatch, capsys):
-    monkeypatch.setattr(Conversation, "__init__", lambda *_: pytest.fail("the model would be read"))
+    monkeypatch.setattr(HoVLEProcessor, "from_pretrained", lambda *_: pytest.fail("the model would be read"))
     assert cli.main(["chat", "--model", str(model_folder), "--image", "gone.png", "-q", "?"]) == 1
     assert "gone.png" in capsys.readouterr().err
 

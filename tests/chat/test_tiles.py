@@ -83,7 +83,7 @@ def test_a_bad_picture_ends_in_a_message(tmp_path: Path, capsys):
 def test_pictures_of_any_shape_can_be_drawn(width: int, height: int):
     processor = HoVLEImageProcessor()
     (plan,) = plan_tiles([(height, width)], processor, 28)
-    assert plan.num_tiles == processor.get_number_of_image_patches(height, width)
+    assert plan.grid.num_tiles == processor.get_number_of_image_patches(height, width)
     drawing = draw_tiles(Image.new("RGB", (width, height), "navy"), plan, title="a picture")
     colors = {color for _, color in drawing.getcolors(2**20)}
     assert tuple(bytes.fromhex(LINE_SHADOW[1:])) in colors

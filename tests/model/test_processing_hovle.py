@@ -184,8 +184,8 @@ def test_messages_are_left_as_they_are(processor: HoVLEProcessor):
     shown = picture()
     messages = [user("typed <img> ", shown), {"role": "assistant", "content": "x"}]
     before = copy.deepcopy(messages)
-    for label_pictures in (False, True):
-        encode(processor, messages, label_pictures=label_pictures)
+    for label_images in (False, True):
+        encode(processor, messages, label_images=label_images)
         assert messages == before  # pictures compare by their pixels
     assert messages[0]["content"][1]["image"] is shown
 
@@ -739,14 +739,39 @@ def test_every_prompt_has_a_budget_of_its_own(processor: HoVLEProcessor, text: s
     assert len(batch["pixel_values"]) > 3  # the budget is used
 
 
+def test_a_folder_saved_under_the_old_names_loads_as_it_was(make_tokenizer, tmp_path: Path):
+    HoVLEProcessor.from_language_model(make_tokenizer(CHATML), text_after_image="\n").save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(file.read_text().replace("text_after_image", "text_after_picture"))
+    assert '"text_after_picture": "\\n"' in file.read_text()
+    assert HoVLEProcessor.from_pretrained(tmp_path).text_after_image == "\n"
+
+
+def test_old_names_of_arguments_are_refused_with_the_new_one(processor: HoVLEProcessor, tmp_path: Path):
+    processor.save_pretrained(tmp_path)
+    chat, image_processor, tokenizer = [user("Hi")], processor.image_processor, processor.tokenizer
+    for call in (
+        lambda: HoVLEProcessor(image_processor, tokenizer, text_after_picture="\n"),
+        lambda: HoVLEProcessor.from_language_model(tokenizer, text_after_picture="\n"),
+        lambda: HoVLEProcessor.from_pretrained(tmp_path, text_after_picture="\n"),
+    ):
+        with pytest.raises(ValueError, match=r"^text_after_picture is called text_after_image now\.$"):
+            call()
+    for arguments in ({"label_pictures": True}, {"processor_kwargs": {"label_pictures": True}}):
+        with pytest.raises(ValueError, match=r"^label_pictures is called label_images now\.$"):
+            processor.apply_chat_template(chat, **arguments)
+    with pytest.raises(TypeError, match="text_after_word"):
+        HoVLEProcessor(image_processor, tokenizer, text_after_word="\n")
+
+
 def picture_item(picture: Image.Image) -> dict:
     return {"type": "image", "image": picture}
 
 
-def test_pipelines_may_label_pictures_too(processor: HoVLEProcessor):
+def test_pipelines_may_label_images_too(processor: HoVLEProcessor):
     chat = [user(picture(), picture(), "Which?")]
-    expected = encode(processor, chat, label_pictures=True)["input_ids"]
-    found = encode(processor, chat, processor_kwargs={"label_pictures": True, "max_image_tokens": 1000})["input_ids"]
+    expected = encode(processor, chat, label_images=True)["input_ids"]
+    found = encode(processor, chat, processor_kwargs={"label_images": True, "max_image_tokens": 1000})["input_ids"]
     assert torch.equal(found, expected)
 
 
@@ -758,7 +783,7 @@ def test_pictures_are_labelled_over_all_turns(processor: HoVLEProcessor):
         {"role": "user", "content": [{"type": "text", "text": "And "}, picture_item(picture)]},
     ]
     before = copy.deepcopy(chat)
-    rendered = processor.apply_chat_template(chat, label_pictures=True)
+    rendered = processor.apply_chat_template(chat, label_images=True)
     assert "Image-1: <IMG_CONTEXT>\nImage-2: <IMG_CONTEXT>\nWhich is red?" in rendered
     assert "And Image-3: <IMG_CONTEXT>\n" in rendered
     assert [message["content"][-1] for message in chat] == [message["content"][-1] for message in before]
@@ -767,7 +792,7 @@ def test_pictures_are_labelled_over_all_turns(processor: HoVLEProcessor):
 
 def test_text_after_each_picture_is_written_once(make_tokenizer, tmp_path: Path):
     processor = HoVLEProcessor.from_language_model(make_tokenizer(CHATML), image_size=56, max_tiles=4)
-    processor.text_after_picture = "\n"
+    processor.text_after_image = "\n"
     processor.save_pretrained(tmp_path)
     processor = HoVLEProcessor.from_pretrained(tmp_path)
     mark = CONTEXT
@@ -778,5 +803,5 @@ def test_text_after_each_picture_is_written_once(make_tokenizer, tmp_path: Path)
         ([noise(9, 9), noise(9, 9), "a", "\nb"], f"{mark}\n{mark}\na\nb"),
     ):
         assert f"user\n{expected}<|im_end|>" in processor.apply_chat_template([user(*content)])
-    labelled = processor.apply_chat_template([user(noise(9, 9), "What?")], label_pictures=True)
+    labelled = processor.apply_chat_template([user(noise(9, 9), "What?")], label_images=True)
     assert f"user\nImage-1: {mark}\nWhat?<|im_end|>" in labelled

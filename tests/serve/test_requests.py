@@ -110,7 +110,7 @@ def test_a_request_of_another_form_is_refused_with_its_place(case):
 
 
 def test_known_template_kwargs_are_taken(processor):
-    kwargs = {"label_pictures": True, "max_tiles": 4, "min_tiles": 1, "max_image_tokens": 9, "tone": "dry, short"}
+    kwargs = {"label_images": True, "max_tiles": 4, "min_tiles": 1, "max_image_tokens": 9, "tone": "dry, short"}
     limits = {"max_tiles": 4, "min_tiles": 4}
     assert check_template_kwargs(kwargs, processor, limits) == kwargs
     assert check_template_kwargs({"enable_thinking": False}, processor, limits) == {"enable_thinking": False}
@@ -139,11 +139,14 @@ def test_known_template_kwargs_are_taken(processor):
         {"max_tiles": True},
         {"max_image_tokens": 21},
         {"max_image_tokens": "20"},
-        {"label_pictures": 1},
+        {"label_images": 1},
+        {"label_pictures": True},
     ],
     ids=str,
 )
 def test_other_template_kwargs_are_refused(processor, kwargs):
     limits = {"max_tiles": 4, "min_tiles": 4, "max_image_tokens": 20}
-    with pytest.raises(ValueError, match=rf"chat_template_kwargs\.{next(iter(kwargs))}: "):
+    with pytest.raises(
+        ValueError, match=rf"chat_template_kwargs\.{next(iter(kwargs))}(: | is called label_images now)"
+    ):
         check_template_kwargs(kwargs, processor, limits)

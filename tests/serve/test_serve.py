@@ -42,10 +42,10 @@ app()
 """
 
 COMMANDS = {
-    "hovle": ["-m", "hovle", "serve", "--max-image-tokens", "14", "--label-pictures"],
+    "hovle": ["-m", "hovle", "serve", "--max-image-tokens", "14", "--label-images"],
     "transformers": ["-c", TRANSFORMERS_WITHOUT_HOVLE, "serve", "--trust-remote-code"],
 }
-DEFAULTS = {"hovle": {"max_image_tokens": 14, "label_pictures": True}, "transformers": {}}
+DEFAULTS = {"hovle": {"max_image_tokens": 14, "label_images": True}, "transformers": {}}
 """What the servers are told to do with pictures, as arguments of `apply_chat_template`."""
 
 HOVLE_ONLY = pytest.mark.parametrize("server", ["hovle"], indirect=True)
@@ -170,7 +170,7 @@ def test_answers_equal_greedy_generation(server, saved, content):
 
 
 def test_a_request_can_bring_its_own_budget_and_do_without_numbers(server, saved):
-    own = {"max_image_tokens": 8, "label_pictures": False}
+    own = {"max_image_tokens": 8, "label_images": False}
     lengths = {greedy(saved, about(picture_url()), **kwargs)[1] for kwargs in (own, *DEFAULTS.values())}
     assert len(lengths) == 3
     completion = server.ask(about(picture_url()), extra_body={"chat_template_kwargs": own})

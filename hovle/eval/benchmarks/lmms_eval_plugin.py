@@ -291,7 +291,7 @@ class HoVLEChat(lmms):
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            label_pictures=self.label_pictures,
+            label_images=self.label_pictures,
             processor_kwargs={"padding": True, **self.tile_limits},
         ).to(self.device, self.model.dtype)
 

@@ -153,15 +153,17 @@ class SampleMaker:
 
     def load_pixels(self, name: str, pictures: list[str | bytes], num_tiles: list[int]) -> torch.Tensor:
         """Read the tiles of a sample's pictures, `(N, 3, s, s)`, uint8; SkipSampleError where one is damaged."""
+        image_processor = self.processor.image_processor
         try:
-            messages = [{"role": "user", "content": [picture_item(picture) for picture in pictures]}]
-            pixel_values, found = load_tiles(self.processor, messages)
+            tiles = [read_tiles(picture, image_processor) for picture in pictures]
         except ValueError as error:
             raise SkipSampleError(name, _picture_fault(pictures), str(error)) from error
+        found = [len(part) for part in tiles]
         if found != num_tiles:
             detail = f"the headers of its pictures promise {num_tiles} tiles, their pixels make {found}."
             raise SkipSampleError(name, "unreadable picture", detail)
-        return pixel_values
+        side = image_processor.size["height"]
+        return torch.cat(tiles) if tiles else torch.zeros(0, 3, side, side, dtype=torch.uint8)
 
     def picture_keys(self, pictures: list[str | bytes]) -> list[str]:
         """What a batch tells about its pictures; nothing unless a teacher looks at them."""
@@ -311,15 +313,6 @@ def share_beginning(conversations: list[tuple[list[int], list[int]]]) -> tuple[l
 def special_ids(tokenizer) -> set[int]:
     """Ids that stand for no ordinary text: special and added tokens."""
     return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-
-
-def load_tiles(processor: HoVLEProcessor, messages: list[dict]) -> tuple[torch.Tensor, list[int]]:
-    """Read and tile the pictures of a conversation: `(N, 3, s, s)`, uint8, and the tile count of each picture."""
-    tiles = [read_tiles(source, processor.image_processor) for source in picture_sources(messages)]
-    if not tiles:
-        size = processor.image_processor.size["height"]
-        return torch.zeros(0, 3, size, size, dtype=torch.uint8), []
-    return torch.cat(tiles), [len(part) for part in tiles]
 
 
 class RandomTextSamples(SampleMaker):

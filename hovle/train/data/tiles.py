@@ -6,18 +6,18 @@ than Pillow, with the same filter: tiles differ from the processor's by at most 
 few pixels where the filter's first pass overshoots black or white, because Pillow may start with the other axis.
 """
 
+import functools
 import hashlib
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ...model.image_processing_hovle import HoVLEImageProcessor
-from ...model.pictures import decode_plain_jpeg, load_picture
+from ...model.pictures import load_pixels
 
 
 def read_tiles(source: str | os.PathLike | bytes, image_processor: HoVLEImageProcessor) -> torch.Tensor:
@@ -30,10 +30,7 @@ def read_tiles(source: str | os.PathLike | bytes, image_processor: HoVLEImagePro
     Returns:
         The tiles in reading order, thumbnail last, uint8, shape `(N, 3, s, s)`.
     """
-    pixels = decode_plain_jpeg(source)
-    if pixels is None:
-        pixels = np.array(load_picture(source, kind="path"))
-    return cut_tiles(torch.from_numpy(pixels), image_processor)
+    return cut_tiles(torch.from_numpy(load_pixels(source)), image_processor)
 
 
 def cut_tiles(pixels: torch.Tensor, image_processor: HoVLEImageProcessor) -> torch.Tensor:
@@ -46,19 +43,11 @@ def cut_tiles(pixels: torch.Tensor, image_processor: HoVLEImageProcessor) -> tor
             f"The image processor resizes with Pillow's filter {image_processor.resample}; training resizes with the "
             "bicubic one (3) only. Set image_processor.resample to 3."
         )
-    side = image_processor.size["height"]
-    columns, rows = image_processor.choose_grid(*pixels.shape[:2])
     # Batch axis first: only then torch notices that channels are last, and takes its fast kernel.
     picture = pixels[None].permute(0, 3, 1, 2)
-    canvas = _resize(picture, rows * side, columns * side)
-    tiles = [
-        canvas[:, :, row * side : (row + 1) * side, column * side : (column + 1) * side]
-        for row in range(rows)
-        for column in range(columns)
-    ]
-    if len(tiles) > 1:
-        tiles.append(_resize(picture, side, side))
-    return torch.cat(tiles)
+    grid = image_processor.choose_grid(*pixels.shape[:2])
+    tiles = grid.cut(functools.partial(_resize, picture), image_processor.size["height"])
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
 
 
 def _resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:

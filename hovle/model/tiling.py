@@ -1,0 +1,57 @@
+"""Cut a picture into square tiles, for inference, training and drawings alike: grid, canvas, tiles, thumbnail."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+
+class TileGrid(NamedTuple):
+    """How many tiles go across and down; where that is more than one, the whole picture follows as the thumbnail."""
+
+    columns: int
+    rows: int
+
+    @classmethod
+    def closest(cls, height: int, width: int, tile_size: int, min_tiles: int, max_tiles: int) -> "TileGrid":
+        """The grid of `min_tiles` to `max_tiles` whose aspect ratio is closest to the picture's; all sizes in pixels.
+
+        One tile at most is one tile, whatever the least is.
+        """
+        if max_tiles == 1:
+            return cls(1, 1)
+        return cls(*get_optimal_tiled_canvas((height, width), (tile_size, tile_size), min_tiles, max_tiles))
+
+    @property
+    def has_thumbnail(self) -> bool:
+        """Whether the whole picture follows as one more tile."""
+        return self.columns * self.rows > 1
+
+    @property
+    def num_tiles(self) -> int:
+        """Tiles, the thumbnail included."""
+        return self.columns * self.rows + self.has_thumbnail
+
+    def boxes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
+        """Left, top, right and bottom of each tile on a canvas of this size, in reading order."""
+        across = [round(width * column / self.columns) for column in range(self.columns + 1)]
+        down = [round(height * row / self.rows) for row in range(self.rows + 1)]
+        return [
+            (across[column], down[row], across[column + 1], down[row + 1])
+            for row in range(self.rows)
+            for column in range(self.columns)
+        ]
+
+    def cut(self, resize: Callable[[int, int], Any], tile_size: int) -> list[Any]:
+        """Tiles of a picture in reading order, the thumbnail last.
+
+        Args:
+            resize: Gives the picture at a height and width as an array or tensor of shape `(..., height, width)`. It
+                is all in which inference and training differ: Pillow's filter, which the released model saw, and
+                torch's, which is faster.
+            tile_size: Side of a tile in pixels.
+        """
+        height, width = self.rows * tile_size, self.columns * tile_size
+        canvas = resize(height, width)
+        tiles = [canvas[..., top:bottom, left:right] for left, top, right, bottom in self.boxes(height, width)]
+        return [*tiles, resize(tile_size, tile_size)] if self.has_thumbnail else tiles
