@@ -168,6 +168,11 @@ class HoVLEConfig(PreTrainedConfig):
         return 1 if self.pixel_shuffle_loc == "none" else max(1, round(1 / self.downsample_ratio))
 
     @property
+    def slots_per_placeholder(self) -> int:
+        """Slots that one image token takes in the holistic layers: as many as patches for HoVLE-HD, else one."""
+        return self.shuffle_factor**2 if self.pixel_shuffle_loc == "post" else 1
+
+    @property
     def image_seq_length(self) -> int:
         """Placeholders in the prompt for one tile of `image_size`."""
         return self.tokens_per_tile(self.image_size)

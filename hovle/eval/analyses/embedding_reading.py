@@ -60,7 +60,7 @@ def read_embeddings(subject: Subject, reading: Reading, table: torch.Tensor) -> 
         table: Shape `(V, D)`, float32.
     """
     input_ids, pixels = reading.inputs["input_ids"], reading.inputs["pixel_values"]
-    embeds = subject.model.get_holistic_embeddings(input_ids, pixels).inputs_embeds[0].float()
+    embeds = subject.model.get_holistic_embeddings(input_ids, pixels).language_inputs_embeds[0].float()
     is_image = input_ids[0] == subject.model.config.image_token_id
     text, image, ids = embeds[~is_image], embeds[is_image], input_ids[0, ~is_image]
     norms = table.norm(dim=-1)

@@ -55,7 +55,7 @@ def test_nearest_words_are_those_of_a_direct_search(save_hovle, picture):
     found = read_embeddings(subject, reading, table)
     inputs = {name: reading.inputs[name] for name in ("input_ids", "pixel_values")}
     with torch.no_grad():
-        embeds = subject.model.get_holistic_embeddings(**inputs).inputs_embeds[0]
+        embeds = subject.model.get_holistic_embeddings(**inputs).language_inputs_embeds[0]
     image = embeds[reading.inputs["input_ids"][0] == subject.model.config.image_token_id]
     no_words = set(subject.processor.image_token_ids)
     for place, vector in enumerate(image):
