@@ -322,10 +322,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         holistic = self._run_holistic_layers(inputs, cache, **kwargs)
         assert holistic.language_inputs_embeds is not None
         section = SectionInputs(holistic.language_inputs_embeds, inputs.causal_masks, inputs.position_ids)
-        patterns = self.config.split_layers(self.attention_types).language
-        hidden_states = run_section(
-            self.language_layers, patterns, self.language_model.rotary_emb, section, cache, self.config, **kwargs
-        )
+        patterns, rotary_emb = self.config.split_layers(self.attention_types).language, self.language_model.rotary_emb
+        hidden_states = run_section(self.language_layers, patterns, rotary_emb, section, cache, self.config, **kwargs)
         last_hidden_state = final_norm(self.language_model)(hidden_states)
         images = holistic.image_hidden_states
         return HoVLEModelOutputWithPast(last_hidden_state, image_hidden_states=images, **{CACHE: cache})
