@@ -33,7 +33,7 @@ DENSE_LAYER_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_st
 """Config fields that say which layers are dense, the others a mixture of experts, by an index counted from below."""
 
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embedding_dropout")
-"""Config fields of a dropout between text table and first layer: Phi's, Starcoder 2's."""
+"""Config fields of a dropout between input embedding matrix and first layer: Phi's, Starcoder 2's."""
 
 RESIDUAL_WRITERS = re.compile(r"(^|\.)(o_proj|dense|down_proj|fc2|c_proj|output_linear)([._](weight|bias))?$")
 """Parameters of attention and MLP whose product is added to the residual stream, experts included."""
@@ -153,7 +153,7 @@ def rotary_tables(
 def scale_embeddings(embeds: torch.Tensor, text_config: PreTrainedConfig, training: bool = False) -> torch.Tensor:
     """Scale what enters the first layer, as Granite does, or drop some in training, as Phi and Starcoder 2 do.
 
-    Gemma's text table scales itself.
+    Gemma's input embeddings scale themselves.
     """
     multiplier = getattr(text_config, "embedding_multiplier", None)
     embeds = embeds if multiplier is None else embeds * multiplier

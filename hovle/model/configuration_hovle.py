@@ -178,11 +178,11 @@ class HoVLEConfig(PreTrainedConfig):
         return self.tokens_per_tile(self.image_size)
 
     def check_image_token_id(self) -> None:
-        """Raise ValueError unless the placeholder has a row in the text table; for whoever builds a model."""
+        """Raise ValueError unless the placeholder has a row in the input embedding matrix; for who builds a model."""
         if self.image_token_id >= (vocab_size := self.text_config.vocab_size):
             raise ValueError(
                 f"image_token_id ({self.image_token_id}) must lie below text_config.vocab_size ({vocab_size}): the "
-                f"placeholder is a row of the text table. Set another, or vocab_size to {self.image_token_id + 1}."
+                f"placeholder is one of its rows. Set another, or vocab_size to {self.image_token_id + 1}."
             )
 
     def tokens_per_tile(self, tile_size: int) -> int:

@@ -15,11 +15,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 
-from .backbones import CACHE, rotary_tables
+from .backbones import CACHE, attention_types, rotary_tables
+from .cache import holds_tokens
 from .checks import may_read_values
 from .configuration_hovle import HoVLEConfig
 from .holistic_sequence import LanguageInputs, SectionInputs
-from .masks import flash_arguments, stock_mask
+from .masks import Masks, flash_arguments
 
 STOCK_FAMILIES = frozenset(
     (
@@ -81,16 +82,33 @@ def run_stock_decoder(
     Returns:
         What the decoder gives, and the image part of what enters the language model, shape `(N, S, D)`.
     """
-    kwargs |= _flash_arguments(kwargs, config, inputs.embeds, inputs.causal_masks, inputs.position_ids, cache)
+    if "flash" in config.text_config._attn_implementation:
+        masks = inputs.masks(config, cache)
+        kwargs |= _flash_arguments(kwargs, config, inputs.embeds, masks, inputs.position_ids, cache)
     watched = None if inputs.image_features is None else _first_language_layer(decoder, config)
     with _watch_input(watched) as entering:
         outputs = decoder(
             inputs_embeds=inputs.merged(),
-            attention_mask=stock_mask(config, inputs.causal_masks, inputs.attention_mask),
+            attention_mask=_stock_mask(inputs, cache, config),
             position_ids=inputs.position_ids,
             **({CACHE: cache, "use_cache": cache is not None} | kwargs),
         )
     return outputs, inputs.images_of(entering[0]) if entering else None
+
+
+def _stock_mask(inputs: LanguageInputs, cache: Cache | None, config: HoVLEConfig) -> torch.Tensor | Masks | None:
+    """The caller's mask where the decoder makes of it what `causal_masks` does, else a ready one, which it keeps."""
+    given = inputs.attention_mask
+    is_padding = given is None or (isinstance(given, torch.Tensor) and given.dim() == 2)
+    has_windows = "sliding_attention" in attention_types(config.text_config)  # which some families leave out
+    if is_padding and not has_windows and (cache is None or holds_tokens(cache)):  # an empty one hides documents
+        return given
+    masks = inputs.masks(config, cache)
+    if getattr(config.text_config, "layer_types", None) is not None:  # such a family takes one for each pattern
+        return masks
+    (mask,) = masks.values()
+    # Without any mask a decoder would look for documents in rows whose mask says that there are none.
+    return given if mask is None and is_padding else mask
 
 
 @contextlib.contextmanager
@@ -115,7 +133,7 @@ def _watch_input(layer: nn.Module | None) -> Iterator[list[torch.Tensor]]:
 
 def run_section(
     layers: Iterable[nn.Module],
-    attention_types: Sequence[str],
+    patterns: Sequence[str],
     rotary_emb: nn.Module,
     inputs: SectionInputs,
     cache: Cache | None,
@@ -128,7 +146,7 @@ def run_section(
 
     Args:
         layers: Those of the section.
-        attention_types: Their attention patterns.
+        patterns: Their attention patterns.
         rotary_emb: Their rotary table.
         inputs: What enters the first of them, masks and positions.
         cache: Extended in place.
@@ -140,14 +158,14 @@ def run_section(
         What leaves the last of them, shape `(B, L, D)`.
     """
     hidden_states, masks, position_ids = inputs.embeds, inputs.causal_masks, inputs.position_ids
-    position_embeddings = rotary_tables(rotary_emb, hidden_states, position_ids, attention_types)
+    position_embeddings = rotary_tables(rotary_emb, hidden_states, position_ids, patterns)
     kwargs |= _flash_arguments(kwargs, config, hidden_states, masks, position_ids, cache)
-    for layer, attention_type in zip(layers, attention_types, strict=True):
+    for layer, pattern in zip(layers, patterns, strict=True):
         hidden_states = layer(
             hidden_states,
-            attention_mask=masks[attention_type],
+            attention_mask=masks[pattern],
             position_ids=position_ids,
-            position_embeddings=position_embeddings[attention_type],
+            position_embeddings=position_embeddings[pattern],
             **({CACHE: cache, "use_cache": cache is not None} | kwargs),
         )
         if layer_outputs is not None:

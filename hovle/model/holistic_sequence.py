@@ -31,8 +31,14 @@ class LanguageInputs:
     """The caller's mask."""
     position_ids: torch.Tensor
     """Shape `(B, T)` or `(1, T)`."""
-    causal_masks: Masks
-    """What the language model's layers take."""
+    causal_masks: Masks | None = None
+    """What the language model's layers take, once somebody has asked for it."""
+
+    def masks(self, config: HoVLEConfig, cache: Cache | None) -> Masks:
+        """What the language model's layers take; to be asked for before layers extend the cache."""
+        if self.causal_masks is None:
+            self.causal_masks = causal_masks(config, self.embeds, self.attention_mask, self.position_ids, cache)
+        return self.causal_masks
 
     def merged(self) -> torch.Tensor:
         """Embeddings of text and images, shape `(B, T, D)`; not for HD, whose images are longer."""
@@ -73,7 +79,7 @@ class HolisticSequence:
 
     def expand(self, inputs: LanguageInputs, cache: Cache | None) -> SectionInputs:
         """Put the images in their places."""
-        masks = inputs.causal_masks
+        masks = inputs.masks(self.config, cache)
         if inputs.image_features is not None and self.config.image_attention == "bidirectional":
             masks = causal_masks(
                 self.config, inputs.embeds, inputs.attention_mask, inputs.position_ids, cache, inputs.image_mask

@@ -83,8 +83,8 @@ class FromLanguageModelMixin:
             image_token_id: Id of the placeholder; by default that of `<IMG_CONTEXT>`, which joins the tokenizer's
                 vocabulary as `HoVLEProcessor.from_language_model` adds it. Without a tokenizer beside the model,
                 three new rows follow the vocabulary and the placeholder is the last one.
-            untie_text_embeddings: Give the holistic layers a text table of their own (a copy, as in the paper)
-                where the language model ties its table to its head.
+            untie_text_embeddings: Give the holistic layers an input embedding matrix of their own (a copy, as in the
+                paper) where the language model ties its matrix to its head.
             **kwargs: Fields of `HoVLEConfig` (`image_size`, `patch_size`, `pixel_shuffle_loc`, ...); all others go
                 to `AutoModelForCausalLM.from_pretrained` (`dtype`, `gguf_file`, ...).
         """
@@ -193,8 +193,8 @@ def config_around(
         language_config: Config of the language model, or of a vision-language model that holds one; left as it is.
         num_embedding_layers: Holistic layers to put below it.
         image_token_id: Id of the placeholder.
-        vocab_size: Rows of the text table, picture tokens included.
-        untie_text_embeddings: Give the holistic layers a text table of their own.
+        vocab_size: Rows of the input embedding matrix, image tokens included.
+        untie_text_embeddings: Give the holistic layers an input embedding matrix of their own.
         **kwargs: Other fields of `HoVLEConfig`.
     """
     text_config = language_part(language_config)

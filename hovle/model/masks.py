@@ -73,23 +73,6 @@ def own_mask(config: HoVLEConfig, attention_mask: torch.Tensor, dtype: torch.dty
     return blank.masked_fill(~attention_mask, torch.finfo(dtype).min)
 
 
-def stock_mask(
-    config: HoVLEConfig, masks: Masks, attention_mask: torch.Tensor | Masks | None
-) -> torch.Tensor | Masks | None:
-    """Masks as a stock decoder takes them, which keeps those that are ready.
-
-    Args:
-        config: Of the model.
-        masks: What `causal_masks` made.
-        attention_mask: What it made them of.
-    """
-    if getattr(config.text_config, "layer_types", None) is not None:  # such a family takes one for each pattern
-        return masks
-    (mask,) = masks.values()
-    # Without any mask a decoder would look for documents in rows whose mask says that there are none.
-    return attention_mask if mask is None and not isinstance(attention_mask, dict) else mask
-
-
 def flash_arguments(
     config: HoVLEConfig, hidden_states: torch.Tensor, masks: Masks, position_ids: torch.Tensor, cache: Cache | None
 ) -> dict:

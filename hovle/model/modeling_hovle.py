@@ -58,7 +58,7 @@ from .generation import HoVLEGenerationMixin
 from .holistic_sequence import HolisticSequence, LanguageInputs, LongHolisticSequence, SectionInputs
 from .image_tokens import pixel_shuffle
 from .language_model import FromLanguageModelMixin
-from .masks import Masks, causal_masks, count_positions
+from .masks import Masks, count_positions
 from .rotary import embedding_rope_config
 
 IGNORE_INDEX = -100
@@ -284,7 +284,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
         inputs_embeds: torch.Tensor | None,
         image_features: torch.Tensor | None,
     ) -> LanguageInputs:
-        """Embed words and images and settle positions and masks of the language model's sequence."""
+        """Embed words and images and settle the positions of the language model's sequence."""
         check_one_of(input_ids, inputs_embeds, pixel_values, image_features)
         image_mask = None
         if input_ids is not None:
@@ -300,8 +300,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
             position_ids = count_positions(inputs_embeds, attention_mask, cache)
         if self.config.image_attention == "bidirectional":
             remember_open_image(cache, image_mask if image_features is not None else None)
-        masks = causal_masks(self.config, inputs_embeds, attention_mask, position_ids, cache)
-        return LanguageInputs(inputs_embeds, image_features, image_mask, attention_mask, position_ids, masks)
+        return LanguageInputs(inputs_embeds, image_features, image_mask, attention_mask, position_ids)
 
     def _run_holistic_layers(
         self, inputs: LanguageInputs, cache: Cache | None, /, **kwargs: Any
@@ -319,9 +318,10 @@ class HoVLEModel(HoVLEPreTrainedModel):
     @capture_outputs
     def _run_sections(self, inputs: LanguageInputs, cache: Cache | None, /, **kwargs: Any) -> HoVLEModelOutputWithPast:
         """Run the holistic layers, then the language model."""
+        masks = inputs.masks(self.config, cache)
         holistic = self._run_holistic_layers(inputs, cache, **kwargs)
         assert holistic.language_inputs_embeds is not None
-        section = SectionInputs(holistic.language_inputs_embeds, inputs.causal_masks, inputs.position_ids)
+        section = SectionInputs(holistic.language_inputs_embeds, masks, inputs.position_ids)
         patterns, rotary_emb = self.config.split_layers(self.attention_types).language, self.language_model.rotary_emb
         hidden_states = run_section(self.language_layers, patterns, rotary_emb, section, cache, self.config, **kwargs)
         last_hidden_state = final_norm(self.language_model)(hidden_states)
@@ -481,10 +481,11 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, HoVLEGenerationMixin, 
         logits = self.compute_logits(outputs.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
+            targets: torch.Tensor = labels
             if input_ids is not None:
-                labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
+                targets = labels.masked_fill(input_ids == self.config.image_token_id, IGNORE_INDEX)
             vocab_size = self.config.text_config.vocab_size
-            loss = self.loss_function(logits, labels, vocab_size, num_items_in_batch=num_items_in_batch)
+            loss = self.loss_function(logits, targets, vocab_size, num_items_in_batch=num_items_in_batch)
         return HoVLECausalLMOutputWithPast(
             loss=loss,
             logits=logits,

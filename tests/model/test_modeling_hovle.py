@@ -354,6 +354,14 @@ def test_holistic_embeddings_are_what_the_language_model_receives(model):
         assert_close(outputs.language_inputs_embeds, full.hidden_states[2])
 
 
+def test_old_names_are_refused_with_the_new_ones():
+    model = shared_model("pre")
+    with torch.no_grad(), pytest.raises(AttributeError, match="is called language_inputs_embeds"):
+        _ = model.get_holistic_embeddings(PROMPTS[2]).inputs_embeds
+    with pytest.raises(AttributeError, match=r"is called input_embedding_matrix\(\)"):
+        model.model.text_table()
+
+
 def test_image_tokens_come_back_tile_by_tile_in_reading_order():
     mask = torch.tensor([[0, 1, 1, 0], [1, 0, 0, 1]]).bool()
     hidden_states = torch.arange(8.0).view(2, 4, 1)
