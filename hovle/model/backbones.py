@@ -1,18 +1,17 @@
 """What families of decoders do differently from Llama, gathered in one place.
 
-HoVLE runs a stock decoder section by section (holistic layers, then language model), so it repeats the few lines that
-join a decoder's layers. This module knows how those lines differ between families; what it does not know is found by
-comparing text logits with the bare model's (`language_model.py`) and refused by name.
+Where HoVLE runs a stock decoder section by section (holistic layers, then language model), it repeats the few lines
+that join a decoder's layers. This module knows how those lines differ between families; what it does not know is found
+by comparing text logits with the bare model's (`language_model.py`) and refused by name.
 """
 
 import inspect
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation.continuous_batching.cache import PagedAttentionCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 
@@ -34,7 +33,7 @@ DENSE_LAYER_COUNTS = ("first_k_dense_replace", "num_dense_layers", "moe_layer_st
 """Config fields that say which layers are dense, the others a mixture of experts, by an index counted from below."""
 
 EMBEDDING_DROPOUTS = ("embd_pdrop", "embedding_dropout")
-"""Config fields of a dropout between text table and first layer: Phi's, Starcoder 2's."""
+"""Config fields of a dropout between input embedding matrix and first layer: Phi's, Starcoder 2's."""
 
 RESIDUAL_WRITERS = re.compile(r"(^|\.)(o_proj|dense|down_proj|fc2|c_proj|output_linear)([._](weight|bias))?$")
 """Parameters of attention and MLP whose product is added to the residual stream, experts included."""
@@ -122,19 +121,6 @@ def check_backbone(decoder: PreTrainedModel) -> None:
         )
 
 
-def given_cache(cache: Cache | None, kwargs: dict) -> Cache | None:
-    """The cache under either name, `past_key_values` taken out of `kwargs`; ValueError when both are given.
-
-    The paged cache of transformers' continuous batching is for the attention function alone and goes into `kwargs`.
-    """
-    other = kwargs.pop("past_key_values", None)
-    if cache is not None and other is not None:
-        raise ValueError("Give `cache` or, by its name before transformers 5.24, `past_key_values`, not both.")
-    if isinstance(cache, PagedAttentionCache):
-        kwargs["cache"], cache = cache, None
-    return other if cache is None else cache
-
-
 def refuse_router_losses(text_config: PreTrainedConfig, wants_router_logits: bool | None) -> None:
     """Raise ValueError where a mixture of experts is asked for router logits, or the auxiliary loss made of them."""
     if wants_router_logits or getattr(text_config, "output_router_logits", False):
@@ -155,7 +141,7 @@ def has_rotary_per_pattern(rotary_emb: nn.Module) -> bool:
 
 
 def rotary_tables(
-    rotary_emb: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor, types: list[str]
+    rotary_emb: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor, types: Sequence[str]
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Cosines and sines of the positions for each attention pattern among some layers."""
     patterns = sorted(set(types))
@@ -167,7 +153,7 @@ def rotary_tables(
 def scale_embeddings(embeds: torch.Tensor, text_config: PreTrainedConfig, training: bool = False) -> torch.Tensor:
     """Scale what enters the first layer, as Granite does, or drop some in training, as Phi and Starcoder 2 do.
 
-    Gemma's text table scales itself.
+    Gemma's input embeddings scale themselves.
     """
     multiplier = getattr(text_config, "embedding_multiplier", None)
     embeds = embeds if multiplier is None else embeds * multiplier

@@ -168,16 +168,21 @@ class HoVLEConfig(PreTrainedConfig):
         return 1 if self.pixel_shuffle_loc == "none" else max(1, round(1 / self.downsample_ratio))
 
     @property
+    def slots_per_placeholder(self) -> int:
+        """Slots that one image token takes in the holistic layers: as many as patches for HoVLE-HD, else one."""
+        return self.shuffle_factor**2 if self.pixel_shuffle_loc == "post" else 1
+
+    @property
     def image_seq_length(self) -> int:
         """Placeholders in the prompt for one tile of `image_size`."""
         return self.tokens_per_tile(self.image_size)
 
     def check_image_token_id(self) -> None:
-        """Raise ValueError unless the placeholder has a row in the text table; for whoever builds a model."""
+        """Raise ValueError unless the placeholder has a row in the input embedding matrix; for who builds a model."""
         if self.image_token_id >= (vocab_size := self.text_config.vocab_size):
             raise ValueError(
                 f"image_token_id ({self.image_token_id}) must lie below text_config.vocab_size ({vocab_size}): the "
-                f"placeholder is a row of the text table. Set another, or vocab_size to {self.image_token_id + 1}."
+                f"placeholder is one of its rows. Set another, or vocab_size to {self.image_token_id + 1}."
             )
 
     def tokens_per_tile(self, tile_size: int) -> int:

@@ -11,7 +11,8 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .backbones import CACHE
-from .image_tokens import check_whole_tiles
+from .cache import holistic_part, reorder
+from .checks import check_cache_kind, check_whole_tiles
 from .rotary import rope_switch
 
 
@@ -40,7 +41,7 @@ class HoVLEGenerationMixin(GenerationMixin):
             model_kwargs["pixel_values"] = _repeat_tiles(pixel_values, num_placeholders, tokens_per_tile, expand_size)
         if image_outputs is not None:
             features = image_outputs.pooler_output
-            tokens_per_tile = features.shape[1] // (self.config.shuffle_factor**2 if self.model.is_hd else 1)
+            tokens_per_tile = features.shape[1] // self.config.slots_per_placeholder
             if int(num_placeholders.sum()) == len(features) * tokens_per_tile:  # else the forward pass reports it
                 check_whole_tiles(image_mask, tokens_per_tile)
             features = _repeat_tiles(features, num_placeholders, tokens_per_tile, expand_size)
@@ -51,7 +52,7 @@ class HoVLEGenerationMixin(GenerationMixin):
     def create_masks_for_generate(self, attention_mask=None, is_first_iteration=False, **kwargs):
         # HoVLE-HD needs a mask for each of its two sequences, and bidirectional pictures need to know where they are:
         # both are built in the forward pass, from the padding mask.
-        self.model._check_cache_kind(kwargs.get(CACHE))
+        check_cache_kind(kwargs.get(CACHE), self.config)
         if self.model.is_hd or (is_first_iteration and self.config.image_attention == "bidirectional"):
             return attention_mask
         masks = create_masks_for_generate(
@@ -118,20 +119,15 @@ class HoVLEGenerationMixin(GenerationMixin):
         before = max(0, num_cached - padding)
         if not self.model.is_hd:
             return [(before, now), (before, now)]
-        view = self.model._holistic_cache(cache)
-        num_long_cached = 0 if view is None else int(view.get_seq_length())
+        holistic = holistic_part(cache, self.config)
+        num_long_cached = 0 if holistic is None else int(holistic.get_seq_length())
         is_image = input_ids[:, -(length - num_cached) :] == self.config.image_token_id
-        num_added = is_image.sum(dim=1).cpu() * (self.config.shuffle_factor**2 - 1) + num_long_cached - num_cached
+        num_added = is_image.sum(dim=1).cpu() * (self.config.slots_per_placeholder - 1) + num_long_cached - num_cached
         long_now = int((num_tokens + num_added).max())
         return [(max(0, num_long_cached - padding), long_now), (before, now)]
 
     def _reorder_cache(self, cache: Cache, beam_idx: torch.Tensor) -> Cache:
-        cache.reorder_cache(beam_idx)
-        state = getattr(cache, "holistic_state", None)
-        if state is not None and state.attention_mask is not None:
-            state.attention_mask = state.attention_mask.index_select(0, beam_idx.to(state.attention_mask.device))
-        if state is not None and state.keys is not None:
-            state.keys = cache.layers[self.config.num_language_layers].keys
+        reorder(cache, beam_idx, self.config)
         return cache
 
     def _get_logits_processor(self, generation_config, *args, **kwargs):

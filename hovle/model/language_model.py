@@ -7,7 +7,7 @@ import logging
 import os
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -27,6 +27,8 @@ from .backbones import (
 from .configuration_hovle import HoVLEConfig
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model")
 
 IMAGE_TOKENS = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
 """Special tokens of a picture: `<img>` + one `<IMG_CONTEXT>` per image token + `</img>`."""
@@ -54,64 +56,87 @@ READERS: dict[str, str] = {}
 knows how to convert, while a checkpoint's copy of this file does not."""
 
 
-def build_around_language_model(
-    model_class: Any,
-    name_or_path: str | PreTrainedModel,
-    num_embedding_layers: int,
-    *,
-    image_token_id: int | None,
-    untie_text_embeddings: bool,
-    **kwargs,
-) -> Any:
-    """Do the work of `HoVLEForConditionalGeneration.from_language_model`, which explains the arguments."""
-    config_kwargs = _take_config_fields(kwargs)
-    if isinstance(name_or_path, PreTrainedModel) and kwargs:
-        raise ValueError(
-            f"{', '.join(kwargs)}: no field of HoVLEConfig, and options of loading have no use beside a language "
-            "model that is loaded already."
+class FromLanguageModelMixin:
+    """`from_language_model` of `HoVLEForConditionalGeneration`."""
+
+    @classmethod
+    def from_language_model(
+        cls: type[Model],
+        name_or_path: str | PreTrainedModel,
+        num_embedding_layers: int = 8,
+        *,
+        image_token_id: int | None = None,
+        untie_text_embeddings: bool = False,
+        **kwargs: Any,
+    ) -> Model:
+        """Build a new HoVLE around a pretrained language model.
+
+        The language model's layers are copied untouched. The new layers start as the identity (their output
+        projections are zero), so text gives the bare model's logits until training begins. Special image tokens
+        the tokenizer lacks get new rows; no existing row changes.
+
+        Args:
+            name_or_path: Hub id or folder of a Llama-family causal language model, or such a model; of a
+                vision-language model, its language model is taken. InternLM2's own files are read without their code.
+                The new model is in its mode, evaluation when it is loaded here.
+            num_embedding_layers: Holistic layers to put below it.
+            image_token_id: Id of the placeholder; by default that of `<IMG_CONTEXT>`, which joins the tokenizer's
+                vocabulary as `HoVLEProcessor.from_language_model` adds it. Without a tokenizer beside the model,
+                three new rows follow the vocabulary and the placeholder is the last one.
+            untie_text_embeddings: Give the holistic layers an input embedding matrix of their own (a copy, as in the
+                paper) where the language model ties its matrix to its head.
+            **kwargs: Fields of `HoVLEConfig` (`image_size`, `patch_size`, `pixel_shuffle_loc`, ...); all others go
+                to `AutoModelForCausalLM.from_pretrained` (`dtype`, `gguf_file`, ...).
+        """
+        config_kwargs = _take_config_fields(kwargs)
+        if isinstance(name_or_path, PreTrainedModel) and kwargs:
+            raise ValueError(
+                f"{', '.join(kwargs)}: no field of HoVLEConfig, and options of loading have no use beside a language "
+                "model that is loaded already."
+            )
+        if isinstance(name_or_path, PreTrainedModel):
+            language_model = name_or_path
+        else:
+            language_model = load_language_model(name_or_path, **kwargs)
+        own_config = language_part(language_model.config)
+        if type(own_config) is not type(language_model.config):
+            logger.warning(
+                "Of %s only the language model (%s) becomes part of HoVLE; the rest, such as a vision tower, is left "
+                "out.",
+                type(language_model).__name__,
+                own_config.model_type,
+            )
+        _check_language_model(language_model)
+        vocab_size = language_model.get_input_embeddings().num_embeddings
+        if image_token_id is None:
+            image_token_id, min_vocab_size = _image_token_for(
+                name_or_path, vocab_size, **{key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs}
+            )
+        else:
+            min_vocab_size = image_token_id + 1
+        config = config_around(
+            own_config,
+            num_embedding_layers,
+            image_token_id=image_token_id,
+            vocab_size=max(vocab_size, min_vocab_size),
+            untie_text_embeddings=untie_text_embeddings,
+            language_head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
+            **config_kwargs,
         )
-    if isinstance(name_or_path, PreTrainedModel):
-        language_model = name_or_path
-    else:
-        language_model = load_language_model(name_or_path, **kwargs)
-    own_config = language_part(language_model.config)
-    if type(own_config) is not type(language_model.config):
-        logger.warning(
-            "Of %s only the language model (%s) becomes part of HoVLE; the rest, such as a vision tower, is left out.",
-            type(language_model).__name__,
-            own_config.model_type,
-        )
-    _check_language_model(language_model)
-    vocab_size = language_model.get_input_embeddings().num_embeddings
-    if image_token_id is None:
-        image_token_id, min_vocab_size = _image_token_for(
-            name_or_path, vocab_size, **{key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs}
-        )
-    else:
-        min_vocab_size = image_token_id + 1
-    config = config_around(
-        own_config,
-        num_embedding_layers,
-        image_token_id=image_token_id,
-        vocab_size=max(vocab_size, min_vocab_size),
-        untie_text_embeddings=untie_text_embeddings,
-        language_head_bias=getattr(language_model.get_output_embeddings(), "bias", None) is not None,
-        **config_kwargs,
-    )
-    with _name_in_errors(type(language_model).__name__):
-        # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
-        model = model_class._from_config(
-            config,
-            dtype=language_model.dtype,
-            attn_implementation=own_config._attn_implementation,
-        ).to(language_model.device)
-    model.eval()  # dropout would hide what the checks below look for
-    _copy_language_model(model, language_model)
-    _begin_as_language_model(model, language_model)
-    model.generation_config = copy.deepcopy(language_model.generation_config)
-    suppressed = model.generation_config.suppress_tokens or []
-    model.generation_config.suppress_tokens = [*suppressed, image_token_id]  # it means a picture, never a word
-    return model.train(language_model.training)  # a loaded one is in evaluation mode
+        with _name_in_errors(type(language_model).__name__):
+            # Not `.to(dtype)` afterwards: that would round the rotary tables, which stay in float32.
+            model: Any = cls._from_config(  # type: ignore[attr-defined]
+                config,
+                dtype=language_model.dtype,
+                attn_implementation=own_config._attn_implementation,
+            ).to(language_model.device)
+        model.eval()  # dropout would hide what the checks below look for
+        _copy_language_model(model, language_model)
+        _begin_as_language_model(model, language_model)
+        model.generation_config = copy.deepcopy(language_model.generation_config)
+        suppressed = model.generation_config.suppress_tokens or []
+        model.generation_config.suppress_tokens = [*suppressed, image_token_id]  # it means a picture, never a word
+        return model.train(language_model.training)  # a loaded one is in evaluation mode
 
 
 def _check_language_model(language_model: PreTrainedModel) -> None:
@@ -168,8 +193,8 @@ def config_around(
         language_config: Config of the language model, or of a vision-language model that holds one; left as it is.
         num_embedding_layers: Holistic layers to put below it.
         image_token_id: Id of the placeholder.
-        vocab_size: Rows of the text table, picture tokens included.
-        untie_text_embeddings: Give the holistic layers a text table of their own.
+        vocab_size: Rows of the input embedding matrix, image tokens included.
+        untie_text_embeddings: Give the holistic layers an input embedding matrix of their own.
         **kwargs: Other fields of `HoVLEConfig`.
     """
     text_config = language_part(language_config)

@@ -46,7 +46,8 @@ from transformers.models.internvl.modeling_internvl import InternVLModel
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration
 from hovle.model.backbones import CACHE
-from hovle.model.image_tokens import HolisticLayout, pixel_shuffle, take_image_tokens
+from hovle.model.holistic_sequence import HolisticLayout
+from hovle.model.image_tokens import pixel_shuffle, take_image_tokens
 from hovle.model.language_model import add_image_tokens
 from hovle.model.modeling_hovle import HoVLEPatchEmbedding
 
@@ -323,7 +324,7 @@ def test_normalised_output_enters_the_language_model_with_length_one(stem):
     model = tiny_model(stem, normalize_encoder_output=True)
     with torch.no_grad():
         assert_close(model(PROMPTS[0], PICTURES[0]).logits, reference_logits(model, PROMPTS[0], PICTURES[0]))
-        entering = model.get_holistic_embeddings(PROMPTS[0], PICTURES[0]).inputs_embeds
+        entering = model.get_holistic_embeddings(PROMPTS[0], PICTURES[0]).language_inputs_embeds
     assert_close(entering.norm(dim=-1), torch.ones(entering.shape[:2]))
 
 
@@ -347,10 +348,18 @@ def test_holistic_embeddings_are_what_the_language_model_receives(model):
     long_length = PROMPTS[1].shape[1] + (3 * TOKENS * 4 if model.model.is_hd else 0)
     assert outputs.last_hidden_state.shape == (1, long_length, 32)
     assert outputs.image_hidden_states.shape == (4, TOKENS, 32)
-    assert_close(outputs.inputs_embeds[PROMPTS[1] == IMAGE], outputs.image_hidden_states.flatten(0, 1))
+    assert_close(outputs.language_inputs_embeds[PROMPTS[1] == IMAGE], outputs.image_hidden_states.flatten(0, 1))
     assert_close(full.image_hidden_states, outputs.image_hidden_states)
     if not model.model.is_hd:
-        assert_close(outputs.inputs_embeds, full.hidden_states[2])
+        assert_close(outputs.language_inputs_embeds, full.hidden_states[2])
+
+
+def test_old_names_are_refused_with_the_new_ones():
+    model = shared_model("pre")
+    with torch.no_grad(), pytest.raises(AttributeError, match="is called language_inputs_embeds"):
+        _ = model.get_holistic_embeddings(PROMPTS[2]).inputs_embeds
+    with pytest.raises(AttributeError, match=r"is called input_embedding_matrix\(\)"):
+        model.model.text_table()
 
 
 def test_image_tokens_come_back_tile_by_tile_in_reading_order():
@@ -1140,7 +1149,7 @@ def test_holistic_module_and_language_model_train_apart(stem):
 def test_holistic_embeddings_train_without_the_language_model(stem):
     model = tiny_model(stem).train()
     outputs = model.get_holistic_embeddings(PROMPTS[1], PICTURES[1])
-    (outputs.image_hidden_states.square().mean() + outputs.inputs_embeds.square().mean()).backward()
+    (outputs.image_hidden_states.square().mean() + outputs.language_inputs_embeds.square().mean()).backward()
     assert all(parameter.grad is None for parameter in model.model.language_layers.parameters())
     assert model.model.patch_embedding.projection.weight.grad.abs().sum() > 0
     assert model.model.embedding_layers[0].self_attn.q_proj.weight.grad.abs().sum() > 0
@@ -1236,7 +1245,7 @@ def test_the_holistic_layers_start_as_the_identity_but_not_as_zeros(stem):
         assert layer.mlp.up_proj.weight.any()
     with torch.no_grad():
         embeds = model.get_input_embeddings()(TEXT_IDS)
-        assert torch.equal(model.get_holistic_embeddings(TEXT_IDS).inputs_embeds, embeds)
+        assert torch.equal(model.get_holistic_embeddings(TEXT_IDS).language_inputs_embeds, embeds)
 
 
 @pytest.mark.parametrize("tied", [True, False])

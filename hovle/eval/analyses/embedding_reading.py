@@ -60,7 +60,7 @@ def read_embeddings(tested: ModelUnderTest, prompt: PromptInputs, table: torch.T
         table: Shape `(V, D)`, float32.
     """
     input_ids, pixels = prompt.inputs["input_ids"], prompt.inputs["pixel_values"]
-    embeds = tested.model.get_holistic_embeddings(input_ids, pixels).inputs_embeds[0].float()
+    embeds = tested.model.get_holistic_embeddings(input_ids, pixels).language_inputs_embeds[0].float()
     is_image = input_ids[0] == tested.model.config.image_token_id
     text, image, ids = embeds[~is_image], embeds[is_image], input_ids[0, ~is_image]
     norms = table.norm(dim=-1)

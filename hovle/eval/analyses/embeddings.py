@@ -88,7 +88,7 @@ def word_table(tested: ModelUnderTest, language_model: str | None) -> torch.Tens
         ValueError: When the bare model's vectors have another length.
     """
     if language_model is None:
-        return tested.model.model.text_table().float()
+        return tested.model.model.input_embedding_matrix().float()
     bare = AutoModelForCausalLM.from_pretrained(resolve_asset(language_model))
     weight = bare.get_input_embeddings().weight.detach()
     hidden_size = tested.model.config.text_config.hidden_size

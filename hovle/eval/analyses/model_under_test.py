@@ -10,7 +10,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 from ...files.model_folder import refuse_missing_folder, short_name
-from ...model.image_tokens import HolisticLayout
+from ...model.holistic_sequence import HolisticLayout
 from .grids import TokenGrid
 from .probe import Section
 

@@ -82,10 +82,10 @@ class DistillationObjective(Objective):
         )
         image = outputs.image_hidden_states
         assert image is not None  # every sample has a picture
-        assert outputs.inputs_embeds is not None
+        assert outputs.language_inputs_embeds is not None
         is_image = batch["input_ids"] == self.model.config.image_token_id
         is_text = batch["is_sample"] & ~is_image
-        text = outputs.inputs_embeds[is_text]
+        text = outputs.language_inputs_embeds[is_text]
         embeddings = nn.functional.embedding(batch["input_ids"][is_text], self.text_table)
         terms = {
             **self._image_terms(outputs, is_image, batch),

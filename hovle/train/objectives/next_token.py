@@ -21,7 +21,7 @@ class NextTokenObjective(Objective):
         super().__init__()
         self.model = model
         self.text_norm: torch.Tensor
-        self.register_buffer("text_norm", mean_norm(model.model.text_table()), persistent=False)
+        self.register_buffer("text_norm", mean_norm(model.model.input_embedding_matrix()), persistent=False)
         self.normalize = normalize or PixelNormalization()
 
     weights = {"reply_nats": 1.0, "reply_accuracy": 0.0, "image_norm_ratio": 0.0}  # noqa: RUF012 - a constant

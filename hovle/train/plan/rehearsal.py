@@ -152,7 +152,7 @@ def random_objective(config: StageConfig, model_config: HoVLEConfig, dtype: torc
     groups = parameter_groups(model)
     for parameter in (item for name in FROM_LANGUAGE_MODEL for item in groups[name]):
         parameter.data = parameter.data.to(dtype).float()
-    text_table = model.model.text_table()
+    text_table = model.model.input_embedding_matrix()
     select_trainable(model, config)
     if config.lora is not None:
         add_lora(model, config.lora)

@@ -277,7 +277,7 @@ def set_up(config: StageConfig, accelerator, resume: bool) -> Stage:
     if config.model.checkpoint is not None:
         handoff = check_handoff(model, Path(config.model.checkpoint))
     check_hd(config, model)
-    text_table = model.model.text_table()
+    text_table = model.model.input_embedding_matrix()
     dtype = agree_on_dtype(config, state, accelerator)
     select_trainable(model, config)
     peft_model = add_lora(model, config.lora) if config.lora else None

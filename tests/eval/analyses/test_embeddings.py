@@ -55,7 +55,7 @@ def test_nearest_words_are_those_of_a_direct_search(save_hovle, picture):
     found = read_embeddings(tested, prompt, table)
     inputs = {name: prompt.inputs[name] for name in ("input_ids", "pixel_values")}
     with torch.no_grad():
-        embeds = tested.model.get_holistic_embeddings(**inputs).inputs_embeds[0]
+        embeds = tested.model.get_holistic_embeddings(**inputs).language_inputs_embeds[0]
     image = embeds[prompt.inputs["input_ids"][0] == tested.model.config.image_token_id]
     no_words = set(tested.processor.image_token_ids)
     for place, vector in enumerate(image):

@@ -95,7 +95,7 @@ def test_packed_samples_give_the_hidden_states_they_give_alone(parts, batches, a
     def hidden_states(batch):
         inputs = model_inputs(batch)
         if source == "pictures":
-            return model.get_holistic_embeddings(**inputs).inputs_embeds
+            return model.get_holistic_embeddings(**inputs).language_inputs_embeds
         return model.model(**inputs, use_cache=False).last_hidden_state
 
     [batch] = batches(source)
@@ -274,7 +274,7 @@ def test_distillation_is_the_papers_objective_plus_scale_control(parts, batches)
     table = model.get_input_embeddings().weight
     image_cosines, text_cosines, image_ratios, text_ratios, plain_ratios = [], [], [], [], []
     for _, _, single in samples_alone(batch, processor.image_seq_length, processor.image_token_id):
-        hidden = model.get_holistic_embeddings(**model_inputs(single)).inputs_embeds[0]
+        hidden = model.get_holistic_embeddings(**model_inputs(single)).language_inputs_embeds[0]
         targets = iter(objective.teacher.targets(single, 2).flatten(0, 1))
         for token, vector in zip(single["input_ids"][0].tolist(), hidden, strict=True):
             is_image = token == processor.image_token_id
