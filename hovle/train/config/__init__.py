@@ -91,7 +91,11 @@ class DataConfig:
     prompt: str = ""
     """What the user says beside the picture where a row holds a picture and its caption only (huggingface)."""
     questions_per_sample: int = 1
-    """Questions about one picture that share its tokens; each sees the picture and itself only (easy_vqa)."""
+    """Most conversations about the same pictures that share their tokens; each sees the pictures and itself only. In a
+    streamed source they must be neighbours."""
+    independent_turns: bool = False
+    """Every question of a conversation with its reply is one of its own, which sees the first question's pictures and
+    no other turn; with `questions_per_sample` they share these (chat, llava, huggingface)."""
     balance_answers: bool = False
     """Draw `questions_per_sample` of a picture's questions anew each time, those less often whose wording gives the
     answer away, so that looking pays (easy_vqa); otherwise every question is asked once an epoch."""
@@ -106,6 +110,10 @@ class DataConfig:
         for field, source in only_for.items():
             if getattr(self, field) != type(self).__dataclass_fields__[field].default and self.source != source:
                 raise ValueError(f"{field} belongs to the source {source}; {self.source!r} does not read it.")
+        if self.questions_per_sample > 1 and self.source == "pictures":
+            raise ValueError("questions_per_sample belongs to sources with conversations; 'pictures' has none.")
+        if self.independent_turns and self.source in ("easy_vqa", "pictures"):
+            raise ValueError(f"independent_turns splits conversations of several turns; {self.source!r} has none.")
         if self.revision is not None and Path(str(self.path)).exists():
             raise ValueError(f"revision belongs to a Hub id; {self.path} is a local path.")
         if self.balance_answers and self.source != "easy_vqa":

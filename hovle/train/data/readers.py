@@ -13,6 +13,7 @@ from ...assets import easy_vqa
 from ...assets.vqa_questions import Question, load_questions, wording_weights
 from ...files.fingerprints import at_even_distances, fingerprint_files
 from ..config import DataConfig
+from .grouping import GroupedRecords, share_pictures
 from .records import (
     CHAT_ROLES,
     PICTURE_SUFFIXES,
@@ -41,11 +42,16 @@ def load_records(config: DataConfig) -> Records | RecordStream:
         raise ValueError(f"Unknown data.source {config.source!r}; known: easy_vqa, {', '.join(READERS)}.")
     if config.path is None:
         raise ValueError(f"data.path is missing: the source {config.source!r} needs a file or folder.")
-    return READERS[config.source](config)
+    records = READERS[config.source](config)
+    if config.questions_per_sample == 1 and not config.independent_turns:
+        return records
+    return share_pictures(records, config.questions_per_sample, config.independent_turns)
 
 
 def fingerprint_records(records: Records | RecordStream) -> str:
     """Short hash of a source, to notice changed data when resuming."""
+    if isinstance(records, GroupedRecords):
+        return fingerprint_records(records.records)
     if hasattr(records, "fingerprint"):
         return records.fingerprint
     assert not isinstance(records, RecordStream)  # streams have one

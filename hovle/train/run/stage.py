@@ -436,10 +436,11 @@ def load_state(config: StageConfig, fingerprint: str, accelerator) -> dict | Non
     state["rng"] = [{name: item.clone() for name, item in saved.items()} for saved in state["rng"]]
     check_same_run(config, state, fingerprint)
     num_processes = accelerator.num_processes
-    num_lanes, found = config.gradient_accumulation_steps * num_processes, len(state["position"]["lanes"])
-    if num_lanes != found:
+    num_shards = config.gradient_accumulation_steps * num_processes
+    found = len(StreamPosition.join([state["position"]]).shards)
+    if num_shards != found:
         raise ValueError(
-            f"Cannot resume: the run had {found} micro-batches in a step, this one has {num_lanes} ({num_processes} "
+            f"Cannot resume: the run had {found} micro-batches in a step, this one has {num_shards} ({num_processes} "
             f"processes x gradient_accumulation_steps {config.gradient_accumulation_steps}). Set "
             f"gradient_accumulation_steps so that the product is {found}."
         )
