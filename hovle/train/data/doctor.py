@@ -30,7 +30,6 @@ from .grouping import sharing_key
 from .mixture import Mixture, MixtureReader, describe_size, open_mixture
 from .packing import PackedBatches, StreamPosition
 from .samplers import make_sampler
-from .records import Record
 from .samples import RandomTextSamples, Sample, SampleMaker, was_split
 from .skips import FEWEST_DRAWN, NO_FAULTS, NUM_WORST, SkipBudgetError, SkipSampleError
 
@@ -101,7 +100,9 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
         try:
             record = reader.record_at(index)
             made = maker.make_all(record, index, config.row_length, config.max_tiles_per_batch)
-            _count_sharing(report, record)
+            report.num_conversations += record.num_conversations
+            if not isinstance(maker, RandomTextSamples):  # which has one question per picture at most
+                report.shown.update(filter(None, map(sharing_key, (record.messages, *record.others))))
         except SkipSampleError as error:
             made = [error]
             report.num_conversations += 1
@@ -110,13 +111,6 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
         for item in made:
             _count(report, item, maker)
     return report
-
-
-def _count_sharing(report: SourceReport, record: Record) -> None:
-    """Note which pictures the conversations of a record show."""
-    report.num_conversations += record.num_conversations
-    keys = (sharing_key(messages) for messages in (record.messages, *record.others))
-    report.shown.update(key for key in keys if key)
 
 
 def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMaker) -> None:
@@ -195,8 +189,8 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
     num_alike = sum(count for count in source.shown.values() if count > 1)
     if num_alike:
         lines.append(
-            f"  pictures       {num_alike:,} of {source.num_conversations:,} conversations can share theirs with others, "
-            f"up to {max(source.shown.values())} at a time; {source.num_sharing:,} do (questions_per_sample)"
+            f"  pictures       {num_alike:,} of {source.num_conversations:,} conversations could share theirs, up to "
+            f"{max(source.shown.values())} at a time; {source.num_sharing:,} do (questions_per_sample)"
         )
     if tokens:
         ordered = sorted(source.lengths)
