@@ -6,9 +6,13 @@ import os
 import pytest
 import torch
 
-from hovle import HoVLEProcessor
+from hovle import HoVLEImageProcessor, HoVLEProcessor
+from hovle.assets import easy_vqa
+from hovle.assets.vqa_questions import load_questions
 from hovle.bench import train as speed
+from hovle.train.data.records import picture_sources
 from hovle.train.data.samples import ReplySamples
+from hovle.train.data.tiles import read_tiles
 from hovle.train.run.stage import make_accelerator
 
 CPU = torch.device("cpu")
@@ -17,15 +21,33 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("mix", speed.MIXES)
 def test_all_variants_train_on_the_same_samples_with_the_same_loss(mix, next_token_config, monkeypatch):
     monkeypatch.setitem(speed.SHAPES, mix, speed.Shape(2, 1024, 3))
+    monkeypatch.setattr(speed, "NUM_TIMED_PASSES", 1)
     variants = [dataclasses.replace(item, compiled=False, keeps_memory=False) for item in speed.VARIANTS]
     config = next_token_config("learning_rate=0.0")
     measured = speed.compare(mix, 7, config, torch.float32, CPU, variants, run=lambda call, *args: call(*args))
     assert [item.name for item in measured] == [variant.name for variant in speed.VARIANTS]
     first = measured[0]
-    for item in measured[1:]:
-        assert item.nats_per_token == pytest.approx(first.nats_per_token, rel=1e-4)
+    for item in measured:
+        assert item.nats_per_token == pytest.approx(first.nats_per_token, rel=1e-5)
+        assert item.timed_nats_per_token == pytest.approx(item.nats_per_token, rel=1e-4)
         assert item.seconds * item.tokens_per_second == pytest.approx(first.seconds * first.tokens_per_second)
     assert measured[1].padding_ratio == pytest.approx(measured[-1].padding_ratio, abs=0.02)  # neither is packed
+
+
+def test_shared_pictures_have_seven_tiles_and_five_to_ten_of_their_own_questions():
+    records = speed.make_records("shared", 64)
+    sizes = [record.num_conversations for record in records]
+    assert (sum(sizes), min(sizes) >= 5, max(sizes) <= 10) == (64, True, True)
+    image_processor = HoVLEImageProcessor(tile_size=112, max_tiles=speed.SHARED_MAX_TILES)
+    asked = {(item.picture.name, item.text, item.answer) for item in load_questions(easy_vqa() / "train")}
+    for record in records:
+        conversations = [record.messages, *record.others]
+        pictures = {picture for messages in conversations for picture in picture_sources(messages)}
+        assert len(pictures) == 1
+        assert len(read_tiles(pictures.pop(), image_processor)) == 7
+        name = record.name.partition("[")[0]
+        for question, reply in conversations:
+            assert (name, question["content"][1]["text"], reply["content"][0]["text"]) in asked
 
 
 def test_a_variant_runs_in_a_process_of_its_own():
@@ -33,10 +55,14 @@ def test_a_variant_runs_in_a_process_of_its_own():
 
 
 def test_a_variant_with_another_loss_stops_the_benchmark():
-    first = speed.Measured("ours", 1.0, 10.0, 20.0, 0.0, 1, nats_per_token=2.0)
-    speed.check_loss(first, dataclasses.replace(first, nats_per_token=2.01))
-    with pytest.raises(ValueError, match=r"Trainer has 2\.0400 nats per token where ours has 2\.0000"):
-        speed.check_loss(first, dataclasses.replace(first, name="Trainer", nats_per_token=2.04))
+    first = speed.Measured("ours", 1.0, 10.0, 20.0, 0.0, 1, nats_per_token=2.0, timed_nats_per_token=2.02)
+    speed.check_loss(first, dataclasses.replace(first, nats_per_token=2.0001))
+    with pytest.raises(ValueError, match=r"Trainer has 2\.0010 nats per token where ours has 2\.0000"):
+        speed.check_loss(first, dataclasses.replace(first, name="Trainer", nats_per_token=2.001))
+    with pytest.raises(
+        ValueError, match=r"ours, while it is timed, has 2\.2000 nats per token where ours has 2\.0000"
+    ):
+        speed.check_loss(first, dataclasses.replace(first, timed_nats_per_token=2.2))
     with pytest.raises(ValueError, match="nan"):
         speed.check_loss(first, dataclasses.replace(first, nats_per_token=float("nan")))
 
@@ -44,7 +70,7 @@ def test_a_variant_with_another_loss_stops_the_benchmark():
 @pytest.mark.parametrize("packed", [True, False])
 def test_batches_hold_every_sample_once(packed, checkpoints, next_token_config):
     maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
-    samples = speed.make_samples("skewed", 9, maker)
+    samples = [maker.make(record, index) for index, record in enumerate(speed.make_records("skewed", 9))]
     batches = speed.make_batches(samples, packed, speed.Shape(2, 1024, 4), maker, next_token_config())
     assert sorted(name for batch in batches for name in batch["names"]) == sorted(item.name for item in samples)
     assert sum(speed.num_supervised(batch) for batch in batches) == sum(

@@ -1,7 +1,16 @@
 """Recipes: one training stage as a frozen value, loaded from YAML; unknown keys are refused."""
 
 from ...language.text_perplexity import RetentionConfig
-from .data import ChatData, DataConfig, EasyVqaData, ExpectedData, HuggingFaceData, LlavaData, PictureData
+from .data import (
+    ChatData,
+    ConversationData,
+    DataConfig,
+    EasyVqaData,
+    ExpectedData,
+    HuggingFaceData,
+    LlavaData,
+    PictureData,
+)
 from .loading import OVERRIDE, RECIPES, find_recipe, load_stage, with_new_fields
 from .model import Architecture, Geometry, LoraConfig, ModelConfig
 from .objective import DistillationConfig, LayerMatch, NextTokenConfig, ObjectiveConfig, TeacherConfig
@@ -13,6 +22,7 @@ __all__ = [
     "RECIPES",
     "Architecture",
     "ChatData",
+    "ConversationData",
     "DataConfig",
     "DistillationConfig",
     "EasyVqaData",

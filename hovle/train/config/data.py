@@ -44,7 +44,19 @@ class EasyVqaData(DataSource):
 
 
 @section
-class ChatData(DataSource):
+class ConversationData(DataSource):
+    """What sources of conversations have; those about the same pictures may share their tokens."""
+
+    questions_per_sample: Count = 1
+    """Most conversations about the same pictures that share their tokens; each sees the pictures and itself only. In a
+    streamed source they must be neighbours."""
+    independent_turns: bool = False
+    """Every question of a conversation with its reply is one of its own, which sees the first question's pictures and
+    no other turn; with `questions_per_sample` they share these."""
+
+
+@section
+class ChatData(ConversationData):
     """JSON lines of messages."""
 
     source: Literal["chat"] = "chat"
@@ -53,7 +65,7 @@ class ChatData(DataSource):
 
 
 @section
-class LlavaData(DataSource):
+class LlavaData(ConversationData):
     """Conversations as LLaVA and InternVL write them."""
 
     source: Literal["llava"] = "llava"
@@ -73,7 +85,7 @@ class PictureData(DataSource):
 
 
 @section
-class HuggingFaceData(DataSource):
+class HuggingFaceData(ConversationData):
     """Local files or a data set of the Hub, read by `datasets`."""
 
     source: Literal["huggingface"] = "huggingface"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar, dataclass_transform
 
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, model_validator
@@ -63,8 +64,14 @@ class Kind(Section):
     def kinds(cls) -> dict[str, type]:
         """All kinds by their names, whichever is asked."""
         base = next(item for item in cls.__mro__ if Kind in item.__bases__)
-        kinds: list[type] = base.__subclasses__()
-        return {getattr(kind, cls.TAG): kind for kind in kinds}
+        return {getattr(kind, cls.TAG): kind for kind in _below(base) if hasattr(kind, cls.TAG)}
+
+
+def _below(cls: Any) -> Iterator[type]:
+    """Classes derived from one, at any distance, in the order in which they were made."""
+    for kind in cls.__subclasses__():
+        yield kind
+        yield from _below(kind)
 
 
 def field_names(cls: type) -> list[str]:

@@ -6,7 +6,7 @@ sample, which keeps packed samples apart (attention_mask stays None). Conversati
 questions about one picture, share that beginning: the picture is computed once, and a mask lets each see the
 beginning and itself only.
 
-Read in this order: `records.py`, `readers.py` and `huggingface.py` (files -> records), `mixture.py` (which record
-comes when), `samples.py` (records -> samples), `packing.py` (samples -> packed batches), `skips.py` (what is left
-out and counted).
+Read in this order: `records.py`, `readers.py` and `huggingface.py` (files -> records), `grouping.py` (records about
+the same pictures -> one), `mixture.py` (which record comes when), `samples.py` (records -> samples), `packing.py`
+(samples -> packed batches), `skips.py` (what is left out and counted).
 """

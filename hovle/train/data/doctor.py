@@ -26,7 +26,8 @@ from ...model.modeling_hovle import IGNORE_INDEX
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig, load_stage
 from ..model.start import start_processor
-from .mixture import Mixture, MixtureReader, open_mixture
+from .grouping import sharing_key
+from .mixture import Mixture, MixtureReader, describe_size, open_mixture
 from .packing import PackedBatches, StreamPosition
 from .samplers import make_sampler
 from .samples import RandomTextSamples, Sample, SampleMaker, was_split
@@ -46,11 +47,19 @@ class SourceReport:
     label: str
     share: float
     """Of the samples of the mix."""
+    size: str
+    """How many records it has."""
     num_records: int | None
     """None for a stream."""
     left_aside: list[str] = field(default_factory=list)
     """What of its folder is not read."""
     num_scanned: int = 0
+    num_conversations: int = 0
+    """In the records that were scanned."""
+    num_sharing: int = 0
+    """Conversations that share their pictures' tokens with others."""
+    shown: Counter = field(default_factory=Counter)
+    """What conversations can share (`sharing_key`) -> how many do."""
     num_split: int = 0
     num_tiles: int = 0
     num_supervised: int = 0
@@ -85,13 +94,18 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
         raise ValueError(f"{mixture.labels[number]} is a stream without a known end: bound the scan with --samples.")
     share = float(mixture.weights[number] / sum(mixture.weights))
     left_aside = list(getattr(mixture.sources[number], "left_aside", ()))
-    report = SourceReport(mixture.labels[number], share, size, left_aside)
+    report = SourceReport(mixture.labels[number], share, describe_size(mixture.sources[number]), size, left_aside)
     reader = MixtureReader(Mixture([mixture.sources[number]], mixture.seed), 0, 1, {})
     for index in range(min(limit or size or 0, size or limit)):
         try:
-            made = maker.make_all(reader.record_at(index), index, config.row_length, config.max_tiles_per_batch)
+            record = reader.record_at(index)
+            made = maker.make_all(record, index, config.row_length, config.max_tiles_per_batch)
+            report.num_conversations += record.num_conversations
+            if not isinstance(maker, RandomTextSamples):  # which has one question per picture at most
+                report.shown.update(filter(None, map(sharing_key, (record.messages, *record.others))))
         except SkipSampleError as error:
             made = [error]
+            report.num_conversations += 1
         report.num_scanned += 1
         report.num_split += was_split(made)
         for item in made:
@@ -111,6 +125,8 @@ def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMa
         return
     report.lengths.append(item.num_inputs)
     report.num_tiles += sum(item.num_tiles)
+    if item.subsegment_ids is not None:
+        report.num_sharing += int(item.subsegment_ids.max())
     is_distilled = isinstance(maker, RandomTextSamples)  # every token has a target there
     report.num_supervised += len(item.labels) if is_distilled else int((item.labels != IGNORE_INDEX).sum())
     if len(report.examples) < NUM_SHOWN:
@@ -118,7 +134,7 @@ def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMa
 
 
 def measure_padding(mixture: Mixture, maker: SampleMaker, config: StageConfig, limit: int) -> float | None:
-    """Share of padding in batches packed from about so many records of the mix."""
+    """Share of padding in batches packed from about so many conversations of the mix."""
     batches = PackedBatches(mixture, maker, config, StreamPosition(), 0, 1, 0)
     num_drawn = num_places = num_filled = 0
     try:
@@ -145,7 +161,7 @@ def examine(config: StageConfig, processor: HoVLEProcessor, limit: int, num_proc
     mixture = open_mixture(config.data, config.seed)
     maker = make_sampler(config, processor)
     sources = [scan_source(mixture, number, maker, config, limit) for number in range(len(mixture.sources))]
-    padding = measure_padding(mixture, maker, config, limit or sum(source.num_scanned for source in sources))
+    padding = measure_padding(mixture, maker, config, limit or sum(source.num_conversations for source in sources))
     places = config.num_steps * config.gradient_accumulation_steps * num_processes
     places *= config.rows_per_batch * config.row_length
     tokens_per_draw = sum(source.share * sum(source.lengths) / source.num_scanned for source in sources)
@@ -160,10 +176,9 @@ def would_stop(source: SourceReport, config: StageConfig) -> bool:
 
 def describe_source(source: SourceReport, report: DataReport, config: StageConfig) -> list[str]:
     """Lines about one source."""
-    size = "a stream" if source.num_records is None else f"{source.num_records:,} records"
     is_bounded = source.num_records != source.num_scanned
     tokens = sum(source.lengths)
-    lines = [f"{source.label}: {size}, {source.share:.1%} of the samples"]
+    lines = [f"{source.label}: {source.size}, {source.share:.1%} of the samples"]
     if is_bounded:
         lines.append(f"  scanned        {source.num_scanned:,} records only; --samples 0 reads all")
     lines += [f"  {_printable(line)}" for line in source.left_aside]
@@ -171,6 +186,12 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
         f"  samples        {len(source.lengths):,}, {tokens:,} tokens, {source.num_tiles:,} tiles"
         + (f"; {source.num_split:,} conversations cut between turns" if source.num_split else "")
     )
+    num_alike = sum(count for count in source.shown.values() if count > 1)
+    if num_alike:
+        lines.append(
+            f"  pictures       {num_alike:,} of {source.num_conversations:,} conversations could share theirs, up to "
+            f"{max(source.shown.values())} at a time; {source.num_sharing:,} do (questions_per_sample)"
+        )
     if tokens:
         ordered = sorted(source.lengths)
         middle = ordered[len(ordered) // 2]

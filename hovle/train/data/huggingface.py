@@ -178,26 +178,26 @@ class DatasetRecords:
 
 
 class DatasetStream:
-    """A streamed data set; each lane of the run reads its share of the shards, or of the rows if they do not divide.
+    """A streamed data set; each shard of the run reads its share of the files, or of the rows if they do not divide.
 
-    Only the order of the shards is shuffled: rows mixed in a buffer would be lost when a run is resumed. So shuffle
-    the rows before writing the shards, and write a multiple of the run's lanes (micro-batches per step).
+    Only the order of the files is shuffled: rows mixed in a buffer would be lost when a run is resumed. So shuffle
+    the rows before writing the files, and write a multiple of the run's shards (micro-batches per step).
     """
 
     def __init__(self, config: HuggingFaceData):
         self.config = config
         self.dataset, self.fingerprint = open_dataset(config)
 
-    def open_lane(self, lane: int, num_lanes: int, seed: int, state: dict | None) -> "LaneStream":
-        """Read a lane's share, from its beginning or from where `LaneStream.state` was taken."""
-        return LaneStream(self, lane, num_lanes, seed, state or {"epoch": 0, "num_rows": 0, "dataset": None})
+    def open_shard(self, shard: int, num_shards: int, seed: int, state: dict | None) -> "ShardStream":
+        """Read a shard's share, from its beginning or from where `ShardStream.state` was taken."""
+        return ShardStream(self, shard, num_shards, seed, state or {"epoch": 0, "num_rows": 0, "dataset": None})
 
 
-class LaneStream:
-    """One lane's share of a streamed data set, epoch after epoch."""
+class ShardStream:
+    """One shard of a run reads its share of a streamed data set, epoch after epoch."""
 
-    def __init__(self, source: DatasetStream, lane: int, num_lanes: int, seed: int, state: dict):
-        self.source, self.lane, self.num_lanes, self.seed = source, lane, num_lanes, seed
+    def __init__(self, source: DatasetStream, shard: int, num_shards: int, seed: int, state: dict):
+        self.source, self.shard, self.num_shards, self.seed = source, shard, num_shards, seed
         self._open_epoch(state)
 
     def _open_epoch(self, state: dict) -> None:
@@ -207,7 +207,7 @@ class LaneStream:
         shuffled = self.source.dataset.shuffle(
             seed=self.seed * 7919 + self.epoch, buffer_size=1, max_buffer_input_shards=1
         )
-        self.dataset = split_dataset_by_node(shuffled, self.lane, self.num_lanes)
+        self.dataset = split_dataset_by_node(shuffled, self.shard, self.num_shards)
         if state["dataset"] is not None:
             self.dataset.load_state_dict(json.loads(state["dataset"]))
         self.rows: Iterator[dict] = iter(self.dataset)
@@ -223,13 +223,13 @@ class LaneStream:
         if row is None:
             if self.num_rows == 0:
                 raise ValueError(
-                    f"{self.source.config.label}: nothing to read for one of the run's {self.num_lanes} lanes "
-                    "(micro-batches per step): the stream has fewer rows than lanes. Do not stream it."
+                    f"{self.source.config.label}: nothing to read for one of the run's {self.num_shards} shards "
+                    "(micro-batches per step): the stream has fewer rows than shards. Do not stream it."
                 )
             self._open_epoch({"epoch": self.epoch + 1, "num_rows": 0, "dataset": None})
             return self.next_record()
         self.num_rows += 1
-        name = f"{self.source.config.label} lane {self.lane} epoch {self.epoch} row {self.num_rows}"
+        name = f"{self.source.config.label} shard {self.shard} epoch {self.epoch} row {self.num_rows}"
         return record_from_row(row, name, self.source.config)
 
 

@@ -26,7 +26,7 @@ class Mixture:
     """Several sources read in proportion to their weights, each of them epoch by epoch in an order of its own.
 
     Args:
-        sources: Sequences of records, or streams of them (`open_lane`).
+        sources: Sequences of records, or streams of them (`open_shard`).
         seed: Of the order of sources and records.
         weights: One per source, in any unit; equal by default.
         labels: What the sources are called.
@@ -50,9 +50,13 @@ class Mixture:
 
     @functools.cached_property
     def has_branches(self) -> bool:
-        """Whether samples may hold several conversations; only readers that know all their records make such ones."""
-        known = [records for records in self.sources if isinstance(records, list)]
-        return any(record.has_branches for records in known for record in records)
+        """Whether samples may hold several conversations."""
+        return any(
+            any(record.has_branches for record in records)
+            if isinstance(records, list)
+            else getattr(records, "has_branches", False)
+            for records in self.sources
+        )
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -93,10 +97,7 @@ class Mixture:
 
     def describe(self) -> list[str]:
         """One line per source: its name, size and share; then what they leave aside."""
-        sizes = [
-            "a stream" if isinstance(records, RecordStream) else f"{len(records):,} records"
-            for records in self.sources
-        ]
+        sizes = [describe_size(records) for records in self.sources]
         shares = [float(weight / sum(self.weights)) for weight in self.weights]
         lines = [
             f"{label}: {size}" + (f", {share:.1%} of the samples" if len(shares) > 1 else "")
@@ -121,6 +122,15 @@ class Mixture:
                 yield reader.record_at(index)
 
 
+def describe_size(records: Records | RecordStream) -> str:
+    """How many records a source has, and of how many conversations these are made if some share a record."""
+    if isinstance(records, RecordStream):
+        return "a stream"
+    num_conversations = getattr(records, "num_conversations", len(records))
+    is_shared = num_conversations > len(records)
+    return f"{len(records):,} records" + (f" of {num_conversations:,} conversations" if is_shared else "")
+
+
 def _remember(cache: dict, key, value, size: int = 8) -> None:
     """Keep the last few values: readers go to and fro at a border only."""
     if len(cache) >= size:
@@ -140,19 +150,19 @@ def apportion(weights: Sequence[Fraction], count: int) -> list[int]:
 
 
 class MixtureReader:
-    """Reads every `num_lanes`-th record of a mixture in order, keeping the places of its streams.
+    """Reads every `num_shards`-th record of a mixture in order, keeping the places of its streams.
 
     Args:
         mixture: What is read.
-        lane: Number of this reader among those that share the streams.
-        num_lanes: How many there are.
+        shard: Number of this reader among those that share the streams.
+        num_shards: How many there are.
         states: Source number -> state of its stream to continue from, as `states` gave it.
     """
 
-    def __init__(self, mixture: Mixture, lane: int, num_lanes: int, states: dict[int, dict]):
+    def __init__(self, mixture: Mixture, shard: int, num_shards: int, states: dict[int, dict]):
         self.mixture = mixture
         self.streams = {
-            number: records.open_lane(lane, num_lanes, mixture.seed, states.get(number))
+            number: records.open_shard(shard, num_shards, mixture.seed, states.get(number))
             for number, records in mixture.streams.items()
         }
         self._passed: dict[int, deque[tuple[int, dict]]] = {number: deque() for number in self.streams}

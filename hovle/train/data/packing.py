@@ -3,11 +3,11 @@
 Invariants, which tests hold:
 
 - A step of the run has `gradient_accumulation_steps x processes` micro-batches, whoever computes them. Micro-batch `n`
-  of the run belongs to lane `n % num_lanes`, where there are as many lanes as micro-batches in a step.
-- A lane is a stream of its own: it takes stream indices `lane, lane + num_lanes, ...` and packs them. Its batches
-  depend on the recipe and on its number alone, neither on other lanes nor on processes and workers.
-- Process `r` of `w` computes lanes `r, r + w, ...`. The position of the data is the positions of all lanes, so a run
-  goes on with another number of processes as long as the number of lanes stays: no sample is lost, none repeated.
+  of the run belongs to shard `n % num_shards`, where there are as many shards as micro-batches in a step.
+- A shard is a stream of its own: it takes stream indices `shard, shard + num_shards, ...` and packs them. Its batches
+  depend on the recipe and on its number alone, neither on other shards nor on processes and workers.
+- Process `r` of `w` computes shards `r, r + w, ...`. The position of the data is the positions of all shards, so a run
+  goes on with another number of processes as long as the number of shards stays: no sample is lost, none repeated.
 - A skipped sample leaves its index empty; no other one moves.
 """
 
@@ -29,8 +29,8 @@ from .skips import MOST_IN_A_ROW, NO_FAULTS, Skip, SkipBudgetError, SkipSampleEr
 
 
 @dataclass(frozen=True)
-class LanePosition:
-    """Where one lane stands between two of its batches."""
+class ShardPosition:
+    """Where one shard stands between two of its batches."""
 
     next_index: int
     """Stream index it draws next."""
@@ -44,14 +44,18 @@ class LanePosition:
 class StreamPosition:
     """Where a run's data stands between two steps; plain values, so that a checkpoint can hold them."""
 
-    lanes: dict[int, LanePosition] = field(default_factory=dict)
-    """Lane number -> position; empty at the beginning. A process knows its own lanes, a checkpoint all of them."""
+    shards: dict[int, ShardPosition] = field(default_factory=dict)
+    """Shard number -> position; empty at the beginning. A process knows its own shards, a checkpoint all of them."""
 
     @classmethod
     def join(cls, parts: Sequence[dict]) -> "StreamPosition":
-        """Put together the positions of all processes, each as `dataclasses.asdict` gives it."""
-        lanes = {number: LanePosition(**lane) for part in parts for number, lane in part["lanes"].items()}
-        return cls(dict(sorted(lanes.items())))
+        """Put together the positions of all processes, each as `dataclasses.asdict` gives it.
+
+        Older checkpoints call the shards `lanes`.
+        """
+        saved = [part["lanes"] if "lanes" in part else part["shards"] for part in parts]
+        shards = {number: ShardPosition(**shard) for part in saved for number, shard in part.items()}
+        return cls(dict(sorted(shards.items())))
 
 
 class Place(NamedTuple):
@@ -97,12 +101,12 @@ def pack_rows(
     return rows, sorted(left, key=lambda sample: (sample.index, sample.part))
 
 
-class Lane:
+class Shard:
     """One packed stream of samples; see the invariants above.
 
     Args:
         number: Its first stream index.
-        num_lanes: From one of its indices to the next.
+        num_shards: From one of its indices to the next.
         mixture: What it reads.
         maker: Turns a record and its stream index into samples.
         config: Row count, row length and window.
@@ -113,27 +117,27 @@ class Lane:
     def __init__(
         self,
         number: int,
-        num_lanes: int,
+        num_shards: int,
         mixture: Mixture,
         maker: SampleMaker,
         config: StageConfig,
-        start: LanePosition,
+        start: ShardPosition,
         once: bool = False,
     ):
-        self.num_lanes = num_lanes
+        self.num_shards = num_shards
         self.mixture = mixture
         self.maker = maker
         self.config = config
         self.once = once
         self.is_over = False
-        self.reader = MixtureReader(mixture, number, num_lanes, start.streams)
+        self.reader = MixtureReader(mixture, number, num_shards, start.streams)
         self.next_index = start.next_index
         self.window: list[Sample] = []
         self.lost: list[Skip] = []
         self._restore(start)
         self._forget_counts()
 
-    def _restore(self, start: LanePosition) -> None:
+    def _restore(self, start: ShardPosition) -> None:
         """Make the pending samples again; streams are read again from the oldest of them on.
 
         What cannot be made any more is counted with the next batch.
@@ -141,9 +145,9 @@ class Lane:
         parts: dict[int, list[int]] = {}
         for index, part in start.pending:
             parts.setdefault(index, []).append(part)
-        for index in range(min(parts, default=start.next_index), start.next_index, self.num_lanes):
+        for index in range(min(parts, default=start.next_index), start.next_index, self.num_shards):
             if index in parts:
-                made = self._make(index)
+                made, _ = self._make(index)
                 for part in parts[index]:
                     item = made[part] if part < len(made) else made[-1]
                     self._take_pending(item, index, part)
@@ -167,11 +171,11 @@ class Lane:
         self.skips: list[Skip] = []
 
     @property
-    def position(self) -> LanePosition:
+    def position(self) -> ShardPosition:
         """Where it continues after the last batch it gave."""
         pending = [[sample.index, sample.part] for sample in self.window]
         oldest = pending[0][0] if pending else self.next_index
-        return LanePosition(self.next_index, pending, self.reader.states(oldest))
+        return ShardPosition(self.next_index, pending, self.reader.states(oldest))
 
     def next_rows(self) -> list[list[Sample]]:
         """Draw until there is enough to choose from, and pack one batch; rows stay empty once it is over."""
@@ -189,13 +193,13 @@ class Lane:
         return rows
 
     def _draw(self) -> None:
-        made = self._make(self.next_index)
+        made, num_conversations = self._make(self.next_index)
         if self.once and self.reader.begins_again(self.next_index):
             self.is_over = True
             return
         label = self.label_of(self.next_index)
-        self.next_index += self.num_lanes
-        self.num_drawn += 1
+        self.next_index += self.num_shards
+        self.num_drawn += num_conversations
         self.num_split += was_split(made)
         faults = [item for item in made if isinstance(item, SkipSampleError)]
         self.window += [item for item in made if isinstance(item, Sample)]
@@ -207,12 +211,14 @@ class Lane:
                 "`hovle data doctor RECIPE` looks through the data."
             )
 
-    def _make(self, index: int) -> list[Sample | SkipSampleError]:
+    def _make(self, index: int) -> tuple[list[Sample | SkipSampleError], int]:
+        """What the record of an index gives, and how many conversations it holds."""
         try:
             record = self.reader.record_at(index)
         except SkipSampleError as error:
-            return [error]
-        return self.maker.make_all(record, index, self.config.row_length, self.config.max_tiles_per_batch)
+            return [error], 1
+        made = self.maker.make_all(record, index, self.config.row_length, self.config.max_tiles_per_batch)
+        return made, record.num_conversations
 
     def label_of(self, index: int) -> str:
         """What the source of an index is called."""
@@ -225,12 +231,12 @@ class PackedBatches(IterableDataset):
     Args:
         records: A mixture, or the records of a single source.
         maker: Turns a record and its stream index into samples.
-        config: Rows, window and seed; with the processes, its micro-batches make the lanes.
-        start: Where the stream continues, for resuming; it must know this process's lanes, or be empty.
+        config: Rows, window and seed; with the processes, its micro-batches make the shards.
+        start: Where the stream continues, for resuming; it must know this process's shards, or be empty.
         rank: This process.
-        world_size: Processes that share the lanes.
+        world_size: Processes that share the shards.
         pad_token_id: Fills row ends.
-        once: Whether a lane ends where a source would begin again; its last batch may hold skips only.
+        once: Whether a shard ends where a source would begin again; its last batch may hold skips only.
     """
 
     def __init__(
@@ -249,12 +255,12 @@ class PackedBatches(IterableDataset):
         self.maker = maker
         self.config = config
         self.start = start
-        self.num_lanes = config.gradient_accumulation_steps * world_size
-        self.lane_numbers = range(rank, self.num_lanes, world_size)
-        missing = [number for number in self.lane_numbers if start.lanes and number not in start.lanes]
+        self.num_shards = config.gradient_accumulation_steps * world_size
+        self.shard_numbers = range(rank, self.num_shards, world_size)
+        missing = [number for number in self.shard_numbers if start.shards and number not in start.shards]
         if missing:
             raise ValueError(
-                f"The position to continue from knows {len(start.lanes)} lanes, not {missing}: keep "
+                f"The position to continue from knows {len(start.shards)} shards, not {missing}: keep "
                 "gradient_accumulation_steps x processes."
             )
         self.pad_token_id = pad_token_id
@@ -267,34 +273,34 @@ class PackedBatches(IterableDataset):
 
     def plans(self) -> Iterator[dict]:
         """Yield batches that lack their pixels."""
-        lanes = {
-            number: Lane(
+        shards = {
+            number: Shard(
                 number,
-                self.num_lanes,
+                self.num_shards,
                 self.mixture,
                 self.maker,
                 self.config,
-                self.start.lanes.get(number, LanePosition(number)),
+                self.start.shards.get(number, ShardPosition(number)),
                 self.once,
             )
-            for number in self.lane_numbers
+            for number in self.shard_numbers
         }
-        positions = {number: lane.position for number, lane in lanes.items()}
-        turns = collections.deque(lanes)
+        positions = {number: shard.position for number, shard in shards.items()}
+        turns = collections.deque(shards)
         while turns:
             number = turns.popleft()
-            lane = lanes[number]
-            rows = lane.next_rows()
-            if not (any(rows) or lane.skips):
+            shard = shards[number]
+            rows = shard.next_rows()
+            if not (any(rows) or shard.skips):
                 continue
             turns.append(number)
-            positions = {**positions, number: lane.position}
+            positions = {**positions, number: shard.position}
             yield {
-                **self.lay_out(rows, lane.label_of),
+                **self.lay_out(rows, shard.label_of),
                 "position": StreamPosition(positions),
-                "num_drawn": lane.num_drawn,
-                "num_split": lane.num_split,
-                "skips": lane.skips,
+                "num_drawn": shard.num_drawn,
+                "num_split": shard.num_split,
+                "skips": shard.skips,
             }
 
     def lay_out(self, rows: list[list[Sample]], label_of: Callable[[int], str]) -> dict:
@@ -314,8 +320,8 @@ class PackedBatches(IterableDataset):
                 tokens["targets"][row, start:end] = sample.targets[sample.is_input]
                 tokens["position_ids"][row, start:end] = sample.position_ids[sample.is_input]
                 tokens["document_ids"][row, start:end] = number
-                if sample.branch_ids is not None:
-                    tokens["branch_ids"][row, start:end] = sample.branch_ids[sample.is_input]
+                if sample.subsegment_ids is not None:
+                    tokens["subsegment_ids"][row, start:end] = sample.subsegment_ids[sample.is_input]
                 label = label_of(sample.index)
                 places.append(Place(label, sample.name, row, start, end, sample.pictures, sample.num_tiles))
         return {**tokens, "places": places}
@@ -328,7 +334,7 @@ class PackedBatches(IterableDataset):
             "targets": IGNORE_INDEX,
             "position_ids": 0,
             "document_ids": -1,
-            "branch_ids": 0,
+            "subsegment_ids": 0,
         }
 
     def complete(self, plan: dict) -> dict:
@@ -361,7 +367,7 @@ class PackedBatches(IterableDataset):
             "skips": skips,
         }
         if self.has_branches:
-            batch["attention_mask"] = branch_mask(tokens["document_ids"], tokens["branch_ids"])
+            batch["attention_mask"] = branch_mask(tokens["document_ids"], tokens["subsegment_ids"])
         return batch
 
     def _take_out(self, tokens: dict[str, torch.Tensor], place: Place) -> None:
@@ -409,13 +415,13 @@ def load_batches(batches: PackedBatches, num_workers: int) -> Iterator[dict]:
     return iter(DataLoader(_Completed(batches), sampler=plans, num_workers=num_workers - 1, **options))
 
 
-def branch_mask(document_ids: torch.Tensor, branch_ids: torch.Tensor) -> torch.Tensor:
+def branch_mask(document_ids: torch.Tensor, subsegment_ids: torch.Tensor) -> torch.Tensor:
     """Who may look at whom, `(B, 1, T, T)`, bool: at earlier tokens of the same document, outside other branches.
 
     Args:
         document_ids: Equal within a document, shape `(B, T)`.
-        branch_ids: 0 in a document's shared beginning, shape `(B, T)`.
+        subsegment_ids: 0 in a document's shared beginning, shape `(B, T)`.
     """
     same_document = document_ids[:, :, None] == document_ids[:, None, :]
-    same_branch = (branch_ids[:, :, None] == branch_ids[:, None, :]) | (branch_ids[:, None, :] == 0)
+    same_branch = (subsegment_ids[:, :, None] == subsegment_ids[:, None, :]) | (subsegment_ids[:, None, :] == 0)
     return (same_document & same_branch).tril()[:, None]

@@ -12,7 +12,8 @@ from pathlib import Path
 from ...assets import easy_vqa
 from ...assets.vqa_questions import Question, load_questions, wording_weights
 from ...files.fingerprints import at_even_distances, fingerprint_files
-from ..config import ChatData, DataConfig, EasyVqaData, HuggingFaceData, LlavaData, PictureData
+from ..config import ChatData, ConversationData, DataConfig, EasyVqaData, HuggingFaceData, LlavaData, PictureData
+from .grouping import GroupedRecords, share_pictures
 from .records import (
     CHAT_ROLES,
     PICTURE_SUFFIXES,
@@ -31,6 +32,13 @@ from .skips import NUM_WORST, SkipSampleError
 
 def load_records(config: DataConfig) -> Records | RecordStream:
     """Open a source; pictures stay on disk."""
+    records = _open(config)
+    if not isinstance(config, ConversationData) or not (config.questions_per_sample > 1 or config.independent_turns):
+        return records
+    return share_pictures(records, config.questions_per_sample, config.independent_turns)
+
+
+def _open(config: DataConfig) -> Records | RecordStream:
     match config:
         case ChatData():
             return _chat_records(Path(config.path))
@@ -51,6 +59,8 @@ def load_records(config: DataConfig) -> Records | RecordStream:
 
 def fingerprint_records(records: Records | RecordStream) -> str:
     """Short hash of a source, to notice changed data when resuming."""
+    if isinstance(records, GroupedRecords):
+        return fingerprint_records(records.records)
     if hasattr(records, "fingerprint"):
         return records.fingerprint
     assert not isinstance(records, RecordStream)  # streams have one

@@ -1,7 +1,7 @@
 """Records: conversations whose pictures are still on disk, and what reads them."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -34,6 +34,27 @@ class Record:
     """How readily each conversation is drawn, this record's own first; empty: all take part."""
     num_drawn: int = 0
     """How many of them make a sample when they are drawn."""
+    names: tuple[str, ...] = field(default=(), repr=False)  # fingerprints know the other fields only
+    """What each conversation is called, this record's own first; empty: all as the record."""
+
+    @classmethod
+    def join(cls, records: Sequence["Record"]) -> "Record":
+        """One record of conversations that start with the same pictures."""
+        first, *others = records
+        names = tuple(record.name for record in records)
+        return cls(_joint_name(names), first.messages, tuple(record.messages for record in others), names=names)
+
+    def part(self, places: Iterable[int]) -> "Record":
+        """A record of some of its conversations."""
+        chosen = list(places)
+        first, *others = [[self.messages, *self.others][place] for place in chosen]
+        names = tuple(self.names[place] for place in chosen) if self.names else ()
+        return Record(_joint_name(names) if names else self.name, first, tuple(others), names=names)
+
+    @property
+    def num_conversations(self) -> int:
+        """Conversations it holds."""
+        return 1 + len(self.others)
 
     @property
     def has_branches(self) -> bool:
@@ -44,9 +65,11 @@ class Record:
         """Choose `num_drawn` of the conversations by weight, without repetition."""
         if not self.weights:
             return self
-        chosen = draw_weighted(self.weights, self.num_drawn, seed)
-        first, *others = [[self.messages, *self.others][place] for place in chosen]
-        return Record(self.name, first, tuple(others))
+        return self.part(draw_weighted(self.weights, self.num_drawn, seed))
+
+
+def _joint_name(names: Sequence[str]) -> str:
+    return names[0] + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 class Records(Protocol):
@@ -58,7 +81,7 @@ class Records(Protocol):
 
 
 class RecordCursor(Protocol):
-    """Reads a lane's share of a stream in order."""
+    """Reads a shard's share of a stream in order."""
 
     epoch: int
     """How often it has begun again."""
@@ -76,8 +99,8 @@ class RecordStream(Protocol):
 
     fingerprint: str
 
-    def open_lane(self, lane: int, num_lanes: int, seed: int, state: dict | None) -> RecordCursor:
-        """Read the share of one of `num_lanes` readers, from its beginning or from a state of its cursor."""
+    def open_shard(self, shard: int, num_shards: int, seed: int, state: dict | None) -> RecordCursor:
+        """Read the share of one of `num_shards` readers, from its beginning or from a state of its cursor."""
 
 
 def picture_paths(records: Iterable[Record]) -> list[str]:
@@ -154,6 +177,12 @@ def picture_items(messages: list[dict]) -> list[dict]:
 def picture_sources(messages: list[dict]) -> list[str | bytes]:
     """Paths, or bytes of the files, of a conversation's pictures in their order."""
     return [item["path"] if "path" in item else item["image"] for item in picture_items(messages)]
+
+
+def until_last_reply(messages: list[dict]) -> list[dict]:
+    """The messages without those behind the last reply, which teach nothing; none where there is no reply."""
+    ends = [number + 1 for number, message in enumerate(messages) if message["role"] == "assistant"]
+    return messages[: ends[-1]] if ends else []
 
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")

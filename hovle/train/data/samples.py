@@ -10,6 +10,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeGuard
 
 import jinja2
 import torch
@@ -17,7 +18,7 @@ import torch
 from ...model.modeling_hovle import IGNORE_INDEX
 from ...model.pictures import picture_size
 from ...model.processing_hovle import HoVLEProcessor
-from .records import Record, conversation, picture_item, picture_sources
+from .records import Record, conversation, picture_item, picture_sources, until_last_reply
 from .skips import NO_PICTURE, UNANSWERED, SkipSampleError
 from .tiles import picture_key, read_tiles
 
@@ -37,10 +38,12 @@ class Sample:
     """Paths, or bytes of the files."""
     num_tiles: list[int] = field(default_factory=list)
     """Tiles of each picture."""
-    branch_ids: torch.Tensor | None = None
+    subsegment_ids: torch.Tensor | None = None
     """0 where conversations share their beginning, then 1, 2, ... for the rest of each; None for one conversation."""
     part: int = 0
-    """Counts the samples of a conversation that was cut between turns."""
+    """Counts the samples of a record."""
+    num_parts: int = 1
+    """Parts its record was cut into, between conversations or turns."""
 
     @functools.cached_property
     def is_input(self) -> torch.Tensor:
@@ -61,19 +64,19 @@ class Sample:
     @property
     def _is_last(self) -> torch.Tensor:
         """Where a conversation ends, shape `(T,)`."""
-        if self.branch_ids is None:
+        if self.subsegment_ids is None:
             return torch.arange(len(self.input_ids)) == len(self.input_ids) - 1
-        following = torch.cat([self.branch_ids[1:], self.branch_ids.new_tensor([0])])
-        return (self.branch_ids > 0) & (self.branch_ids != following)
+        following = torch.cat([self.subsegment_ids[1:], self.subsegment_ids.new_tensor([0])])
+        return (self.subsegment_ids > 0) & (self.subsegment_ids != following)
 
     @property
     def position_ids(self) -> torch.Tensor:
         """Positions of the tokens in their own conversation, shape `(T,)`."""
         positions = torch.arange(len(self.input_ids))
-        if self.branch_ids is not None:
-            for branch in range(1, int(self.branch_ids.max()) + 1):
-                inside = self.branch_ids == branch
-                positions[inside] += int((self.branch_ids == 0).sum()) - int(positions[inside][0])
+        if self.subsegment_ids is not None:
+            for branch in range(1, int(self.subsegment_ids.max()) + 1):
+                inside = self.subsegment_ids == branch
+                positions[inside] += int((self.subsegment_ids == 0).sum()) - int(positions[inside][0])
         return positions
 
 
@@ -101,34 +104,63 @@ class SampleMaker:
         """Samples of a record, several where it is too long for one; in place of what cannot be used stands why.
 
         No picture and no turn is ever cut: the first sample takes the turns that fit, the next starts with all
-        pictures and goes on from there. So later turns do not see earlier ones of another sample.
+        pictures and goes on from there. So later turns do not see earlier ones of another sample. Of several
+        conversations, those that cannot be used take no other one with them.
         """
-        made = self._make_fitting(record, index, max_tokens, max_tiles)
+        whole, remarks = self._make_checked(record, index, max_tokens, max_tiles), self.remarks(record)
+        faults: list[SkipSampleError] = []
+        if record.others and _is_fault(whole):
+            sound, faults = self._tell_apart(record, index, max_tokens, max_tiles)
+            if sound is None:
+                return [*faults, *remarks]
+            record, whole = sound, self._make_checked(sound, index, max_tokens, max_tiles)
+        made = self._make_fitting(record, whole, index, max_tokens, max_tiles)
         if len(made) > 1:
             for part, item in enumerate(made):
+                item.num_parts = len(made)
                 if isinstance(item, Sample):
                     item.name, item.part = f"{record.name} ({part + 1} of {len(made)})", part
-        return [*made, *self.remarks(record)]
+        return [*made, *faults, *remarks]
+
+    def _tell_apart(
+        self, record: Record, index: int, max_tokens: int, max_tiles: int | None
+    ) -> tuple[Record | None, list[SkipSampleError]]:
+        """Conversations of a record that can be used, perhaps cut, and what is wrong with the others."""
+        alone = [
+            self._make_checked(record.part([place]), index, max_tokens, max_tiles)
+            for place in range(record.num_conversations)
+        ]
+        sound = [place for place, item in enumerate(alone) if not _is_fault(item)]
+        return record.part(sound) if sound else None, [item for item in alone if _is_fault(item)]
 
     def remarks(self, record: Record) -> list[SkipSampleError]:
         """What of a record is left out although the rest of it is used; nothing by default."""
         return []
 
     def _make_fitting(
-        self, record: Record, index: int, max_tokens: int, max_tiles: int | None
+        self,
+        record: Record,
+        whole: Sample | SkipSampleError,
+        index: int,
+        max_tokens: int,
+        max_tiles: int | None,
     ) -> list[Sample | SkipSampleError]:
-        whole = self._make_checked(record, index, max_tokens, max_tiles)
+        """Samples of a record, which as a whole makes this."""
         cuts = list(self.cuts(record)) if _is_over_long(whole) else []
         if not cuts:
             return [whole]
 
-        def fits(cut: tuple[Record, Record]) -> bool:
-            return not _is_over_long(self._make_checked(cut[0], index, max_tokens, max_tiles))
+        def made_of(part: Record) -> Sample | SkipSampleError:
+            return self._make_checked(part, index, max_tokens, max_tiles)
 
         # From the longest first part to the shortest: none fits, then all do. If none does, the shortest is left out.
-        start, rest = cuts[min(bisect.bisect_left(cuts, True, key=fits), len(cuts) - 1)]
-        first = self._make_checked(start, index, max_tokens, max_tiles)
-        return [first, *self._make_fitting(rest, index, max_tokens, max_tiles)]
+        fitting = bisect.bisect_left(cuts, True, key=lambda cut: not _is_over_long(made_of(cut[0])))
+        start, rest = cuts[min(fitting, len(cuts) - 1)]
+        return [
+            item
+            for part in (start, rest)
+            for item in self._make_fitting(part, made_of(part), index, max_tokens, max_tiles)
+        ]
 
     def _make_checked(
         self, record: Record, index: int, max_tokens: int, max_tiles: int | None
@@ -193,9 +225,14 @@ def _is_over_long(made: Sample | SkipSampleError) -> bool:
     return isinstance(made, SkipSampleError) and made.reason == OVER_LONG
 
 
+def _is_fault(made: Sample | SkipSampleError) -> TypeGuard[SkipSampleError]:
+    """Whether a record cannot be used, not even cut."""
+    return isinstance(made, SkipSampleError) and made.reason != OVER_LONG
+
+
 def was_split(made: list[Sample | SkipSampleError]) -> bool:
-    """Whether a record, of which `make_all` made this, was cut between turns."""
-    return sum(isinstance(item, Sample) or item.reason != UNANSWERED for item in made) > 1
+    """Whether a record, of which `make_all` made this, was cut between conversations or turns."""
+    return any(item.num_parts > 1 for item in made)
 
 
 def _picture_fault(pictures: list[str | bytes]) -> str:
@@ -212,13 +249,18 @@ class ReplySamples(SampleMaker):
         pictures = picture_sources(first)
         num_tiles = self.count_tiles(record.name, pictures)
         input_ids, labels = self._encode(record.name, first, num_tiles)
-        branch_ids = None
+        subsegment_ids = None
         if rest:
             others = [self._encode(record.name, messages, num_tiles) for messages in rest]
             input_ids, labels, branches = share_beginning([(input_ids, labels), *others])
-            branch_ids = torch.tensor(branches)
+            subsegment_ids = torch.tensor(branches)
+            if self.processor.image_token_id in input_ids[branches.count(0) :]:
+                raise ValueError(
+                    f"{record.name}: the chat template writes different beginnings for conversations about the same "
+                    "pictures, so they cannot share them: set questions_per_sample to 1."
+                )
         return Sample(
-            record.name, index, torch.tensor(input_ids), torch.tensor(labels), pictures, num_tiles, branch_ids
+            record.name, index, torch.tensor(input_ids), torch.tensor(labels), pictures, num_tiles, subsegment_ids
         )
 
     def remarks(self, record: Record) -> list[SkipSampleError]:
@@ -231,10 +273,8 @@ class ReplySamples(SampleMaker):
 
     def cuts(self, record: Record) -> Iterator[tuple[Record, Record]]:
         """Cut between conversations about the same pictures, or between the turns of a single one."""
-        conversations = [record.messages, *record.others]
-        for place in range(len(conversations) - 1, 0, -1):
-            (first, *others), (next_one, *rest) = conversations[:place], conversations[place:]
-            yield Record(record.name, first, tuple(others)), Record(record.name, next_one, tuple(rest))
+        for place in range(len(record.others), 0, -1):
+            yield record.part(range(place)), record.part(range(place, record.num_conversations))
         if record.others:
             return
         ends = [number + 1 for number, message in enumerate(record.messages) if message["role"] == "assistant"]
@@ -262,12 +302,6 @@ class ReplySamples(SampleMaker):
         if not self.processor.tokenizer.decode(input_ids[stop + 1 :]).strip():  # a line break teaches nothing
             input_ids, labels = input_ids[: stop + 1], labels[: stop + 1]
         return input_ids, labels
-
-
-def until_last_reply(messages: list[dict]) -> list[dict]:
-    """The messages without those behind the last reply, which teach nothing; none where there is no reply."""
-    ends = [number + 1 for number, message in enumerate(messages) if message["role"] == "assistant"]
-    return messages[: ends[-1]] if ends else []
 
 
 def _has_text(message: dict) -> bool:
@@ -302,12 +336,12 @@ def share_beginning(conversations: list[tuple[list[int], list[int]]]) -> tuple[l
     # The first token after the beginning follows another branch's last one, so it must not be supervised.
     shared = min(first_supervised - 1 if shared is None else shared, first_supervised - 1)
     joint_ids, joint_labels = conversations[0][0][:shared], [IGNORE_INDEX] * shared
-    branch_ids = [0] * shared
+    subsegment_ids = [0] * shared
     for branch, (ids, labels) in enumerate(conversations, 1):
         joint_ids = joint_ids + ids[shared:]
         joint_labels = joint_labels + labels[shared:]
-        branch_ids = branch_ids + [branch] * (len(ids) - shared)
-    return joint_ids, joint_labels, branch_ids
+        subsegment_ids = subsegment_ids + [branch] * (len(ids) - shared)
+    return joint_ids, joint_labels, subsegment_ids
 
 
 def special_ids(tokenizer) -> set[int]:

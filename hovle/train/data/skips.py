@@ -38,6 +38,9 @@ class SkipSampleError(ValueError):
         detail: What is wrong with this one.
     """
 
+    num_parts = 1
+    """Parts its record was cut into; this is one of them."""
+
     def __init__(self, name: str, reason: str, detail: str):
         super().__init__(f"{name}: {detail}")
         self.name, self.reason, self.detail = name, reason, detail
@@ -63,7 +66,7 @@ class SkipLedger:
     max_fraction: float
     """Largest share of skipped samples."""
     num_drawn: int = 0
-    """Records drawn so far, those skipped included."""
+    """Conversations drawn so far, those skipped included."""
     num_split: int = 0
     """Conversations that were cut between turns because they are longer than a row."""
     reasons: Counter = field(default_factory=Counter)

@@ -17,7 +17,7 @@ from ...machine.memory import keep_freed_memory
 from ...machine.speed import choose_dtype, dtype_name
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
-from ..config import EasyVqaData, StageConfig
+from ..config import ConversationData, EasyVqaData, StageConfig
 from ..data.mixture import Mixture, open_mixture
 from ..data.packing import PackedBatches, StreamPosition, load_batches
 from ..data.records import picture_sources
@@ -419,7 +419,7 @@ def check_hd(config: StageConfig, model: HoVLEForConditionalGeneration) -> None:
     sources = [("data", data) for data in config.data]
     sources += [("validation", config.validation)] if config.validation else []
     for name, data in sources:
-        shares = isinstance(data, EasyVqaData) and data.questions_per_sample > 1
+        shares = isinstance(data, EasyVqaData | ConversationData) and data.questions_per_sample > 1
         if config.objective.name == "next_token" and shares:
             raise ValueError(
                 f"HoVLE-HD cannot share a picture between questions: set {name}.questions_per_sample to 1."
@@ -437,10 +437,11 @@ def load_state(config: StageConfig, fingerprint: str, accelerator) -> dict | Non
     state["rng"] = [{name: item.clone() for name, item in saved.items()} for saved in state["rng"]]
     check_same_run(config, state, fingerprint)
     num_processes = accelerator.num_processes
-    num_lanes, found = config.gradient_accumulation_steps * num_processes, len(state["position"]["lanes"])
-    if num_lanes != found:
+    num_shards = config.gradient_accumulation_steps * num_processes
+    found = len(StreamPosition.join([state["position"]]).shards)
+    if num_shards != found:
         raise ValueError(
-            f"Cannot resume: the run had {found} micro-batches in a step, this one has {num_lanes} ({num_processes} "
+            f"Cannot resume: the run had {found} micro-batches in a step, this one has {num_shards} ({num_processes} "
             f"processes x gradient_accumulation_steps {config.gradient_accumulation_steps}). Set "
             f"gradient_accumulation_steps so that the product is {found}."
         )

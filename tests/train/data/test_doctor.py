@@ -117,6 +117,19 @@ def test_faults_of_data_set_rows_and_unanswered_turns_are_counted_and_named(
     assert "samples        4," in shown
 
 
+def test_conversations_that_could_share_pictures_and_those_that_do_are_counted(next_token_config, tmp_path, capsys):
+    next_token_config()
+    for size, records, shared in ((1, "18 records", 0), (2, "13 records of 18 conversations", 10)):
+        _, shown = report_of(
+            capsys, tmp_path, tmp_path / "next_token.yaml", f"data.questions_per_sample={size}", "row_length=400"
+        )
+        assert f"chat:chat.jsonl: {records}, 100.0% of the samples" in shown
+        assert (
+            f"pictures       10 of 18 conversations could share theirs, up to 2 at a time; {shared} do "
+            "(questions_per_sample)"
+        ) in shown
+
+
 def test_data_cannot_send_codes_to_the_terminal(recipe, tmp_path, capsys):
     _, shown = report_of(capsys, tmp_path, recipe)
     assert "\x1b" not in shown

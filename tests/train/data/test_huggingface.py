@@ -283,21 +283,21 @@ def test_the_commit_of_a_hub_id_is_part_of_its_fingerprint(parquet, monkeypatch,
     assert pinned == again != newest
 
 
-def read(mixture: Mixture, indices, lane=0, num_lanes=1, states=None) -> tuple[list[str], MixtureReader]:
-    reader = MixtureReader(mixture, lane, num_lanes, states or {})
+def read(mixture: Mixture, indices, shard=0, num_shards=1, states=None) -> tuple[list[str], MixtureReader]:
+    reader = MixtureReader(mixture, shard, num_shards, states or {})
     return [replies(reader.record_at(index))[0] for index in indices], reader
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2, 3])
-def test_the_lanes_of_a_stream_share_its_rows_and_shuffle_its_shards(tars, num_lanes):
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_the_shards_of_a_run_share_the_rows_of_a_stream_and_shuffle_its_files(tars, num_shards):
     mixture = Mixture([load_records(config_of(tars, streaming=True))], seed=0)
     epochs = []
     for epoch in range(6):
         taken = []
-        for lane in range(num_lanes):
-            indices = range(lane, 6 * NUM_ROWS, num_lanes)
-            share = NUM_ROWS // num_lanes
-            taken += read(mixture, indices, lane, num_lanes)[0][epoch * share : (epoch + 1) * share]
+        for shard in range(num_shards):
+            indices = range(shard, 6 * NUM_ROWS, num_shards)
+            share = NUM_ROWS // num_shards
+            taken += read(mixture, indices, shard, num_shards)[0][epoch * share : (epoch + 1) * share]
         epochs.append(taken)
         assert sorted(taken) == sorted(f"answer {number}" for number in range(NUM_ROWS))
     assert len({tuple(taken) for taken in epochs}) > 1
@@ -314,10 +314,10 @@ def test_a_stream_continues_exactly_wherever_it_stopped(kind, request):
         assert found == straight[stop:]
 
 
-def test_a_stream_with_fewer_rows_than_lanes_is_refused(tars):
+def test_a_stream_with_fewer_rows_than_shards_is_refused(tars):
     mixture = Mixture([load_records(config_of(tars, streaming=True))], seed=0)
-    with pytest.raises(ValueError, match="fewer rows than lanes"):
-        read(mixture, [30], lane=30, num_lanes=40)
+    with pytest.raises(ValueError, match="fewer rows than shards"):
+        read(mixture, [30], shard=30, num_shards=40)
 
 
 def test_once_takes_every_row_of_a_stream_once(tars, checkpoints, next_token_config):

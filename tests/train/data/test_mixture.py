@@ -56,10 +56,10 @@ def test_a_draw_depends_on_seed_and_index_alone():
     assert names(mixture(1), range(1000)) != straight
 
 
-def test_lanes_get_the_same_mixture():
+def test_shards_get_the_same_mixture():
     mixture = Mixture([records_of("a", 30), records_of("b", 5)], seed=0, weights=[1, 1])
-    for lane in range(4):
-        drawn = Counter(mixture.place(index)[0] for index in range(lane, 4000, 4))
+    for shard in range(4):
+        drawn = Counter(mixture.place(index)[0] for index in range(shard, 4000, 4))
         assert 0.4 < drawn[0] / 1000 < 0.6
 
 

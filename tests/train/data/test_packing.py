@@ -1,4 +1,4 @@
-"""Packing: rows, masks, lanes and where they continue."""
+"""Packing: rows, masks, shards and where they continue."""
 
 import dataclasses
 import itertools
@@ -185,20 +185,20 @@ LENGTHS = [18, 3, 11, None, 6, 20, 2, 9, 21]
 """Of a stream with a sample that cannot be used and one that is too long."""
 
 
-def steps_of(stream, num_steps, world_size, num_lanes, start=None) -> tuple[list[list[dict]], StreamPosition]:
-    """Micro-batches of each step over all processes, in the order of their lanes, and where the data then stands."""
-    fields = {"gradient_accumulation_steps": num_lanes // world_size}
+def steps_of(stream, num_steps, world_size, num_shards, start=None) -> tuple[list[list[dict]], StreamPosition]:
+    """Micro-batches of each step over all processes, in the order of their shards, and where the data then stands."""
+    fields = {"gradient_accumulation_steps": num_shards // world_size}
     ranks = [iter(stream(LENGTHS, start, rank, world_size, **fields)) for rank in range(world_size)]
-    steps = [[next(ranks[lane % world_size]) for lane in range(num_lanes)] for _ in range(num_steps)]
+    steps = [[next(ranks[shard % world_size]) for shard in range(num_shards)] for _ in range(num_steps)]
     reached = [dataclasses.asdict(batch["position"]) for batch in steps[-1][-world_size:]]
     return steps, StreamPosition.join(reached)
 
 
 def test_a_run_continues_with_another_number_of_processes(stream):
-    straight, _ = steps_of(stream, 9, world_size=1, num_lanes=4)
+    straight, _ = steps_of(stream, 9, world_size=1, num_shards=4)
     found, position = [], None
     for world_size in (1, 2, 4, 1):
-        steps, position = steps_of(stream, 2, world_size, num_lanes=4, start=position)
+        steps, position = steps_of(stream, 2, world_size, num_shards=4, start=position)
         found += steps
     for expected_step, found_step in zip(straight, found, strict=False):
         assert [batch["names"] for batch in found_step] == [batch["names"] for batch in expected_step]
@@ -206,24 +206,24 @@ def test_a_run_continues_with_another_number_of_processes(stream):
             assert torch.equal(batch["input_ids"], expected["input_ids"])
     taken = indices_of(batch for step in found for batch in step)
     assert len(taken) == len(set(taken)) > 60
-    pending = {index for lane in position.lanes.values() for index, _ in lane.pending}
-    until = min(lane.next_index for lane in position.lanes.values())
+    pending = {index for shard in position.shards.values() for index, _ in shard.pending}
+    until = min(shard.next_index for shard in position.shards.values())
     usable = {index for index in range(until) if LENGTHS[index % len(LENGTHS)] not in (None, 21)}
     assert usable <= set(taken) | pending  # none lost
     assert not pending & set(taken)  # none repeated
 
 
-def test_a_position_of_fewer_lanes_is_refused(stream):
-    _, position = steps_of(stream, 1, world_size=1, num_lanes=2)
-    with pytest.raises(ValueError, match=r"knows 2 lanes, not \[2\]: keep gradient_accumulation_steps x processes"):
+def test_a_position_of_fewer_shards_is_refused(stream):
+    _, position = steps_of(stream, 1, world_size=1, num_shards=2)
+    with pytest.raises(ValueError, match=r"knows 2 shards, not \[2\]: keep gradient_accumulation_steps x processes"):
         stream(LENGTHS, position, gradient_accumulation_steps=3)
 
 
 def test_skips_are_counted_once_however_often_a_run_is_resumed(stream):
-    straight, _ = steps_of(stream, 6, world_size=1, num_lanes=2)
+    straight, _ = steps_of(stream, 6, world_size=1, num_shards=2)
     found, position = [], None
     for _ in range(6):
-        steps, position = steps_of(stream, 1, 1, num_lanes=2, start=position)
+        steps, position = steps_of(stream, 1, 1, num_shards=2, start=position)
         found += steps
     for name in ("skips", "num_drawn"):
         assert [batch[name] for step in found for batch in step] == [
@@ -236,7 +236,7 @@ def test_skips_are_counted_once_however_often_a_run_is_resumed(stream):
 def test_a_pending_sample_that_is_gone_when_the_run_resumes_is_counted(stream, num_workers):
     lengths = [9, 7, 5, 3, 8, 6, 2, 7, 4, 3]
     [batch] = itertools.islice(stream(lengths, packing_window=8), 1)
-    lost = [index for index, _ in batch["position"].lanes[0].pending][-1]
+    lost = [index for index, _ in batch["position"].shards[0].pending][-1]
     damaged = [None if place == lost else length for place, length in enumerate(lengths)]
     resumed = load_batches(stream(damaged, batch["position"], packing_window=8), num_workers)
     taken = list(itertools.islice(resumed, 6))
@@ -249,9 +249,9 @@ def test_a_pending_sample_that_is_gone_when_the_run_resumes_is_counted(stream, n
 
 def test_a_pending_part_of_a_conversation_that_is_shorter_now_is_counted(stream):
     [batch] = itertools.islice(stream([9, 7, 5, 3, 8]), 1)
-    lane = batch["position"].lanes[0]
-    pending = [*lane.pending[:-1], [lane.pending[-1][0], 1]]  # a second part, which no sample has here
-    position = StreamPosition({0: dataclasses.replace(lane, pending=pending)})
+    shard = batch["position"].shards[0]
+    pending = [*shard.pending[:-1], [shard.pending[-1][0], 1]]  # a second part, which no sample has here
+    position = StreamPosition({0: dataclasses.replace(shard, pending=pending)})
     [resumed] = itertools.islice(stream([9, 7, 5, 3, 8], position), 1)
     [skip] = resumed["skips"]
     assert (skip.name, skip.reason) == (f"sample {pending[-1][0]}", "changed data")

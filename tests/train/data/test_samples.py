@@ -226,13 +226,13 @@ def questions(data) -> Record:
 def test_conversations_about_one_picture_share_its_tokens(processor, questions):
     sampler = ReplySamples(processor)
     sample = sampler.make(questions, 0)
-    assert sample.branch_ids is not None
-    beginning = sample.branch_ids == 0
+    assert sample.subsegment_ids is not None
+    beginning = sample.subsegment_ids == 0
     assert processor.tokenizer.decode(sample.input_ids[beginning]).endswith("</img>")
     assert sample.input_ids.tolist().count(processor.image_token_id) == 4 * sum(sample.num_tiles) == 12
     for branch, messages in enumerate([questions.messages, *questions.others], 1):
         alone = sampler.make(Record("alone", messages), 0)
-        chosen = beginning | (sample.branch_ids == branch)
+        chosen = beginning | (sample.subsegment_ids == branch)
         assert torch.equal(sample.input_ids[chosen], alone.input_ids)
         assert torch.equal(sample.labels[chosen], alone.labels)
         assert sample.position_ids[chosen].tolist() == list(range(len(alone.input_ids)))
@@ -367,7 +367,7 @@ def test_questions_about_one_picture_are_shared_out_between_samples_when_they_ar
     sampler = ReplySamples(processor)
     whole = sampler.make(questions, 0)
     parts = sampler.make_all(questions, 0, max_tokens=whole.num_inputs - 1)
-    assert [int(part.branch_ids.max()) if part.branch_ids is not None else 0 for part in parts] == [2, 0]
+    assert [int(part.subsegment_ids.max()) if part.subsegment_ids is not None else 0 for part in parts] == [2, 0]
     spans = [span for part in parts for span in supervised_spans(part, processor.tokenizer)]
     assert spans == supervised_spans(whole, processor.tokenizer)
 

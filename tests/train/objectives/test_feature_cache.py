@@ -321,7 +321,7 @@ def test_a_streamed_source_is_refused(teacher, config, distillation_config, part
     class Stream:
         fingerprint = "stream"
 
-        def open_lane(self):
+        def open_shard(self):
             raise AssertionError
 
     stage = distillation_config(f"teacher.cache={tmp_path / 'cache'}")

@@ -157,6 +157,59 @@ def test_questions_about_one_picture_give_the_loss_they_give_alone(parts, data, 
     assert float(output.terms["reply_nats"].detach()) == pytest.approx(total, rel=1e-6)  # worst 1e-7
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_branch_changes_no_bit_when_another_one_says_something_else(parts, data, next_token_config, attention):
+    """Two pictures before the parting point; the second of three branches changes, longer than the others and not."""
+    model, processor = parts
+    model.set_attn_implementation(attention)
+    maker, config = ReplySamples(processor), next_token_config("row_length=150", "rows_per_batch=1")
+
+    def asked(question: str, answer: str) -> Record:
+        first, reply = conversation(data / "pictures" / "00.png", question, answer)
+        second = {"type": "image", "path": str(data / "pictures" / "01.png")}
+        return Record(question, [{**first, "content": [first["content"][0], second, first["content"][1]]}, reply])
+
+    def examine(*records: Record) -> list[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
+        """Logits, nats and gradients of every conversation."""
+        stream = PackedBatches([Record.join(records)], maker, config, StreamPosition(), 0, 1, pad_token_id=0)
+        [batch] = itertools.islice(stream, 1)
+        sample = maker.make(Record.join(records), 0)
+        ids = torch.ones_like(sample.input_ids) if sample.subsegment_ids is None else sample.subsegment_ids
+        ids = ids[sample.is_input]
+        found = []
+        for branch in range(1, len(records) + 1):
+            outputs = model(
+                batch["input_ids"],
+                pixel_values=PixelNormalization()(batch["pixel_values"]),
+                position_ids=batch["position_ids"],
+                attention_mask=batch.get("attention_mask"),
+            )
+            logits = outputs.logits[0, : len(ids)][ids == branch]
+            targets = batch["targets"][0, : len(ids)][ids == branch]
+            nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+            model.zero_grad()
+            nats.backward()
+            found.append((logits.detach(), nats.detach(), [item.grad.clone() for item in model.parameters()]))
+        return found
+
+    first, last = asked("What is in the picture?", "A bus"), asked("Why?", "0 1 2 3")
+    (*kept, before), (*same, after) = (
+        [results[0], results[2], results[1]]
+        for results in (examine(first, asked(question, answer), last) for question, answer in (("A", "1"), ("B", "2")))
+    )
+    assert not torch.equal(before[0], after[0])  # the one that changed
+    for (logits, nats, gradients), (other_logits, other_nats, other_gradients) in zip(kept, same, strict=True):
+        assert torch.equal(logits, other_logits)
+        assert torch.equal(nats, other_nats)
+        assert all(torch.equal(*pair) for pair in zip(gradients, other_gradients, strict=True))
+        assert any(gradient.any() for gradient in gradients)
+    for (_, nats, gradients), record in zip(kept, (first, last), strict=True):
+        [(_, alone, expected)] = examine(record)
+        torch.testing.assert_close(nats, alone, rtol=1e-6, atol=0)
+        for found, gradient in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+
+
 # --- next token ------------------------------------------------------------------------------------------------------
 
 

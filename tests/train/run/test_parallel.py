@@ -199,8 +199,8 @@ def test_a_sharded_run_goes_on_with_one_process(folder, tmp_path):
 
 def assert_resumed_as_straight(run: Path, straight: Path, num_processes: tuple[int, int]) -> None:
     """The last two steps, done again from a checkpoint with samples that wait in the window, say the same."""
-    lanes = load_training_state(run / "checkpoint-000002")["position"]["lanes"]
-    assert [len(lane["pending"]) > 0 for lane in lanes.values()] == [True, True]
+    shards = load_training_state(run / "checkpoint-000002")["position"]["shards"]
+    assert [len(shard["pending"]) > 0 for shard in shards.values()] == [True, True]
     log = read_log(run)
     starts = [entry["num_processes"] for entry in log if entry.get("event") == "start"]
     assert (starts[0], starts[-1]) == num_processes

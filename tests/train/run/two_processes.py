@@ -14,7 +14,7 @@ from hovle.cli import main
 from hovle.errors import StopRunError
 from hovle.train import parallel
 from hovle.train.config import load_stage
-from hovle.train.data.packing import Lane
+from hovle.train.data.packing import Shard
 from hovle.train.model.adapters import merged_state_dict
 from hovle.train.model.parameters import select_trainable
 from hovle.train.objectives.next_token import NextTokenObjective
@@ -94,20 +94,20 @@ def meet_an_error(folder: Path, accelerator) -> None:
 
 def lose_data(folder: Path, accelerator) -> None:
     """A stage in which one process cannot draw its third batch; the other must not wait for it."""
-    draw, drawn = Lane.next_rows, itertools.count(1)
+    draw, drawn = Shard.next_rows, itertools.count(1)
 
-    def next_rows(lane):
+    def next_rows(shard):
         if accelerator.process_index == 1 and next(drawn) == 3:
             raise KeyError("a column is gone")
-        return draw(lane)
+        return draw(shard)
 
-    Lane.next_rows = next_rows
+    Shard.next_rows = next_rows
     try:
         assert main(["train", str(folder / "next_token.yaml"), f"output={folder / 'lost'}"]) == 1
         told = "told"
     except KeyError as error:
         told = f"raised {error}"
-    Lane.next_rows = draw
+    Shard.next_rows = draw
     (folder / f"lost-{accelerator.process_index}.txt").write_text(told)
 
 
