@@ -9,7 +9,7 @@ import torch
 from hovle import HoVLEProcessor
 from hovle.bench import train as speed
 from hovle.train.data.samples import ReplySamples
-from hovle.train.run.stage import make_accelerator
+from hovle.train.parallel import make_accelerator
 
 CPU = torch.device("cpu")
 
@@ -42,12 +42,12 @@ def test_a_variant_with_another_loss_stops_the_benchmark():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_batches_hold_every_sample_once(packed, checkpoints, next_token_config):
+def test_batches_hold_every_sample_once(packed, checkpoints):
     maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
     samples = speed.make_samples("skewed", 9, maker)
-    batches = speed.make_batches(samples, packed, speed.Shape(2, 1024, 4), maker, next_token_config())
-    assert sorted(name for batch in batches for name in batch["names"]) == sorted(item.name for item in samples)
-    assert sum(speed.num_supervised(batch) for batch in batches) == sum(
+    batches = speed.make_batches(samples, packed, speed.Shape(2, 1024, 4), maker)
+    assert sorted(name for batch in batches for name in batch.names) == sorted(item.name for item in samples)
+    assert sum(int(batch.is_supervised.sum()) for batch in batches) == sum(
         int((item.labels[1:] != -100).sum()) for item in samples
     )
 
@@ -69,7 +69,7 @@ def test_a_step_is_taken_apart_into_its_matrix_products_and_the_rest(stage, requ
     config = request.getfixturevalue(f"{stage}_config")("compile=off", "num_workers=0")
     facts = speed.take_apart(config, make_accelerator(), torch.float32, num_steps=2)
     assert 0 < facts["matrix_products_alone_seconds"] < facts["seconds"]
-    assert 0 < facts["gemm_peak_share"] < 1
+    assert 0 < facts["mfu"] < 1
     assert facts["seconds_by_kind"]["matrix products"] > 0
     assert (facts["teacher_seconds"] > 0) == (stage == "distillation")
 

@@ -10,8 +10,9 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from hovle.assets import easy_vqa
 from hovle.assets.easy_vqa import Question, load_questions
+
+from hovle.assets import easy_vqa
 
 NUM_PICTURES = 600
 QUESTIONS_PER_PICTURE = 3

@@ -7,6 +7,6 @@ questions about one picture, share that beginning: the picture is computed once,
 beginning and itself only.
 
 Read in this order: `records.py`, `readers.py` and `huggingface.py` (files -> records), `mixture.py` (which record
-comes when), `samples.py` (records -> samples), `packing.py` (samples -> packed batches), `skips.py` (what is left
-out and counted).
+comes when), `samples.py` (records -> samples), `packing.py` (samples -> rows), `batch.py` (rows -> packed batches),
+`skips.py` (what is left out and counted).
 """
