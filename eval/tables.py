@@ -94,12 +94,12 @@ def step_table(root: Path) -> str:
             f"{step['teacher_seconds']:.2f}",
             f"{step['matrix_products_alone_seconds']:.2f}",
             f"{step['peak_tflops']:.2f} TFLOP/s",
-            f"{step['gemm_peak_share']:.0%}",
+            f"{step['mfu']:.0%}",
             f"{step['tokens_per_second']:.0f}",
         ]
         for stage, step in _read(root, "eval/results/speed/train.json")["steps"].items()
     ]
-    return markdown([*heads, "share of the peak", "tokens/s"], rows)
+    return markdown([*heads, "MFU", "tokens/s"], rows)
 
 
 def retention_table(root: Path) -> str:

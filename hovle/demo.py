@@ -151,8 +151,8 @@ def fit_steps(output: Path, configs: dict, minutes: float) -> dict:
         configs: Stage -> config.
         minutes: For the whole demo.
     """
+    from .train.parallel import make_accelerator
     from .train.run.benchmark_step import seconds_per_step
-    from .train.run.stage import make_accelerator
 
     missing = [stage for stage in configs if not is_finished(output / stage)]
     if not missing:

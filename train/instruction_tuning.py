@@ -1,16 +1,17 @@
-"""Stage III, instruction tuning: next-token prediction, everything learns.
+"""Stage III, instruction tuning: everything learns to answer.
 
-Starts from the model folder alignment wrote. With `lora` in the recipe the language model learns through low-rank
-adapters instead; the saved model has them merged.
+  starts from   the model folder alignment wrote, checked by its hand-off probe
+  trains        stem, holistic_layers, language_model; with `lora` in the recipe the last through low-rank adapters,
+                which the saved model has merged
+  on            conversations about pictures
+  towards       next_token: every token of the replies
+  leaves        the model to chat with
 
-  python train/instruction_tuning.py                           the miniature recipe, on any machine
+  python train/instruction_tuning.py                            the miniature, demo/instruction_tuning
   python train/instruction_tuning.py my_stage.yaml num_steps=5000
-  torchrun --nproc-per-node 8 train/instruction_tuning.py my_stage.yaml
-  accelerate launch train/instruction_tuning.py my_stage.yaml --resume
+  torchrun --nproc-per-node 8 train/instruction_tuning.py my_stage.yaml --resume
 
-The same as `hovle train RECIPE`. The recipe, by default hovle/recipes/demo/instruction_tuning.yaml, says what
-trains, on which data, towards which objective and on which schedule; all stages share
-hovle/train/run/loop.py.
+The same as `hovle train RECIPE`: a recipe says all of the above in YAML, and hovle/train/run/stage.py tells the rest.
 """
 
 import sys

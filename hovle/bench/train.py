@@ -42,23 +42,22 @@ from ..machine.speed import fastest_dtype
 from ..model.modeling_hovle import IGNORE_INDEX
 from ..model.pictures import load_picture
 from ..train.config import EasyVqaData, StageConfig, load_stage
-from ..train.data.packing import PackedBatches, StreamPosition, pack_rows
+from ..train.data.batch import BatchLayout, PackedBatch
+from ..train.data.packing import pack_rows
 from ..train.data.readers import load_records
 from ..train.data.records import Record, picture_item, picture_sources
 from ..train.data.samplers import limited_processor
 from ..train.data.samples import ReplySamples, Sample
 from ..train.data.tiles import PixelNormalization
-from ..train.model.layers import compile_layers
 from ..train.model.parameters import select_trainable, store_parameters
 from ..train.model.start import start_model
 from ..train.monitor.run_log import run_environment
 from ..train.objectives.base import ObjectiveOutput
 from ..train.objectives.distillation import norm_ratio
 from ..train.objectives.next_token import NextTokenObjective
-from ..train.run.benchmark_step import Trial
-from ..train.run.stage import make_accelerator
-from ..train.step.optimizer import make_optimizer
-from ..train.step.train_step import to_device, train_step
+from ..train.parallel import OneProcess, make_accelerator
+from ..train.run.benchmark_step import BenchmarkStep
+from ..train.step.assembly import TrainableStep, prepare_model
 
 MIXES = ("easy_vqa", "skewed", "shared")
 """easy_vqa: short questions of similar length. skewed: the same pictures with passages of long-tailed length. shared:
@@ -171,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
     result: dict[str, Any] = {"environment": run_environment(dtype, True, accelerator), "mixes": {}, "steps": {}}
     for stage in ("distillation", "alignment"):
         result["steps"][stage] = take_apart(bench_config(stage), accelerator, dtype)
-        _say(f"{stage}: {result['steps'][stage]['gemm_peak_share']:.0%} of the peak of its own matrix products")
+        _say(f"{stage}: MFU {result['steps'][stage]['mfu']:.0%}, of the peak of its own matrix products")
     for mix in args.mix:
         measured = compare(mix, args.samples, config, dtype, accelerator.device)
         result["mixes"][mix] = {
@@ -247,7 +246,6 @@ def time_variant(
         keep_freed_memory(device)
     torch.manual_seed(config.seed)  # the stem is random: the same one for every variant
     model, processor = start_model(config)
-    select_trainable(model, config)
     if mix == "shared":
         processor = limited_processor(dataclasses.replace(config, max_tiles_per_picture=SHARED_MAX_TILES), processor)
     maker = ReplySamples(processor)
@@ -255,25 +253,42 @@ def time_variant(
     samples = [maker.make(record, index) for index, record in enumerate(records)]
     alone = [record.part([place]) for record in records for place in range(record.num_conversations)]
     conversations = [maker.make(record, index) for index, record in enumerate(alone)]
-    model.to(device).train()
     if variant.trainer:
-        batches = [pad_batch(part, maker) for part in cut(conversations, shape.samples_per_padded_batch)]
-        exact = sum_nats(lambda batch: model(**batch).loss * num_supervised(batch), batches, device)
-        seconds, nats = time_trainer(model, batches, dtype)
+        select_trainable(model, config)
+        model.to(device).train()
+        padded = [pad_batch(part, maker) for part in cut(conversations, shape.samples_per_padded_batch)]
+        exact = trainer_nats(model, padded, device)
+        seconds, nats = time_trainer(model, padded, dtype)
+        masks = [batch["attention_mask"] for batch in padded]
     else:
-        batches = make_batches(samples if variant.packed else conversations, variant.packed, shape, maker, config)
-        compile_layers(model, "on" if variant.compiled else "off")
+        config = dataclasses.replace(config, compile="on" if variant.compiled else "off")
         objective = NextTokenObjective(model) if variant.sparse_logits else _LogitsEverywhere(model)
-        exact = sum_nats(lambda batch: objective(batch).terms["reply_nats"], batches, device)
+        trainable = prepare_model(model, config, torch.float32, device)
+        step = TrainableStep(trainable, objective, config, OneProcess(device), torch.float32).distribute()
+        packed = make_batches(samples if variant.packed else conversations, variant.packed, shape, maker)
+        packed = [batch.to(device) for batch in packed]
+        exact = objective_nats(objective, packed)
         store_parameters(model, dtype)
-        seconds, nats = time_loop(objective, [to_device(batch, device) for batch in batches], config, dtype)
-    return summarise(variant.name, conversations, batches, seconds, exact, nats)
+        step.dtype = dtype
+        seconds, nats = time_loop(step, packed)
+        masks = [batch.is_sample for batch in packed]
+    return summarise(variant.name, conversations, masks, seconds, exact, nats)
 
 
 @torch.no_grad()
-def sum_nats(nats_of: Callable[[dict], torch.Tensor], batches: list[dict], device: torch.device) -> float:
+def objective_nats(objective: NextTokenObjective, batches: list[PackedBatch]) -> float:
     """Summed loss of all batches in nats, as the model computes it with the weights it has: in float32."""
-    return sum(float(nats_of(to_device(batch, device))) for batch in batches)
+    return sum(float(objective(batch).terms["cross_entropy"]) for batch in batches)
+
+
+@torch.no_grad()
+def trainer_nats(model: nn.Module, batches: list[dict], device: torch.device) -> float:
+    """The same of padded batches whose labels the model shifts itself."""
+    total = 0.0
+    for batch in batches:
+        inputs = {name: item.to(device) for name, item in batch.items()}
+        total += float(model(**inputs).loss) * int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+    return total
 
 
 def check_loss(first: Measured, other: Measured) -> None:
@@ -291,27 +306,25 @@ def check_loss(first: Measured, other: Measured) -> None:
 
 
 def summarise(
-    name: str, conversations: list[Sample], batches: list[dict], seconds: float, exact_nats: float, nats: float
+    name: str,
+    conversations: list[Sample],
+    masks: list[torch.Tensor],
+    seconds: float,
+    exact_nats: float,
+    nats: float,
 ) -> Measured:
-    """Turn the seconds and summed nats of one pass over all batches into rates."""
+    """Turn the seconds and summed nats of one pass over all batches, whose masks tell padding, into rates."""
     supervised = sum(int((sample.targets != IGNORE_INDEX).sum()) for sample in conversations)
-    masks = [batch["attention_mask" if "labels" in batch else "is_sample"] for batch in batches]
     return Measured(
         name=name,
         seconds=seconds,
         supervised_tokens_per_second=supervised / seconds,
         tokens_per_second=sum(len(sample.input_ids) for sample in conversations) / seconds,
         padding_ratio=1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks),
-        num_batches=len(batches),
+        num_batches=len(masks),
         nats_per_token=exact_nats / supervised,
         timed_nats_per_token=nats / supervised,
     )
-
-
-def num_supervised(batch: dict) -> int:
-    """Tokens of a batch that some position predicts; `labels` are shifted by the model."""
-    targets = batch["labels"][:, 1:] if "labels" in batch else batch["targets"]
-    return int((targets != IGNORE_INDEX).sum())
 
 
 def make_records(mix: str, count: int) -> list[Record]:
@@ -377,9 +390,7 @@ def add_passages(record: Record, words: list[str], generator: random.Random) -> 
     return Record(record.name, messages)
 
 
-def make_batches(
-    samples: list[Sample], packed: bool, shape: Shape, maker: ReplySamples, config: StageConfig
-) -> list[dict]:
+def make_batches(samples: list[Sample], packed: bool, shape: Shape, maker: ReplySamples) -> list[PackedBatch]:
     """Cut samples into packed batches, or into batches of one sample a row padded to the longest."""
     groups: list[list[list[Sample]]] = []
     if packed:
@@ -391,7 +402,7 @@ def make_batches(
     else:
         groups = [[[sample] for sample in part] for part in cut(samples, shape.samples_per_padded_batch)]
         lengths = [max(sample.num_inputs for [sample] in rows) for rows in groups]
-    return [collate(rows, length, maker, config) for rows, length in zip(groups, lengths, strict=True)]
+    return [collate(rows, length, maker) for rows, length in zip(groups, lengths, strict=True)]
 
 
 def cut(samples: list[Sample], size: int) -> list[list[Sample]]:
@@ -399,47 +410,41 @@ def cut(samples: list[Sample], size: int) -> list[list[Sample]]:
     return [samples[start : start + size] for start in range(0, len(samples), size)]
 
 
-def collate(rows: list[list[Sample]], row_length: int, maker: ReplySamples, config: StageConfig) -> dict:
+def collate(rows: list[list[Sample]], row_length: int, maker: ReplySamples) -> PackedBatch:
     """Lay samples out in rows as training does."""
-    shape = dataclasses.replace(config, rows_per_batch=len(rows), row_length=row_length)
-    batches = PackedBatches([], maker, shape, StreamPosition(), 0, 1, maker.processor.tokenizer.pad_token_id or 0)
-    batches.has_branches = any(sample.subsegment_ids is not None for row in rows for sample in row)
-    nothing = {"position": StreamPosition(), "num_drawn": 0, "num_split": 0, "skips": []}
-    return batches.complete({**batches.lay_out(rows, lambda _: "bench"), **nothing})
+    has_branches = any(sample.subsegment_ids is not None for row in rows for sample in row)
+    layout = BatchLayout(maker, row_length, maker.processor.tokenizer.pad_token_id or 0, has_branches)
+    return layout.complete(layout.lay_out(rows, lambda _: "bench"))
 
 
-def time_loop(
-    objective: nn.Module, batches: list[dict], config: StageConfig, dtype: torch.dtype
-) -> tuple[float, float]:
+def time_loop(step: TrainableStep, batches: list[PackedBatch]) -> tuple[float, float]:
     """Seconds of the faster pass over the batches in our loop, once warm, and the last one's summed loss in nats."""
-    optimizer = make_optimizer(objective, config)
-    autocast = torch.autocast(batches[0]["input_ids"].device.type, dtype, enabled=dtype != torch.float32)
     times = []
     for _ in range(1 + NUM_TIMED_PASSES):
         started_at = time.perf_counter()
-        results = [train_step(objective, optimizer, [batch], config.max_gradient_norm, autocast) for batch in batches]
+        results = [step.step(0, [batch]) for batch in batches]
         times.append(time.perf_counter() - started_at)
-    nats = sum(result.loss * num_supervised(batch) for result, batch in zip(results, batches, strict=True))
+    nats = sum(result.loss * int(batch.is_supervised.sum()) for result, batch in zip(results, batches, strict=True))
     return min(times[1:]), nats
 
 
 class _LogitsEverywhere(NextTokenObjective):
     """The same loss with logits at every position, as most trainers compute it."""
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:
+    def forward(self, batch: PackedBatch) -> ObjectiveOutput:
         """Sum of `-log p(token)` in nats over the supervised tokens of a batch."""
         outputs = self.model(
-            input_ids=batch["input_ids"],
-            pixel_values=self.normalize(batch["pixel_values"]),
-            position_ids=batch["position_ids"],
-            attention_mask=batch.get("attention_mask"),
+            input_ids=batch.input_ids,
+            pixel_values=self.normalize(batch.pixel_values),
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
             use_cache=False,
         )
-        logits, targets = outputs.logits, batch["targets"]
+        logits, targets = outputs.logits, batch.targets
         nats = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="sum")
         hits = (logits.argmax(dim=-1) == targets).sum().float()
         ratio = norm_ratio(outputs.image_hidden_states, self.text_norm)
-        terms = {"reply_nats": nats, "reply_accuracy": hits, "image_norm_ratio": ratio}
+        terms = {"cross_entropy": nats, "reply_accuracy": hits, "image_norm_ratio": ratio}
         return ObjectiveOutput(terms, self.counts(batch))
 
 
@@ -485,7 +490,9 @@ def time_trainer(model: nn.Module, batches: list[dict], dtype: torch.dtype) -> t
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     means = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-len(batches) :]
-    nats = sum(mean * num_supervised(batch) for mean, batch in zip(means, batches, strict=True))
+    # The model shifts the labels: the first token is predicted by none.
+    counts = [int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches]
+    nats = sum(mean * count for mean, count in zip(means, counts, strict=True))
     return min(ended_at - started_at for started_at, ended_at in stopwatch.epochs[1:]), nats
 
 
@@ -510,14 +517,14 @@ def take_apart(config: StageConfig, accelerator, dtype: torch.dtype, num_steps: 
     Raises:
         ValueError: When the products alone take longer than the step they are part of, so something else was running.
     """
-    trial = Trial(config, accelerator, dtype, num_steps)
-    trial.step_all()  # compiles
-    teacher_time = trial.objective.teacher_time
+    benchmark = BenchmarkStep(config, accelerator, dtype, num_steps)
+    benchmark.step_all()  # compiles
+    teacher_time = benchmark.step.objective.teacher_time
     teacher_time.read()
-    seconds = trial.step_all()
+    seconds = benchmark.step_all()
     teacher_seconds = teacher_time.read() / num_steps
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
-        trial.step_all()
+        benchmark.step_all()
     events = profiler.key_averages(group_by_input_shape=True)
     products = [
         (event.count, factors(event.key, event.input_shapes)) for event in events if event.key in MATRIX_PRODUCTS
@@ -534,10 +541,8 @@ def take_apart(config: StageConfig, accelerator, dtype: torch.dtype, num_steps: 
         "teacher_seconds": teacher_seconds,
         "matrix_products_alone_seconds": alone,
         "peak_tflops": flops / alone / 1e12,
-        "gemm_peak_share": alone / (seconds - teacher_seconds),
-        "tokens_per_second": sum(int(batch["is_sample"].sum()) for step in trial.steps for batch in step)
-        / num_steps
-        / seconds,
+        "mfu": alone / (seconds - teacher_seconds),
+        "tokens_per_second": sum(batch.num_tokens for step in benchmark.steps for batch in step) / num_steps / seconds,
         "seconds_by_kind": seconds_by_kind(profiler.key_averages(), num_steps),
     }
 
@@ -586,7 +591,7 @@ def draw(steps: dict[str, dict], path: Path) -> None:
             share = step["seconds_by_kind"].get(kind, 0.0) / total
             axis.barh(row, share, left=left, color=f"C{color}", label=kind if row == 0 else None)
             left += share
-    labels = [f"{stage}\n{step['gemm_peak_share']:.0%} of GEMM peak" for stage, step in steps.items()]
+    labels = [f"{stage}\nMFU {step['mfu']:.0%}" for stage, step in steps.items()]
     axis.set_yticks(range(len(steps)), labels)
     axis.set_xlabel("share of a training step")
     axis.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)

@@ -1,7 +1,7 @@
 """Processes and shards: what training needs to know of either, so that loop and stage need not.
 
 With several processes each holds the whole model (`sharding: none`, DDP) or a piece of every tensor (`full`, FSDP2).
-Functions marked "together" talk to the other processes: all must call them, in the same order.
+Functions marked "all ranks" talk to the other processes: all must call them, in the same order.
 """
 
 import contextlib
@@ -19,6 +19,30 @@ PATIENCE = timedelta(hours=1)
 """How long processes wait for one that writes a large model before they give it up for dead."""
 
 
+class OneProcess:
+    """What training asks of an accelerator, for a single process without a launcher.
+
+    Args:
+        device: Where it computes.
+    """
+
+    num_processes = 1
+    process_index = 0
+    is_main_process = True
+    print = staticmethod(print)
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        """The tensor itself: there is nothing to add."""
+        return tensor
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """The model itself."""
+        return model
+
+
 def make_accelerator():
     """Processes and devices as the launcher set them up, on CPU where there is no CUDA device."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs  # an extra
@@ -34,7 +58,7 @@ def make_accelerator():
     return accelerator
 
 
-def spread(objective: nn.Module, sharding: str, accelerator) -> nn.Module:
+def wrap_data_parallel(objective: nn.Module, sharding: str, accelerator) -> nn.Module:
     """Replicate an objective that is on its device, or shard it over all processes."""
     if sharding == "full" and accelerator.num_processes > 1:
         _shard(objective, accelerator)
@@ -75,8 +99,8 @@ def reshard(objective: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def outside_gathered(objective: nn.Module) -> Iterator[None]:
-    """Hold whole what lies in no layer, so that the model runs without its objective around it (together)."""
+def unsharded(objective: nn.Module) -> Iterator[None]:
+    """Hold whole what lies in no layer, so that the model runs without its objective around it (all ranks)."""
     from torch.distributed.fsdp import FSDPModule
 
     if isinstance(objective, FSDPModule):
@@ -87,8 +111,8 @@ def outside_gathered(objective: nn.Module) -> Iterator[None]:
         reshard(objective)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or the one its pieces make (together)."""
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the one its pieces make (all ranks)."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -103,7 +127,7 @@ def gradient_exchange(objective: nn.Module, is_last: bool) -> contextlib.Abstrac
 
 
 def optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> dict:
-    """State by parameter name, whole and on the CPU of the main process (together)."""
+    """State by parameter name, whole and on the CPU of the main process (all ranks)."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -111,7 +135,7 @@ def optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer) -> d
 
 
 def load_optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Put a whole state back, cut as this run is (together).
+    """Put a whole state back, cut as this run is (all ranks).
 
     The state's tensors may be mapped files: none of them stays in use.
     """
@@ -125,15 +149,15 @@ def load_optimizer_state(objective: nn.Module, optimizer: torch.optim.Optimizer,
 
 
 def gather(items: list) -> list:
-    """Join the lists of all processes, in the order of the processes (together)."""
+    """Join the lists of all processes, in the order of the processes (all ranks)."""
     from accelerate.utils import gather_object
 
     return gather_object(items)
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Let an error in this block end every process (together), instead of leaving the others to wait for one."""
+def fail_on_all_ranks() -> Iterator[None]:
+    """Let an error in this block end every process (all ranks), instead of leaving the others to wait for one."""
     from accelerate import PartialState
     from accelerate.utils import reduce
 

@@ -14,9 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train import StageConfig, load_stage
 from hovle.train.config.data import DataSource
+from hovle.train.data.batch import PackedBatch
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.readers import load_records
 from hovle.train.data.samples import RandomTextSamples, ReplySamples
+from hovle.train.parallel import OneProcess
 from hovle.train.plan import cost
 from hovle.train.plan.memory import measure_activations
 
@@ -140,10 +142,10 @@ def parts(checkpoints) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
 
 
 @pytest.fixture
-def batches(parts, data, next_token_config) -> Callable[..., list[dict]]:
+def batches(parts, data, next_token_config) -> Callable[..., list[PackedBatch]]:
     """`batches("chat" or "pictures", count, "key=value", ...)`: packed batches, rows of 192 tokens."""
 
-    def build(source: str, count: int = 1, *overrides: str) -> list[dict]:
+    def build(source: str, count: int = 1, *overrides: str) -> list[PackedBatch]:
         path = data / ("chat.jsonl" if source == "chat" else "pictures")
         maker = ReplySamples(parts[1]) if source == "chat" else RandomTextSamples(parts[1], 10, seed=0)
         records = load_records(DataSource.kinds()[source](path=str(path)))
@@ -165,19 +167,9 @@ def teacher_weights(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def one_process():
+def one_process() -> OneProcess:
     """What training asks of an accelerator, for a single process on the CPU."""
-
-    class OneProcess:
-        device = torch.device("cpu")
-        num_processes = 1
-        process_index = 0
-        is_main_process = True
-
-        def reduce(self, tensor: torch.Tensor, reduction: str) -> torch.Tensor:
-            return tensor
-
-    return OneProcess()
+    return OneProcess(torch.device("cpu"))
 
 
 Recipe = Callable[..., StageConfig]

@@ -13,7 +13,7 @@ from hovle.bench import train as speed
 from hovle.train.data.records import picture_sources
 from hovle.train.data.samples import ReplySamples
 from hovle.train.data.tiles import read_tiles
-from hovle.train.run.stage import make_accelerator
+from hovle.train.parallel import make_accelerator
 
 CPU = torch.device("cpu")
 
@@ -68,12 +68,12 @@ def test_a_variant_with_another_loss_stops_the_benchmark():
 
 
 @pytest.mark.parametrize("packed", [True, False])
-def test_batches_hold_every_sample_once(packed, checkpoints, next_token_config):
+def test_batches_hold_every_sample_once(packed, checkpoints):
     maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
     samples = [maker.make(record, index) for index, record in enumerate(speed.make_records("skewed", 9))]
-    batches = speed.make_batches(samples, packed, speed.Shape(2, 1024, 4), maker, next_token_config())
-    assert sorted(name for batch in batches for name in batch["names"]) == sorted(item.name for item in samples)
-    assert sum(speed.num_supervised(batch) for batch in batches) == sum(
+    batches = speed.make_batches(samples, packed, speed.Shape(2, 1024, 4), maker)
+    assert sorted(name for batch in batches for name in batch.names) == sorted(item.name for item in samples)
+    assert sum(int(batch.is_supervised.sum()) for batch in batches) == sum(
         int((item.labels[1:] != -100).sum()) for item in samples
     )
 
@@ -95,7 +95,7 @@ def test_a_step_is_taken_apart_into_its_matrix_products_and_the_rest(stage, requ
     config = request.getfixturevalue(f"{stage}_config")("compile=off", "num_workers=0")
     facts = speed.take_apart(config, make_accelerator(), torch.float32, num_steps=2)
     assert 0 < facts["matrix_products_alone_seconds"] < facts["seconds"]
-    assert 0 < facts["gemm_peak_share"] < 1
+    assert 0 < facts["mfu"] < 1
     assert facts["seconds_by_kind"]["matrix products"] > 0
     assert (facts["teacher_seconds"] > 0) == (stage == "distillation")
 

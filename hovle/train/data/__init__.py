@@ -8,5 +8,5 @@ beginning and itself only.
 
 Read in this order: `records.py`, `readers.py` and `huggingface.py` (files -> records), `grouping.py` (records about
 the same pictures -> one), `mixture.py` (which record comes when), `samples.py` (records -> samples), `packing.py`
-(samples -> packed batches), `skips.py` (what is left out and counted).
+(samples -> rows), `batch.py` (rows -> packed batches), `skips.py` (what is left out and counted).
 """

@@ -29,9 +29,9 @@ from ..model.start import start_processor
 from .grouping import sharing_key
 from .mixture import Mixture, MixtureReader, describe_size, open_mixture
 from .packing import PackedBatches, StreamPosition
-from .samplers import make_sampler
 from .samples import RandomTextSamples, Sample, SampleMaker, was_split
 from .skips import FEWEST_DRAWN, NO_FAULTS, NUM_WORST, SkipBudgetError, SkipSampleError
+from .transforms import make_transform
 
 NUM_SHOWN = 5
 """Samples the report decodes."""
@@ -139,9 +139,10 @@ def measure_padding(mixture: Mixture, maker: SampleMaker, config: StageConfig, l
     num_drawn = num_places = num_filled = 0
     try:
         for plan in batches.plans():
-            num_places += plan["document_ids"].numel()
-            num_filled += int((plan["document_ids"] >= 0).sum())
-            num_drawn += plan["num_drawn"]
+            is_sample = plan.tokens["document_ids"] >= 0
+            num_places += is_sample.numel()
+            num_filled += int(is_sample.sum())
+            num_drawn += plan.num_drawn
             if num_drawn >= limit:
                 break
     except SkipBudgetError:
@@ -159,7 +160,7 @@ def examine(config: StageConfig, processor: HoVLEProcessor, limit: int, num_proc
         num_processes: Processes of the planned run, for the number of epochs.
     """
     mixture = open_mixture(config.data, config.seed)
-    maker = make_sampler(config, processor)
+    maker = make_transform(config, processor)
     sources = [scan_source(mixture, number, maker, config, limit) for number in range(len(mixture.sources))]
     padding = measure_padding(mixture, maker, config, limit or sum(source.num_conversations for source in sources))
     places = config.num_steps * config.gradient_accumulation_steps * num_processes

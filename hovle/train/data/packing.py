@@ -13,15 +13,15 @@ Invariants, which tests hold:
 
 import collections
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ...model.modeling_hovle import IGNORE_INDEX
 from ..config import StageConfig
+from .batch import BatchLayout, BatchPlan, PackedBatch
 from .mixture import Mixture, MixtureReader
 from .records import Records
 from .samples import ReplySamples, Sample, SampleMaker, was_split
@@ -56,18 +56,6 @@ class StreamPosition:
         saved = [part["lanes"] if "lanes" in part else part["shards"] for part in parts]
         shards = {number: ShardPosition(**shard) for part in saved for number, shard in part.items()}
         return cls(dict(sorted(shards.items())))
-
-
-class Place(NamedTuple):
-    """Where a sample lies in a packed batch, and what is still to be read for it."""
-
-    source: str
-    name: str
-    row: int
-    start: int
-    end: int
-    pictures: list[str | bytes]
-    num_tiles: list[int]
 
 
 def pack_rows(
@@ -263,15 +251,14 @@ class PackedBatches(IterableDataset):
                 f"The position to continue from knows {len(start.shards)} shards, not {missing}: keep "
                 "gradient_accumulation_steps x processes."
             )
-        self.pad_token_id = pad_token_id
-        # In every batch or in none: one compiled graph.
-        self.has_branches = isinstance(maker, ReplySamples) and self.mixture.has_branches
+        has_branches = isinstance(maker, ReplySamples) and self.mixture.has_branches
+        self.layout = BatchLayout(maker, config.row_length, pad_token_id, has_branches)
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[PackedBatch]:
         """Yield batches; `position` of a batch is where a resumed stream continues."""
-        return map(self.complete, self.plans())
+        return map(self.layout.complete, self.plans())
 
-    def plans(self) -> Iterator[dict]:
+    def plans(self) -> Iterator[BatchPlan]:
         """Yield batches that lack their pixels."""
         shards = {
             number: Shard(
@@ -295,87 +282,13 @@ class PackedBatches(IterableDataset):
                 continue
             turns.append(number)
             positions = {**positions, number: shard.position}
-            yield {
-                **self.lay_out(rows, shard.label_of),
-                "position": StreamPosition(positions),
-                "num_drawn": shard.num_drawn,
-                "num_split": shard.num_split,
-                "skips": shard.skips,
-            }
-
-    def lay_out(self, rows: list[list[Sample]], label_of: Callable[[int], str]) -> dict:
-        """Token tensors of shape `(rows, row_length)`, and where each sample lies in them.
-
-        Args:
-            rows: Samples of each row, which fit in it.
-            label_of: Says what the source of a stream index is called.
-        """
-        tokens = {name: torch.full((len(rows), self.config.row_length), fill) for name, fill in self.fills.items()}
-        places = []
-        for row, samples in enumerate(rows):
-            end = 0
-            for number, sample in enumerate(samples):
-                start, end = end, end + sample.num_inputs
-                tokens["input_ids"][row, start:end] = sample.input_ids[sample.is_input]
-                tokens["targets"][row, start:end] = sample.targets[sample.is_input]
-                tokens["position_ids"][row, start:end] = sample.position_ids[sample.is_input]
-                tokens["document_ids"][row, start:end] = number
-                if sample.subsegment_ids is not None:
-                    tokens["subsegment_ids"][row, start:end] = sample.subsegment_ids[sample.is_input]
-                label = label_of(sample.index)
-                places.append(Place(label, sample.name, row, start, end, sample.pictures, sample.num_tiles))
-        return {**tokens, "places": places}
-
-    @property
-    def fills(self) -> dict[str, int]:
-        """What stands where no sample is; padding is a document of its own."""
-        return {
-            "input_ids": self.pad_token_id,
-            "targets": IGNORE_INDEX,
-            "position_ids": 0,
-            "document_ids": -1,
-            "subsegment_ids": 0,
-        }
-
-    def complete(self, plan: dict) -> dict:
-        """Read the pixels of a plan; samples with a damaged picture are taken out of their rows."""
-        pixel_values: list[torch.Tensor] = []
-        names, picture_keys, skips, damaged = [], [], list(plan["skips"]), []
-        for place in plan["places"]:
-            try:
-                pixel_values.append(self.maker.load_pixels(place.name, place.pictures, place.num_tiles))
-                names.append(place.name)
-                picture_keys += self.maker.picture_keys(place.pictures)
-            except SkipSampleError as error:
-                skips.append(Skip(place.source, error.reason, error.name, error.detail))
-                damaged.append(place)
-        tokens = {name: plan[name] for name in self.fills}
-        for place in reversed(damaged):  # from the end of a row, so that the others' places hold
-            self._take_out(tokens, place)
-        is_sample = tokens["document_ids"] >= 0
-        for row, end in enumerate(is_sample.sum(dim=1).tolist()):
-            tokens["position_ids"][row, end:] = torch.arange(self.config.row_length - end)
-        # Joined with none, tiles would lose their order in memory; a batch without pictures still has their shape.
-        pixel_values = [tiles for tiles in pixel_values if len(tiles)] or [self.maker.load_pixels("none", [], [])]
-        batch = {
-            **{name: tokens[name] for name in ("input_ids", "targets", "position_ids")},
-            "is_sample": is_sample,
-            "pixel_values": torch.cat(pixel_values),
-            "names": names,
-            "picture_keys": picture_keys,
-            **{name: plan[name] for name in ("position", "num_drawn", "num_split")},
-            "skips": skips,
-        }
-        if self.has_branches:
-            batch["attention_mask"] = branch_mask(tokens["document_ids"], tokens["subsegment_ids"])
-        return batch
-
-    def _take_out(self, tokens: dict[str, torch.Tensor], place: Place) -> None:
-        """Close the gap of a sample in its row; padding grows by its length."""
-        for name, fill in self.fills.items():
-            line = tokens[name][place.row]
-            padding = line.new_full((place.end - place.start,), fill)
-            tokens[name][place.row] = torch.cat([line[: place.start], line[place.end :], padding])
+            yield dataclasses.replace(
+                self.layout.lay_out(rows, shard.label_of),
+                position=StreamPosition(positions),
+                num_drawn=shard.num_drawn,
+                num_split=shard.num_split,
+                skips=shard.skips,
+            )
 
 
 class _Plans(IterableDataset):
@@ -384,21 +297,21 @@ class _Plans(IterableDataset):
     def __init__(self, batches: PackedBatches):
         self.batches = batches
 
-    def __iter__(self) -> Iterator[dict]:
+    def __iter__(self) -> Iterator[BatchPlan]:
         return self.batches.plans()
 
 
 class _Completed(Dataset):
     """Completes the plan it is asked for."""
 
-    def __init__(self, batches: PackedBatches):
-        self.batches = batches
+    def __init__(self, layout: BatchLayout):
+        self.layout = layout
 
-    def __getitem__(self, plan: dict) -> dict:
-        return self.batches.complete(plan)
+    def __getitem__(self, plan: BatchPlan) -> PackedBatch:
+        return self.layout.complete(plan)
 
 
-def load_batches(batches: PackedBatches, num_workers: int) -> Iterator[dict]:
+def load_batches(batches: PackedBatches, num_workers: int) -> Iterator[PackedBatch]:
     """Prepare batches in worker processes; in the same order, and the same ones, however many there are.
 
     Args:
@@ -412,16 +325,4 @@ def load_batches(batches: PackedBatches, num_workers: int) -> Iterator[dict]:
     if num_workers <= 1:
         return iter(DataLoader(batches, num_workers=num_workers, **options))
     plans: DataLoader = DataLoader(_Plans(batches), num_workers=1, **options)
-    return iter(DataLoader(_Completed(batches), sampler=plans, num_workers=num_workers - 1, **options))
-
-
-def branch_mask(document_ids: torch.Tensor, subsegment_ids: torch.Tensor) -> torch.Tensor:
-    """Who may look at whom, `(B, 1, T, T)`, bool: at earlier tokens of the same document, outside other branches.
-
-    Args:
-        document_ids: Equal within a document, shape `(B, T)`.
-        subsegment_ids: 0 in a document's shared beginning, shape `(B, T)`.
-    """
-    same_document = document_ids[:, :, None] == document_ids[:, None, :]
-    same_branch = (subsegment_ids[:, :, None] == subsegment_ids[:, None, :]) | (subsegment_ids[:, None, :] == 0)
-    return (same_document & same_branch).tril()[:, None]
+    return iter(DataLoader(_Completed(batches.layout), sampler=plans, num_workers=num_workers - 1, **options))

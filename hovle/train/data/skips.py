@@ -6,9 +6,12 @@ A sample that is left out moves no other one: its place in the stream stays empt
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...errors import StopRunError
+
+if TYPE_CHECKING:
+    from .batch import PackedBatch
 
 NO_PICTURE = "no picture"
 """Reason of a text-only conversation in distillation."""
@@ -75,9 +78,9 @@ class SkipLedger:
     """(name, detail) -> times skipped."""
     _own: list[tuple[int, int, list[Skip]]] = field(default_factory=list)
 
-    def add(self, batch: dict) -> None:
+    def add(self, batch: "PackedBatch") -> None:
         """Take note of what was drawn for a batch of this process; `share` counts it."""
-        self._own.append((batch["num_drawn"], batch["num_split"], batch["skips"]))
+        self._own.append((batch.num_drawn, batch.num_split, batch.skips))
 
     def share(self, gather: Callable[[list], list] = list) -> list[Skip]:
         """Count what all processes noted since the last call.

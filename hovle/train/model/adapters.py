@@ -5,7 +5,7 @@ from torch import nn
 
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ..config import LoraConfig
-from ..parallel import whole
+from ..parallel import full_tensor
 
 
 def add_lora(model: HoVLEForConditionalGeneration, config: LoraConfig) -> nn.Module:
@@ -51,7 +51,7 @@ def merged_state_dict(model: HoVLEForConditionalGeneration, keep: bool = True) -
         if plain != name and name.endswith(".weight"):
             layer = model.get_submodule(name.removesuffix(".base_layer.weight"))
             tensor = tensor.float() + sum(layer.get_delta_weight(adapter).float() for adapter in layer.active_adapters)
-        tensor = whole(tensor)
+        tensor = full_tensor(tensor)
         if keep:
             state[plain] = tensor.cpu().float()
     return state

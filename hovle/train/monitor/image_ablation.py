@@ -4,23 +4,21 @@ A model that ignores its pictures can still lower its loss, because wording alon
 measured again with white pictures and with pictures of other samples: where neither raises it, nobody looks.
 """
 
-import contextlib
+import dataclasses
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
 from ...errors import StopRunError
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.image_tokens import number_pictures
 from ...model.modeling_hovle import IGNORE_INDEX
-from ..config import StageConfig
-from ..step.train_step import unwrap
+from ..data.batch import PackedBatch
+from ..step.assembly import TrainableStep
 from ..step.validation import validate
 
 CAUSES = (
@@ -39,24 +37,20 @@ class BlindPicturesError(StopRunError):
 class Examiner:
     """Measures held-out batches during a run and says when pictures do not matter."""
 
-    objective: nn.Module
-    """Possibly wrapped for data parallelism."""
-    model_config: HoVLEConfig
-    batches: list[dict]
+    step: TrainableStep
+    """Of the run, distributed."""
+    batches: list[PackedBatch]
     """Held-out batches, the same ones on every process; empty: nothing is measured."""
-    config: StageConfig
-    autocast: contextlib.AbstractContextManager
-    accelerator: Any
     log: Callable[[dict], None]
     last: tuple[int, dict[str, float]] | None = None
     """Step and terms of the last validation; asked again after the same step, they are still right."""
 
     def warn_where_blind(self) -> None:
         """Show a warning where the recipe wants the effect of pictures checked and nothing held out tells it."""
-        if not self.config.image_ablation or self.config.objective.name != "next_token":
+        if not self.step.config.image_ablation or self.step.config.objective.name != "next_token":
             return
-        token = self.model_config.image_token_id
-        if any((only_after_pictures(batch, token)["targets"] != IGNORE_INDEX).any() for batch in self.batches):
+        token = self.step.model.config.image_token_id
+        if any(only_after_pictures(batch, token).is_supervised.any() for batch in self.batches):
             return
         found = "no held-out reply follows a picture" if self.batches else "there is no validation source"
         self._show(
@@ -73,22 +67,22 @@ class Examiner:
         if not self.batches:
             return None
         terms = self._validate(step)
-        if not step or not self.config.image_ablation or self.config.objective.name != "next_token":
+        if not step or not self.step.config.image_ablation or self.step.config.objective.name != "next_token":
             return None
-        effect = self._effect_of_pictures(terms["reply_nats"])
-        self.log({"event": "blind_check", "step": step, **effect})
+        effect = self._effect_of_pictures(terms["cross_entropy"])
+        self.log({"event": "image_ablation", "step": step, **effect})
         return self._alarm(step, effect) if effect["num_pictures"] else None
 
     def examine_or_stop(self, step: int) -> None:
         """Examine in the middle of a run; BlindPicturesError where the recipe says `stop_when_images_ignored`."""
         alarm = self.examine(step)
-        if alarm and self.config.stop_when_images_ignored:
+        if alarm and self.step.config.stop_when_images_ignored:
             raise BlindPicturesError(alarm)
 
     def held_out_loss(self, step: int) -> float:
         """Log the held-out terms after so many steps and weigh them as training does."""
         terms = self._validate(step)
-        return sum(weight * terms[name] for name, weight in unwrap(self.objective).weights.items())
+        return sum(weight * terms[name] for name, weight in self.step.objective.weights.items())
 
     def _validate(self, step: int) -> dict[str, float]:
         if self.last is None or self.last[0] != step:
@@ -96,23 +90,23 @@ class Examiner:
             self.log({"event": "validation", "step": step, **self.last[1]})
         return self.last[1]
 
-    def _measure(self, batches: list[dict]) -> dict[str, float]:
-        return validate(self.objective, batches, self.autocast, self.accelerator)
+    def _measure(self, batches: list[PackedBatch]) -> dict[str, float]:
+        return validate(self.step.wrapped, batches, self.step.autocast, self.step.accelerator)
 
     def _effect_of_pictures(self, nats: float) -> dict[str, float]:
         """Held-out loss behind true, blank and shuffled pictures; `nats` is what all replies have."""
-        token = self.model_config.image_token_id
+        token = self.step.model.config.image_token_id
         batches = [only_after_pictures(batch, token) for batch in self.batches]
         same_targets = all(
-            torch.equal(old["targets"], new["targets"]) for old, new in zip(self.batches, batches, strict=True)
+            torch.equal(old.targets, new.targets) for old, new in zip(self.batches, batches, strict=True)
         )
-        shuffled, num_pictures, num_shuffled = shuffle_pictures(batches, self.model_config)
-        if all((batch["targets"] == IGNORE_INDEX).all() for batch in batches):
+        shuffled, num_pictures, num_shuffled = shuffle_pictures(batches, self.step.model.config)
+        if not any(batch.is_supervised.any() for batch in batches):
             return {"num_pictures": 0, "num_shuffled": 0}
         if not same_targets:
-            nats = self._measure(batches)["reply_nats"]
-        blank = self._measure(blank_pictures(batches))["reply_nats"]
-        moved = self._measure(shuffled)["reply_nats"]
+            nats = self._measure(batches)["cross_entropy"]
+        blank = self._measure(blank_pictures(batches))["cross_entropy"]
+        moved = self._measure(shuffled)["cross_entropy"]
         return {
             "true_nats": nats,
             "blank_nats": blank,
@@ -128,41 +122,43 @@ class Examiner:
         gaps = {"blank": effect["blank_gap"]}
         if effect["num_shuffled"]:
             gaps["shuffled"] = effect["shuffled_gap"]
-        too_small = {name: gap for name, gap in gaps.items() if not gap >= self.config.min_picture_gap}
+        too_small = {name: gap for name, gap in gaps.items() if not gap >= self.step.config.min_picture_gap}
         if (
             not too_small
-            or step <= math.ceil(self.config.num_steps * self.config.warmup_ratio) < self.config.num_steps
+            or step
+            <= math.ceil(self.step.config.num_steps * self.step.config.warmup_ratio)
+            < self.step.config.num_steps
         ):
             return None
         found = " and ".join(f"{gap:.4f} nats per token with {name} ones" for name, gap in too_small.items())
         message = (
             f"Pictures hardly matter: the held-out loss ({effect['true_nats']:.4f} with the true ones) rises by "
-            f"{found}; min_picture_gap is {self.config.min_picture_gap}. {CAUSES}"
+            f"{found}; min_picture_gap is {self.step.config.min_picture_gap}. {CAUSES}"
         )
         self.log({"event": "warning", "step": step, "message": message})
         self._show(f"WARNING after step {step}: {message}")
         return message
 
     def _show(self, message: str) -> None:
-        if self.accelerator.is_main_process:
+        if self.step.accelerator.is_main_process:
             tqdm.write(message, file=sys.stderr)
 
 
-def only_after_pictures(batch: dict, image_token_id: int) -> dict:
+def only_after_pictures(batch: PackedBatch, image_token_id: int) -> PackedBatch:
     """The batch without targets behind tokens that have seen no picture in their sample."""
-    is_image = batch["input_ids"] == image_token_id
+    is_image = batch.input_ids == image_token_id
     num_seen = is_image.cumsum(dim=1)
-    is_start = batch["position_ids"] == 0
+    is_start = batch.position_ids == 0
     num_before_sample = torch.where(is_start, num_seen - is_image.long(), 0).cummax(dim=1).values
-    return {**batch, "targets": batch["targets"].masked_fill(num_seen == num_before_sample, IGNORE_INDEX)}
+    return dataclasses.replace(batch, targets=batch.targets.masked_fill(num_seen == num_before_sample, IGNORE_INDEX))
 
 
-def blank_pictures(batches: list[dict]) -> list[dict]:
+def blank_pictures(batches: list[PackedBatch]) -> list[PackedBatch]:
     """The batches with white pictures."""
-    return [{**batch, "pixel_values": torch.full_like(batch["pixel_values"], 255)} for batch in batches]
+    return [dataclasses.replace(batch, pixel_values=torch.full_like(batch.pixel_values, 255)) for batch in batches]
 
 
-def shuffle_pictures(batches: list[dict], config: HoVLEConfig) -> tuple[list[dict], int, int]:
+def shuffle_pictures(batches: list[PackedBatch], config: HoVLEConfig) -> tuple[list[PackedBatch], int, int]:
     """Give every picture's place to another picture: the next different one with as many tiles, else any other.
 
     A picture with another number of tiles is repeated or cut to fit; where all pictures are the same one, it stays.
@@ -177,16 +173,16 @@ def shuffle_pictures(batches: list[dict], config: HoVLEConfig) -> tuple[list[dic
     shuffled = []
     for batch in batches:
         taken = [next(tiles) for _ in split_pictures(batch, config)]
-        shuffled.append({**batch, "pixel_values": torch.cat([batch["pixel_values"][:0], *taken])})
+        shuffled.append(dataclasses.replace(batch, pixel_values=torch.cat([batch.pixel_values[:0], *taken])))
     return shuffled, len(pictures), num_shuffled
 
 
-def split_pictures(batch: dict, config: HoVLEConfig) -> list[torch.Tensor]:
+def split_pictures(batch: PackedBatch, config: HoVLEConfig) -> list[torch.Tensor]:
     """Tiles of each picture of a batch in reading order; a picture is an unbroken run of placeholders."""
-    numbers = number_pictures(batch["input_ids"] == config.image_token_id)
-    tokens_per_tile = config.tokens_per_tile(batch["pixel_values"].shape[-1])
+    numbers = number_pictures(batch.input_ids == config.image_token_id)
+    tokens_per_tile = config.tokens_per_tile(batch.pixel_values.shape[-1])
     counts = [count // tokens_per_tile for row in numbers for count in torch.bincount(row[row >= 0]).tolist()]
-    return list(batch["pixel_values"].split(counts)) if counts else []
+    return list(batch.pixel_values.split(counts)) if counts else []
 
 
 def _other_picture(pictures: list[torch.Tensor], place: int) -> torch.Tensor | None:

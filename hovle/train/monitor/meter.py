@@ -1,6 +1,7 @@
-"""What training measures about itself while it runs: speed and its share of the machine's peak."""
+"""What training measures about itself while it runs: speed and its share of the machine's peak (MFU)."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 
@@ -9,6 +10,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...machine.speed import Stopwatch, gemm_peak
+from ...model.configuration_hovle import HoVLEConfig
+from ..data.batch import PackedBatch
 from ..objectives.base import Objective
 from ..plan.operations import operation_counter
 
@@ -27,18 +30,18 @@ class Meter:
     def __init__(
         self,
         objective: Objective,
-        first_batch: dict,
+        first_batch: PackedBatch,
         autocast: contextlib.AbstractContextManager,
         dtype: torch.dtype,
         num_processes: int,
     ):
         self.teacher_time = objective.teacher_time
         self.num_processes = num_processes
-        num_rows, row_length = first_batch["input_ids"].shape
+        num_rows, row_length = first_batch.input_ids.shape
         row = first_row(first_batch, objective.model.config)
         self.batch_flops = num_rows * count_flops(objective, row, autocast)
         linear = largest_linear(objective.model.model.language_model.layers)
-        self.gemm_peak = gemm_peak(num_rows * row_length, linear, dtype, first_batch["input_ids"].device)
+        self.gemm_peak = gemm_peak(num_rows * row_length, linear, dtype, first_batch.input_ids.device)
         self.start()
 
     def start(self) -> None:
@@ -49,7 +52,7 @@ class Meter:
         self._started_at = time.perf_counter()
 
     def facts(self) -> dict[str, float]:
-        """What shares of the peak are computed from, in units of 1e12 operations."""
+        """What the MFU is computed from, in units of 1e12 operations: the peak is measured matrix products'."""
         return {"batch_tflops": round(self.batch_flops / 1e12, 4), "gemm_peak_tflops": round(self.gemm_peak / 1e12, 3)}
 
     @contextlib.contextmanager
@@ -66,12 +69,12 @@ class Meter:
         yield
         self._paused_seconds += time.perf_counter() - started_at
 
-    def add(self, micro_batches: list[dict]) -> None:
+    def add(self, micro_batches: list[PackedBatch]) -> None:
         """Count the batches of a step."""
         self._num_batches += len(micro_batches)
-        self._num_tokens += sum(int(batch["is_sample"].sum()) for batch in micro_batches)
-        self._num_slots += sum(batch["is_sample"].numel() for batch in micro_batches)
-        self._num_samples += sum(len(batch["names"]) for batch in micro_batches)
+        self._num_tokens += sum(batch.num_tokens for batch in micro_batches)
+        self._num_slots += sum(batch.is_sample.numel() for batch in micro_batches)
+        self._num_samples += sum(len(batch.names) for batch in micro_batches)
 
     def read(self) -> dict[str, float]:
         """Rates since the last reading; then counting starts anew."""
@@ -80,7 +83,7 @@ class Meter:
         rates = {
             "tokens_per_second": round(self._num_tokens * self.num_processes / seconds, 1),
             "samples_per_second": round(self._num_samples * self.num_processes / seconds, 2),
-            "gemm_peak_ratio": round(self._num_batches * self.batch_flops / seconds / self.gemm_peak, 4),
+            "mfu": round(self._num_batches * self.batch_flops / seconds / self.gemm_peak, 4),
             "teacher_ratio": round(teacher_seconds / seconds, 4),
             "data_wait_ratio": round(self._data_seconds / seconds, 4),
             "padding_ratio": round(1 - self._num_tokens / self._num_slots, 4),
@@ -90,19 +93,24 @@ class Meter:
         return rates
 
 
-def first_row(batch: dict, config) -> dict:
+def first_row(batch: PackedBatch, config: HoVLEConfig) -> PackedBatch:
     """The first packed row of a batch with its pictures."""
-    rows = {"input_ids", "targets", "position_ids", "is_sample", "attention_mask"}
-    row = {name: value[:1] if name in rows else value for name, value in batch.items()}
-    tokens_per_tile = config.tokens_per_tile(batch["pixel_values"].shape[-1])
-    num_tiles = int((row["input_ids"] == config.image_token_id).sum()) // tokens_per_tile
-    row["pixel_values"] = batch["pixel_values"][:num_tiles]
-    num_samples = int(((row["position_ids"] == 0) & row["is_sample"]).sum())
-    row["picture_keys"] = batch["picture_keys"][:num_samples]  # one a sample, where they are needed
-    return row
+    num_placeholders = int((batch.input_ids[0] == config.image_token_id).sum())
+    num_tiles = num_placeholders // config.tokens_per_tile(batch.pixel_values.shape[-1])
+    num_samples = int(((batch.position_ids[0] == 0) & batch.is_sample[0]).sum())
+    return dataclasses.replace(
+        batch,
+        input_ids=batch.input_ids[:1],
+        targets=batch.targets[:1],
+        position_ids=batch.position_ids[:1],
+        is_sample=batch.is_sample[:1],
+        attention_mask=None if batch.attention_mask is None else batch.attention_mask[:1],
+        pixel_values=batch.pixel_values[:num_tiles],
+        picture_keys=batch.picture_keys[:num_samples],  # one a sample, where they are needed
+    )
 
 
-def count_flops(objective: Objective, batch: dict, autocast: contextlib.AbstractContextManager) -> int:
+def count_flops(objective: Objective, batch: PackedBatch, autocast: contextlib.AbstractContextManager) -> int:
     """Count floating-point operations of matrix products, forward and backward, in student and language model.
 
     The pass is run once, uncompiled, because a compiled graph hides its operations from the counter; it leaves no
@@ -111,7 +119,7 @@ def count_flops(objective: Objective, batch: dict, autocast: contextlib.Abstract
     counter = operation_counter()
     stopwatch, outside = objective.teacher_time, _FlopsInside(counter)
     objective.teacher_time = outside
-    devices = [batch["input_ids"].device] if batch["input_ids"].is_cuda else []
+    devices = [batch.input_ids.device] if batch.input_ids.is_cuda else []
     try:
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), counter:
             with autocast:

@@ -18,7 +18,7 @@ from pathlib import Path
 from ...charts import load_pyplot
 
 SPEED = ("tokens_per_second", "samples_per_second")
-SHARES = ("gemm_peak_ratio", "teacher_ratio", "data_wait_ratio", "padding_ratio")
+SHARES = ("mfu", "teacher_ratio", "data_wait_ratio", "padding_ratio")
 NOT_TERMS = re.compile("time|step|loss|learning_rate|elapsed_seconds|image_norm_ratio|(gradient_norm|samples)_?.*")
 """Fields of a step's log line that are no terms of the loss; rates and shares neither."""
 
@@ -33,6 +33,9 @@ SETTINGS = (
     "seed",
 )
 """Recipe fields on the page, beside where the model starts, objective and data."""
+
+RENAMED = {"reply_nats": "cross_entropy", "gemm_peak_ratio": "mfu", "blind_check": "image_ablation"}
+"""What earlier versions called fields and events of a log -> their names now."""
 
 MACHINE = ("device", "num_processes", "num_threads", "dtype", "compiled", "gemm_peak_tflops", "torch", "commit")
 """Fields of the start entry on the page."""
@@ -98,6 +101,7 @@ def read_run(folder: Path) -> Run:
         except json.JSONDecodeError:
             shown.remarks.append(f"Line {number} of log.jsonl is cut off, as when a run is killed; it is left out.")
             continue
+        check_names(entry, folder / "log.jsonl")
         if entry.get("event") == "start" and entry["step"]:
             shown.entries = [old for old in shown.entries if old["step"] <= entry["step"]]
             shown.remarks.append(f"Resumed after step {entry['step']}.")
@@ -105,6 +109,17 @@ def read_run(folder: Path) -> Run:
     if not shown.steps and not shown.events("validation"):
         raise ValueError(f"{folder / 'log.jsonl'} holds no step yet: ask again after the first log line.")
     return shown
+
+
+def check_names(entry: dict, log: Path) -> None:
+    """Raise ValueError for a log line that calls something by a name it no longer has."""
+    if old := RENAMED.keys() & {*entry, entry.get("event")}:
+        renamed = ", ".join(f"{name} is now {RENAMED[name]}" for name in sorted(old))
+        script = "; ".join(f's/"{name}"/"{new}"/g' for name, new in RENAMED.items())
+        raise ValueError(
+            f"{log} was written by an earlier version, in which names differ: {renamed}. Rename them once with "
+            f"`sed -i '{script}' {log}`; the figures are the same."
+        )
 
 
 def state(shown: Run) -> str:
@@ -124,11 +139,11 @@ def warnings_of(shown: Run) -> list[str]:
     if (
         shown.recipe["objective"]["name"] == "next_token"
         and shown.events("finish")
-        and not shown.events("blind_check")
+        and not shown.events("image_ablation")
     ):
         reason = "there is no validation source" if shown.recipe["validation"] is None else "image_ablation is off"
         found.append(f"Whether the pictures matter was not measured: {reason}.")
-    for entry in shown.events("blind_check")[-1:]:
+    for entry in shown.events("image_ablation")[-1:]:
         if not entry["num_pictures"]:
             found.append("Whether the pictures matter could not be measured: no held-out reply follows a picture.")
         elif entry["num_shuffled"] < entry["num_pictures"]:
@@ -173,7 +188,7 @@ def result_rows(shown: Run) -> list[tuple[str, str, str]]:
     for title, entries, names in (
         ("training", shown.steps, ("loss", "gradient_norm", "image_norm_ratio")),
         ("validation", shown.events("validation"), None),
-        ("pictures", shown.events("blind_check"), ("true_nats", "blank_gap", "shuffled_gap")),
+        ("pictures", shown.events("image_ablation"), ("true_nats", "blank_gap", "shuffled_gap")),
         ("text", shown.events("text_retention"), ("text_perplexity", "bare_perplexity", "perplexity_ratio")),
     ):
         if entries:
@@ -227,7 +242,7 @@ def panels(shown: Run) -> list[Panel]:
         Panel("validation", curves(held_out, sorted({name for entry in held_out for name in entry} & {*terms}))),
         Panel(
             "held-out loss by picture",
-            curves(shown.events("blind_check"), ["true_nats", "blank_nats", "shuffled_nats"]),
+            curves(shown.events("image_ablation"), ["true_nats", "blank_nats", "shuffled_nats"]),
         ),
         Panel("perplexity on text", curves(shown.events("text_retention"), ["text_perplexity", "bare_perplexity"])),
     ]

@@ -27,7 +27,7 @@ def make_log(output: Path, accelerator) -> Callable[[dict], None]:
 
 
 def tracked_numbers(entry: dict) -> dict[str, float]:
-    """Figures of a log entry under the names trackers show: `train/loss`, `validation/reply_nats`."""
+    """Figures of a log entry under the names trackers show: `train/loss`, `validation/cross_entropy`."""
     group = entry.get("event", "train")
     return {
         f"{group}/{name}": value

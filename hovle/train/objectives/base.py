@@ -7,6 +7,7 @@ from torch import nn
 
 from ...machine.speed import Stopwatch
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
+from ..data.batch import PackedBatch
 
 
 @dataclass
@@ -31,6 +32,6 @@ class Objective(nn.Module):
         super().__init__()
         self.teacher_time = Stopwatch()  # runs while a teacher works
 
-    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def counts(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Positions each term is summed over, known before the forward pass."""
         raise NotImplementedError  # subclasses say

@@ -1,18 +1,28 @@
-"""The objective a recipe names."""
+"""The objective a recipe names, and what is set up of its teacher before the first step."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 
 from ...assets import resolve_asset
 from ...model.image_processing_hovle import HoVLEImageProcessor
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
+from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
-from ..data.tiles import PixelNormalization
+from ..data.batch import PackedBatch, TileBatch
+from ..data.mixture import Mixture
+from ..data.records import picture_sources
+from ..data.tiles import PixelNormalization, picture_key, read_tiles
+from ..data.transforms import limited_processor
 from .base import Objective
 from .distillation import DistillationObjective
+from .feature_cache import cached_targets
 from .next_token import NextTokenObjective
-from .teachers import make_teacher
+from .teachers import ImageTeacher, Targets, make_teacher
+
+NUM_STANDARDIZING_RECORDS = 256
+"""Records whose pictures tell mean and deviation of teacher features."""
 
 
 def make_objective(
@@ -31,3 +41,52 @@ def make_objective(
     teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=checkpoint))
     student_layers = [match.student for match in config.teacher.layers]
     return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize)
+
+
+def prepare_teacher(
+    objective: Objective,
+    config: StageConfig,
+    mixture: Mixture,
+    held_out: list[PackedBatch],
+    processor: HoVLEProcessor,
+    dtype: torch.dtype,
+    *,
+    is_main_process: bool,
+) -> None:
+    """Put a feature cache in the teacher's place and standardise features, where the recipe says so.
+
+    Args:
+        objective: On its device; one without a teacher stays as it is.
+        config: The stage.
+        mixture: What training reads.
+        held_out: Batches of the validation source.
+        processor: Of the student.
+        dtype: Number format of the run, in which the teacher computes.
+        is_main_process: Whether to tell people what happens.
+    """
+    if not isinstance(objective, DistillationObjective):
+        return
+    assert config.teacher is not None  # StageConfig wants one with this objective
+    processor = limited_processor(config, processor)
+    teacher = objective.teacher
+    with torch.autocast(teacher.feature_mean.device.type, dtype, enabled=dtype != torch.float32):
+        if config.teacher.cache is not None:
+            assert isinstance(teacher, ImageTeacher)
+            teacher = objective.teacher = cached_targets(
+                teacher, config, mixture, held_out, processor, dtype, is_main_process=is_main_process
+            )
+        if config.teacher.standardize:
+            teacher.standardize(raw_features(teacher, mixture, processor))
+
+
+def raw_features(teacher: Targets, mixture: Mixture, processor: HoVLEProcessor) -> Iterator[torch.Tensor]:
+    """Features of the first pictures of a stream, the same ones whenever a run resumes."""
+    grid_size = round(processor.image_seq_length**0.5)
+    for record in mixture.first_records(NUM_STANDARDIZING_RECORDS):
+        for picture in picture_sources(record.messages)[:1]:
+            try:
+                key, tiles = picture_key(picture), read_tiles(picture, processor.image_processor)
+            except (ValueError, OSError):  # what is damaged counts as skipped when training draws it
+                continue
+            batch = TileBatch(pixel_values=tiles, picture_keys=[key], names=[record.name])
+            yield teacher.raw_targets(batch.to(teacher.feature_mean.device), grid_size)

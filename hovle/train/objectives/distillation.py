@@ -8,6 +8,7 @@ from torch import nn
 
 from ...model.modeling_hovle import HolisticEmbeddingOutput, HoVLEForConditionalGeneration
 from ..config import DistillationConfig
+from ..data.batch import PackedBatch
 from ..data.tiles import PixelNormalization
 from .base import Objective, ObjectiveOutput
 from .teachers import Targets
@@ -63,30 +64,30 @@ class DistillationObjective(Objective):
         self.register_buffer("text_table", text_table, persistent=False)
         self.register_buffer("text_norm", mean_norm(text_table), persistent=False)
 
-    def counts(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def counts(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Image positions, once for each matched layer, and text positions; padding counts as neither."""
-        is_image = batch["input_ids"] == self.model.config.image_token_id
-        num_image, num_text = is_image.sum(), (batch["is_sample"] & ~is_image).sum()
+        is_image = batch.input_ids == self.model.config.image_token_id
+        num_image, num_text = is_image.sum(), (batch.is_sample & ~is_image).sum()
         num_matched = num_image * len(self.student_layers)
         once = dict.fromkeys(("image_scale", "image_norm_ratio"), num_image)
         counts = once | {"text_cosine": num_text, "text_scale": num_text}
         return {name: counts.get(name, num_matched) for name in self.weights}
 
-    def forward(self, batch: dict[str, torch.Tensor]) -> ObjectiveOutput:
+    def forward(self, batch: PackedBatch) -> ObjectiveOutput:
         """Summed terms of a packed batch."""
         outputs = self.model.get_holistic_embeddings(
-            input_ids=batch["input_ids"],
-            pixel_values=self.normalize(batch["pixel_values"]),
-            position_ids=batch["position_ids"],
+            input_ids=batch.input_ids,
+            pixel_values=self.normalize(batch.pixel_values),
+            position_ids=batch.position_ids,
             output_hidden_states=set(self.student_layers) != {LAST},
         )
         image = outputs.image_hidden_states
         assert image is not None  # every sample has a picture
         assert outputs.language_inputs_embeds is not None
-        is_image = batch["input_ids"] == self.model.config.image_token_id
-        is_text = batch["is_sample"] & ~is_image
+        is_image = batch.input_ids == self.model.config.image_token_id
+        is_text = batch.is_sample & ~is_image
         text = outputs.language_inputs_embeds[is_text]
-        embeddings = nn.functional.embedding(batch["input_ids"][is_text], self.text_table)
+        embeddings = nn.functional.embedding(batch.input_ids[is_text], self.text_table)
         terms = {
             **self._image_terms(outputs, is_image, batch),
             "text_cosine": _cosine(text, embeddings),
@@ -96,7 +97,7 @@ class DistillationObjective(Objective):
         }
         return ObjectiveOutput(terms, self.counts(batch))
 
-    def _image_terms(self, outputs: HolisticEmbeddingOutput, is_image: torch.Tensor, batch: dict) -> dict:
+    def _image_terms(self, outputs: HolisticEmbeddingOutput, is_image: torch.Tensor, batch: PackedBatch) -> dict:
         """Cosine and image loss of a packed batch, summed over image positions and matched layers."""
         last = outputs.image_hidden_states
         assert last is not None

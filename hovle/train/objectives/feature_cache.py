@@ -24,6 +24,7 @@ from ...model.image_processing_hovle import HoVLEImageProcessor
 from ...model.pictures import picture_size
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig, TeacherConfig
+from ..data.batch import PackedBatch, TileBatch
 from ..data.mixture import Mixture, open_mixture
 from ..data.records import RecordStream, picture_sources
 from ..data.skips import SkipSampleError
@@ -274,7 +275,7 @@ def cached_targets(
     teacher: ImageTeacher,
     config: StageConfig,
     mixture: Mixture,
-    held_out: list[dict],
+    held_out: list[PackedBatch],
     processor: HoVLEProcessor,
     dtype: torch.dtype,
     *,
@@ -295,7 +296,7 @@ def cached_targets(
     assert config.teacher.cache is not None
     if mixture.num_records is None:
         raise ValueError("teacher.cache needs sources of known size; a streamed one never ends: train without it.")
-    names = {name for batch in held_out for name in batch["names"]}
+    names = {name for batch in held_out for name in batch.names}
 
     def pictures() -> Iterator[str | bytes]:
         yield from _first_pictures(mixture)
@@ -340,12 +341,12 @@ class CachedTargets(Targets):
         super().__init__(widths)
         self.cache = cache
 
-    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
-        tiles = batch["pixel_values"]
-        features, checksums = self.cache.load(batch["picture_keys"])
+    def raw_targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
+        tiles = batch.pixel_values
+        features, checksums = self.cache.load(batch.picture_keys)
         if not torch.equal(checksums, tile_checksums(tiles).cpu()):
             raise ValueError(
-                f"The tiles of {', '.join(batch['names'][:3])}, ... are not those the cached features "
+                f"The tiles of {', '.join(batch.names[:3])}, ... are not those the cached features "
                 f"({self.cache.folder}) were made from. Tiles must depend on the picture alone: train without "
                 "teacher.cache if they are augmented."
             )

@@ -15,6 +15,7 @@ from torch import nn
 from ...files.checkpoint_files import CONFIG, Checkpoint, local_folder
 from ...model.image_tokens import pixel_shuffle
 from ..config import TeacherConfig
+from ..data.batch import TileBatch
 from ..data.tiles import PixelNormalization
 
 
@@ -33,11 +34,11 @@ class Targets(nn.Module):
         self.register_buffer("feature_mean", torch.zeros(sum(widths)), persistent=False)
         self.register_buffer("feature_std", torch.ones(sum(widths)), persistent=False)
 
-    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
+    def raw_targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
         """Features of a batch's tiles as the teacher gives them, shape `(N, grid_size ** 2, sum(widths))`, float32."""
         raise NotImplementedError  # subclasses say
 
-    def targets(self, batch: dict, grid_size: int) -> torch.Tensor:
+    def targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
         """Features of a batch's tiles, standardised if `standardize` was called; shape as in `raw_targets`."""
         return self._standardized(self.raw_targets(batch, grid_size))
 
@@ -121,8 +122,8 @@ class ImageTeacher(Targets):
         """As `raw_features`, standardised if `standardize` was called."""
         return self._standardized(self.raw_features(pixel_values, grid_size))
 
-    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
-        return self.raw_features(batch["pixel_values"], grid_size)
+    def raw_targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
+        return self.raw_features(batch.pixel_values, grid_size)
 
     def train(self, mode: bool = True) -> "ImageTeacher":
         """Stay in evaluation mode: batch statistics of a frozen teacher must not move."""

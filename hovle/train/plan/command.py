@@ -315,7 +315,7 @@ def _gpu_table() -> str:
 
 
 def check_stages(stages: Sequence[tuple[str, StageConfig, HoVLEConfig]], as_json: bool = False) -> int:
-    """Rehearse every stage in a process of its own and print prediction beside measurement; 1 if any is far off."""
+    """Take steps of every stage in its own process and print prediction beside measurement; 1 if any is far off."""
     results = [{"stage": name, **check_stage(config, model)} for name, config, model in stages]
     if as_json:
         print(json.dumps(results, indent=1))  # noqa: T201 - this is the command's output
@@ -336,7 +336,7 @@ def check_stage(config: StageConfig, model: HoVLEConfig) -> dict:
     What the process holds before it has a model is measured, the rest predicted.
     """
     dtype = choose_dtype(config.dtype, torch.device("cpu"))
-    measured = _rehearse(config, model, dtype)
+    measured = _measure_in_own_process(config, model, dtype)
     work = Workload(**measured["workload"])
     cost = StageCost(config, model, dtype)
     predicted = {
@@ -347,13 +347,13 @@ def check_stage(config: StageConfig, model: HoVLEConfig) -> dict:
     return {"dtype": dtype_name(dtype), "predicted": predicted, "measured": measured, "errors": errors}
 
 
-def _rehearse(config: StageConfig, model: HoVLEConfig, dtype: torch.dtype) -> dict:
+def _measure_in_own_process(config: StageConfig, model: HoVLEConfig, dtype: torch.dtype) -> dict:
     with tempfile.TemporaryDirectory(prefix="hovle-plan-") as folder:
         (Path(folder) / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict()))
         (Path(folder) / "config.json").write_text(model.to_json_string(use_diff=False))
-        command = [sys.executable, "-m", "hovle.train.plan.rehearsal", folder, dtype_name(dtype)]
+        command = [sys.executable, "-m", "hovle.train.plan.random_step", folder, dtype_name(dtype)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         reason = result.stderr.strip().splitlines() or [f"exit code {result.returncode}; out of memory?"]
-        raise ValueError(f"The rehearsal stopped: {reason[-1]}")
+        raise ValueError(f"The steps to check the plan with stopped: {reason[-1]}")
     return json.loads(result.stdout.splitlines()[-1])

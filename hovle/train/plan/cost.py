@@ -26,8 +26,9 @@ import torch
 from torch import nn
 
 from ...model.configuration_hovle import HoVLEConfig
-from ...model.modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
+from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ..config import PARAMETER_GROUPS, ExpectedData, StageConfig
+from ..data.batch import PackedBatch
 from ..model.parameters import parameter_groups
 from .memory import Activations, measure_activations, tied_table_learns
 from .shapes import teacher_shapes
@@ -71,16 +72,16 @@ class Workload:
         return self.num_rows * self.row_length
 
     @classmethod
-    def of_batch(cls, batch: dict) -> "Workload":
+    def of_batch(cls, batch: PackedBatch) -> "Workload":
         """Count a packed batch."""
-        num_rows, row_length = batch["input_ids"].shape
+        num_rows, row_length = batch.input_ids.shape
         return cls(
             num_rows=num_rows,
             row_length=row_length,
-            num_filled=int(batch["is_sample"].sum()),
-            num_samples=len(batch["names"]),
-            num_tiles=len(batch["pixel_values"]),
-            num_supervised=int((batch["targets"] != IGNORE_INDEX).sum()),
+            num_filled=batch.num_tokens,
+            num_samples=len(batch.names),
+            num_tiles=len(batch.pixel_values),
+            num_supervised=int(batch.is_supervised.sum()),
         )
 
     @classmethod

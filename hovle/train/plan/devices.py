@@ -58,7 +58,7 @@ CPU_MFU = 0.3
 
 
 CPU_SLACK_RATIO = 0.2
-"""What glibc's allocator holds beyond live tensors: 18 to 23 % at the peak of rehearsals on Linux."""
+"""What glibc's allocator holds beyond live tensors: 18 to 23 % at the peak of checked steps on Linux."""
 
 
 CPU_ADAPTER_SLACK_RATIO = 0.45

@@ -3,20 +3,22 @@
 import dataclasses
 import itertools
 import time
+from typing import Any
 
 import torch
 
 from ...machine.memory import keep_freed_memory
 from ...machine.speed import choose_dtype
 from ..config import StageConfig
-from ..model.layers import checkpoint_activations, compile_layers
-from ..step.optimizer import make_optimizer
-from ..step.train_step import to_device, train_step
-from .stage import set_up
+from ..data.mixture import open_mixture
+from ..objectives.choice import make_objective
+from ..step.assembly import TrainableStep, prepare_model
+from .stage_data import StageData
+from .start import load_start
 
 
-class Trial:
-    """A stage that is set up to be timed as training runs it. What it learns is lost.
+class BenchmarkStep:
+    """A stage whose steps are timed as training runs them. What it learns is lost.
 
     Args:
         config: The stage; its learning rate counts, its output does not.
@@ -25,29 +27,28 @@ class Trial:
         num_steps: Steps of one pass.
     """
 
-    def __init__(self, config: StageConfig, accelerator, dtype: torch.dtype, num_steps: int):
-        stage = set_up(config, accelerator, resume=False)
+    def __init__(self, config: StageConfig, accelerator: Any, dtype: torch.dtype, num_steps: int):
+        mixture = open_mixture(config.data, config.seed)
+        model, processor, _ = load_start(config)
+        trainable = prepare_model(model, config, dtype, accelerator.device)
+        objective = make_objective(config, model, processor.image_processor, trainable.text_table)
         keep_freed_memory(accelerator.device)
-        self.objective = stage.objective.to(accelerator.device).train()
-        if config.activation_checkpointing:
-            checkpoint_activations(stage.model)
-        compile_layers(stage.model, config.compile)
-        self.optimizer = make_optimizer(self.objective, config)
-        self.autocast = torch.autocast(accelerator.device.type, dtype, enabled=dtype != torch.float32)
-        self.max_gradient_norm = config.max_gradient_norm
-        stream = (to_device(batch, accelerator.device) for batch in stage.batches(stage.mixture))
-        per_step = config.gradient_accumulation_steps
-        self.steps = [list(itertools.islice(stream, per_step)) for _ in range(num_steps)]
+        self.step = TrainableStep(trainable, objective, config, accelerator, dtype).distribute()
+        stream = iter(StageData(config, mixture, processor, accelerator).batches())
+        self.steps = [
+            [batch.to(accelerator.device) for batch in itertools.islice(stream, config.gradient_accumulation_steps)]
+            for _ in range(num_steps)
+        ]
 
     def step_all(self) -> float:
         """Do the steps; seconds of one. The first pass compiles, so its figure is of no use."""
         started_at = time.perf_counter()
-        for micro_batches in self.steps:
-            train_step(self.objective, self.optimizer, micro_batches, self.max_gradient_norm, self.autocast)
+        for number, micro_batches in enumerate(self.steps):
+            self.step.step(number, micro_batches)
         return (time.perf_counter() - started_at) / len(self.steps)
 
 
-def seconds_per_step(config: StageConfig, accelerator, num_steps: int = 3) -> float:
+def seconds_per_step(config: StageConfig, accelerator: Any, num_steps: int = 3) -> float:
     """Measure the steps of a stage, compiled as it will be; compiled code stays in the compiler's cache.
 
     Args:
@@ -56,8 +57,8 @@ def seconds_per_step(config: StageConfig, accelerator, num_steps: int = 3) -> fl
         num_steps: Steps to take the mean of.
     """
     config = dataclasses.replace(config, learning_rate=0.0)
-    trial = Trial(config, accelerator, choose_dtype(config.dtype, accelerator.device), num_steps)
-    trial.step_all()
-    seconds = trial.step_all()
+    benchmark = BenchmarkStep(config, accelerator, choose_dtype(config.dtype, accelerator.device), num_steps)
+    benchmark.step_all()
+    seconds = benchmark.step_all()
     torch.compiler.reset()  # lets go of the layers
     return seconds

@@ -11,7 +11,7 @@ from torch import nn
 from ...errors import StopRunError
 from ...files.atomic import remove_folder, write_folder
 from ..config import StageConfig, with_new_fields
-from ..parallel import whole
+from ..parallel import full_tensor
 
 TRAINING_STATE = "training_state.pt"
 
@@ -163,14 +163,14 @@ def check_same_run(config: StageConfig, state: dict, data_fingerprint: str) -> N
 
 
 def trainable_state(objective: nn.Module, keep: bool = True) -> dict[str, torch.Tensor]:
-    """Every parameter that learns, whole, the training-only projection and adapters included (together).
+    """Every parameter that learns, whole, the training-only projection and adapters included (all ranks).
 
     All processes of a sharded objective take part; those that do not `keep` the result get none.
     """
     state = {}
     for name, item in objective.named_parameters():
         if item.requires_grad:
-            tensor = whole(item.detach())
+            tensor = full_tensor(item.detach())
             if keep:
                 state[name] = tensor.cpu()
     return state

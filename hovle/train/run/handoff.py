@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
+from ..data.batch import PackedBatch
 from ..data.tiles import PixelNormalization
 
 HANDOFF_PROBE = "handoff_probe.safetensors"
@@ -13,7 +14,7 @@ HANDOFF_PROBE = "handoff_probe.safetensors"
 
 @torch.no_grad()
 def make_probe(
-    model: HoVLEForConditionalGeneration, batch: dict, normalize: PixelNormalization
+    model: HoVLEForConditionalGeneration, batch: PackedBatch, normalize: PixelNormalization
 ) -> dict[str, torch.Tensor]:
     """Record what a trained model says of the start of a batch, for the next stage to compare itself with.
 
@@ -26,17 +27,17 @@ def make_probe(
         What the model receives of the batch's first row without its padding, with `logits` in float32 and without a
         compiler: behind the last picture, where pictures show, and at the end.
     """
-    length = int(batch["is_sample"][0].sum())
-    input_ids = batch["input_ids"][:1, :length].clone()
-    tokens_per_tile = model.config.tokens_per_tile(batch["pixel_values"].shape[-1])
+    length = int(batch.is_sample[0].sum())
+    input_ids = batch.input_ids[:1, :length].clone()
+    tokens_per_tile = model.config.tokens_per_tile(batch.pixel_values.shape[-1])
     num_tiles = int((input_ids == model.config.image_token_id).sum()) // tokens_per_tile
     probe = {
         "input_ids": input_ids,
-        "position_ids": batch["position_ids"][:1, :length].clone(),
-        "pixel_values": normalize(batch["pixel_values"][:num_tiles]).contiguous(),
+        "position_ids": batch.position_ids[:1, :length].clone(),
+        "pixel_values": normalize(batch.pixel_values[:num_tiles]).contiguous(),
     }
-    if "attention_mask" in batch:
-        probe["attention_mask"] = batch["attention_mask"][:1, :, :length, :length].clone()
+    if batch.attention_mask is not None:
+        probe["attention_mask"] = batch.attention_mask[:1, :, :length, :length].clone()
     is_image = input_ids[0] == model.config.image_token_id
     behind_picture = int(is_image.nonzero().max()) + 1 if is_image.any() else 0
     starts = range(behind_picture, min(behind_picture + 4, length))

@@ -13,6 +13,21 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
 
 
+def continue_random_numbers(state: dict | None, seed: int, rank: int) -> None:
+    """Undo what set-up drew from the generators, or give each process numbers of its own in a new run.
+
+    Args:
+        state: What the checkpoint to resume from holds, or None.
+        seed: Of the run.
+        rank: This process.
+    """
+    saved = state["rng"] if state else []
+    if rank < len(saved):
+        restore_rng(saved[rank])
+    else:
+        seed_everything(seed + rank)
+
+
 def rng_state() -> dict:
     """States of the random generators training uses, as tensors."""
     state = {"torch": torch.get_rng_state()}

@@ -14,6 +14,7 @@ from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
+from ..data.batch import PackedBatch
 from ..data.tiles import PixelNormalization
 from ..parallel import gather
 from .checkpoint import check_same_recipe, find_checkpoint
@@ -57,7 +58,7 @@ def claim_output(output: Path, config: StageConfig, resume: bool) -> None:
 
 
 def find_standing(output: Path) -> str | None:
-    """Name of the folder that says how far a run is: `model`, its newest checkpoint, or None (together)."""
+    """Name of the folder that says how far a run is: `model`, its newest checkpoint, or None (all ranks)."""
     newest = find_checkpoint(output)
     own = newest.name if newest else None
     if (output / "model").is_dir():
@@ -92,7 +93,7 @@ def write_model(
     config: HoVLEConfig,
     processor: HoVLEProcessor,
     weights: dict[str, torch.Tensor],
-    batch: dict,
+    batch: PackedBatch,
     record: BareRecord | None,
 ) -> None:
     """Write a model and what it says of a batch, computed free of all that training wrapped around it.

@@ -1,10 +1,11 @@
-"""Gradients by the part of the model they belong to."""
+"""Norms of gradients by the part of the model they belong to, and their limit."""
 
 import torch
 from torch import nn
 
 from ..model.parameters import parameter_groups
 from ..objectives.base import Objective
+from ..parallel import full_tensor
 
 
 def trained_parts(objective: Objective) -> dict[str, list[nn.Parameter]]:
@@ -20,10 +21,20 @@ def trained_parts(objective: Objective) -> dict[str, list[nn.Parameter]]:
     return parts
 
 
-def gradient_norms(objective: Objective) -> dict[str, torch.Tensor]:
-    """Norm of the gradient of each part that learns."""
-    norms = {}
-    for part, parameters in trained_parts(objective).items():
-        gradients = [item.grad for item in parameters if item.grad is not None]
-        norms[part] = nn.utils.get_total_norm(gradients).to(parameters[0].device)
-    return norms
+def clip_gradients(objective: Objective, max_norm: float) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Scale all gradients so that their norm is at most `max_norm` (all ranks).
+
+    Returns:
+        Norms from before: of all gradients, and of those of each part that learns.
+    """
+    parts = trained_parts(objective)
+    norms = {part: full_tensor(_gradient_norm(parameters)) for part, parameters in parts.items()}
+    total = torch.stack(list(norms.values())).norm()
+    parameters = [parameter for members in parts.values() for parameter in members]
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, total)
+    return total, norms
+
+
+def _gradient_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
+    gradients = [item.grad for item in parameters if item.grad is not None]
+    return nn.utils.get_total_norm(gradients).to(parameters[0].device)

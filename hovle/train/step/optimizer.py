@@ -17,6 +17,13 @@ def learning_rate_factor(step: int, num_steps: int, warmup_ratio: float, final_r
     return final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: StageConfig, step: int) -> None:
+    """Give an optimizer the learning rate of a step, counted from 0."""
+    factor = learning_rate_factor(step, config.num_steps, config.warmup_ratio, config.final_learning_rate_ratio)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * factor
+
+
 def make_optimizer(objective: nn.Module, config: StageConfig) -> torch.optim.AdamW:
     """AdamW over what is trainable; only matrices decay."""
     parameters = [parameter for parameter in objective.parameters() if parameter.requires_grad]

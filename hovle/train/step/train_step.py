@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from ...errors import StopRunError
+from ..data.batch import PackedBatch
 from ..objectives.base import Objective
-from ..parallel import gather, gradient_exchange, whole
-from .gradients import gradient_norms
+from ..parallel import gather, gradient_exchange
+from .gradients import clip_gradients
 
 
 @dataclass
@@ -40,7 +41,7 @@ UNTOUCHED = "Weights are as before this step; lower the learning rate or look at
 def train_step(
     objective: nn.Module,
     optimizer: torch.optim.Optimizer,
-    micro_batches: list[dict],
+    micro_batches: list[PackedBatch],
     max_gradient_norm: float,
     autocast: contextlib.AbstractContextManager,
     reduce_sum: Callable[[torch.Tensor], torch.Tensor] = lambda tensor: tensor,
@@ -76,10 +77,7 @@ def train_step(
             (loss * num_processes).backward()
         losses.append(loss.detach())
         sums += torch.stack([terms[name].detach() for name in weights])
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    part_norms = {part: whole(norm) for part, norm in gradient_norms(inner).items()}
-    gradient_norm = torch.stack(list(part_norms.values())).norm()
-    nn.utils.clip_grads_with_norm_(parameters, max_gradient_norm, gradient_norm)
+    gradient_norm, part_norms = clip_gradients(inner, max_gradient_norm)
     means = {name: float(total / totals[name]) for name, total in zip(weights, reduce_sum(sums), strict=True)}
     total = sum(weights[name] * means[name] for name in weights)
     norms = {part: float(norm) for part, norm in part_norms.items()}
@@ -94,13 +92,15 @@ def train_step(
     return result
 
 
-def _non_finite(result: StepResult, micro_batches: list[dict], losses: list[torch.Tensor]) -> NonFiniteLossError:
+def _non_finite(
+    result: StepResult, micro_batches: list[PackedBatch], losses: list[torch.Tensor]
+) -> NonFiniteLossError:
     """Name the batches whose loss is no number, on whichever process; all of them where only the gradient is none."""
     bad = [batch for batch, loss in zip(micro_batches, losses, strict=True) if not torch.isfinite(loss)]
-    names = gather([name for batch in bad for name in batch["names"]])
+    names = gather([name for batch in bad for name in batch.names])
     what = f"Loss is {result.loss}"
     if not names:
-        names = gather([name for batch in micro_batches for name in batch["names"]])
+        names = gather([name for batch in micro_batches for name in batch.names])
         what = f"The gradient norm is {result.gradient_norm}"
     terms = ", ".join(f"{name} {value:.4g}" for name, value in result.terms.items())
     shown = f"{', '.join(names[:8])}{', ...' if len(names) > 8 else ''} ({len(names)} samples)"
@@ -110,8 +110,3 @@ def _non_finite(result: StepResult, micro_batches: list[dict], losses: list[torc
 def unwrap(objective: nn.Module) -> Objective:
     """The objective inside a data-parallel wrapper."""
     return objective.module if hasattr(objective, "module") else objective  # type: ignore[return-value]
-
-
-def to_device(batch: dict, device: torch.device) -> dict:
-    """Move a batch's tensors."""
-    return {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}

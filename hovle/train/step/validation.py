@@ -6,15 +6,16 @@ import math
 import torch
 from torch import nn
 
+from ..data.batch import PackedBatch
 from ..parallel import reshard
-from .train_step import to_device, unwrap
+from .train_step import unwrap
 
 
 @torch.no_grad()
 def validate(
-    objective: nn.Module, batches: list[dict], autocast: contextlib.AbstractContextManager, accelerator
+    objective: nn.Module, batches: list[PackedBatch], autocast: contextlib.AbstractContextManager, accelerator
 ) -> dict[str, float]:
-    """Mean of every term over some batches, without training (together).
+    """Mean of every term over some batches, without training (all ranks).
 
     Args:
         objective: Maps a batch to summed terms, possibly wrapped for data parallelism.
@@ -31,7 +32,7 @@ def validate(
         # A process without a batch in the last round repeats one uncounted: shards can only be run together.
         # Uncompiled: a graph without gradients would be built for a handful of batches.
         with autocast, torch.compiler.set_stance("force_eager"):
-            output = inner(to_device(batches[place % len(batches)], accelerator.device))
+            output = inner(batches[place % len(batches)].to(accelerator.device))
         if place >= len(batches):
             continue
         for column, name in enumerate(inner.weights):

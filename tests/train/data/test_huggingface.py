@@ -324,7 +324,7 @@ def test_once_takes_every_row_of_a_stream_once(tars, checkpoints, next_token_con
     mixture = Mixture([load_records(config_of(tars, streaming=True))], 0)
     maker = ReplySamples(HoVLEProcessor.from_pretrained(checkpoints["tied"]))
     batches = PackedBatches(mixture, maker, next_token_config(), StreamPosition(), 0, 1, 0, once=True)
-    names = [name for batch in batches for name in batch["names"]]
+    names = [name for batch in batches for name in batch.names]
     assert len(names) == len(set(names)) == NUM_ROWS
 
 
@@ -337,11 +337,11 @@ def test_a_mixture_with_a_stream_is_packed_and_resumed_exactly(tars, data, check
         return PackedBatches(mixture, maker, config, start or StreamPosition(), rank, world_size, 0)
 
     straight = list(itertools.islice(batches(), 8))
-    assert any("huggingface:tars" in name for name in straight[0]["names"])
-    assert any("chat.jsonl" in name for name in straight[0]["names"])
-    names = [batch["names"] for batch in straight]
+    assert any("huggingface:tars" in name for name in straight[0].names)
+    assert any("chat.jsonl" in name for name in straight[0].names)
+    names = [batch.names for batch in straight]
     for num_workers in (0, 1, 2):
-        resumed = load_batches(batches(start=straight[3]["position"]), num_workers)
-        assert [batch["names"] for batch in itertools.islice(resumed, 4)] == names[4:]
-    ranks = [list(itertools.islice(batches(rank, 2, straight[3]["position"]), 2)) for rank in range(2)]
-    assert [ranks[place % 2][place // 2]["names"] for place in range(4)] == names[4:]
+        resumed = load_batches(batches(start=straight[3].position), num_workers)
+        assert [batch.names for batch in itertools.islice(resumed, 4)] == names[4:]
+    ranks = [list(itertools.islice(batches(rank, 2, straight[3].position), 2)) for rank in range(2)]
+    assert [ranks[place % 2][place // 2].names for place in range(4)] == names[4:]

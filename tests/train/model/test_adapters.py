@@ -39,9 +39,9 @@ def logits_of(model, batch) -> torch.Tensor:
     with torch.no_grad():
         model.eval()
         return model(
-            input_ids=batch["input_ids"],
-            pixel_values=PixelNormalization()(batch["pixel_values"]),
-            position_ids=batch["position_ids"],
+            input_ids=batch.input_ids,
+            pixel_values=PixelNormalization()(batch.pixel_values),
+            position_ids=batch.position_ids,
             use_cache=False,
         ).logits
 

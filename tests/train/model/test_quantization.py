@@ -29,10 +29,10 @@ def quantized(parts, next_token_config, bits):
     return model, quantize_language_model(model, bits, torch.float32, torch.device("cpu"))
 
 
-def logits_of(model, batch: dict) -> torch.Tensor:
-    pixel_values = NextTokenObjective(model).normalize(batch["pixel_values"])
-    names = ("input_ids", "position_ids")
-    return model(**{name: batch[name] for name in names}, pixel_values=pixel_values, use_cache=False).logits
+def logits_of(model, batch) -> torch.Tensor:
+    pixel_values = NextTokenObjective(model).normalize(batch.pixel_values)
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "pixel_values": pixel_values}
+    return model(**inputs, use_cache=False).logits
 
 
 def test_only_the_language_models_layers_shrink(quantized, bits):

@@ -9,8 +9,8 @@ from hovle.machine import speed
 from hovle.machine.speed import choose_dtype
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.records import Record, conversation
-from hovle.train.data.samplers import make_sampler
 from hovle.train.data.samples import ReplySamples
+from hovle.train.data.transforms import make_transform
 from hovle.train.model import layers
 from hovle.train.model.layers import checkpoint_activations, compile_layers
 from hovle.train.model.parameters import parameter_groups, select_trainable, store_parameters
@@ -158,7 +158,7 @@ def test_activation_checkpointing_runs_each_layer_twice_and_changes_no_bit(
         record = Record("x", conversation(picture, "Why?", "A bus"), others)
         stream = PackedBatches([record], ReplySamples(processor), next_token_config(), StreamPosition(), 0, 1, 0)
         batch = next(iter(stream))
-        assert "attention_mask" in batch
+        assert batch.attention_mask is not None
     objective = NextTokenObjective(model)
     calls: list[int] = []
     for index, layer in enumerate(model.model.language_model.layers):
@@ -168,7 +168,7 @@ def test_activation_checkpointing_runs_each_layer_twice_and_changes_no_bit(
         if enabled:
             checkpoint_activations(model)
         calls.clear()
-        objective(batch).terms["reply_nats"].backward()
+        objective(batch).terms["cross_entropy"].backward()
         assert sorted(calls) == sorted([0, 1, 2, 3] * (1 + enabled))
         gradients.append([item.grad for item in model.parameters()])
         model.zero_grad(set_to_none=True)
@@ -195,7 +195,7 @@ def test_activation_checkpointing_works_in_compiled_layers(parts, batches):
         if enabled:
             checkpoint_activations(model)
             assert compile_layers(model, "on")
-        objective(batch).terms["reply_nats"].backward()
+        objective(batch).terms["cross_entropy"].backward()
         gradients.append([item.grad for item in model.parameters()])
         model.zero_grad(set_to_none=True)
     for one, other in zip(*gradients, strict=True):
@@ -227,7 +227,7 @@ def test_a_stage_may_cut_pictures_into_fewer_tiles_than_the_model_allows(
     _, processor = parts
     wide = data / "pictures" / "00.png"  # two tiles and a thumbnail
     config = next_token_config(f"max_tiles_per_picture={'null' if limit is None else limit}")
-    maker = make_sampler(config, processor)
+    maker = make_transform(config, processor)
     sample = maker.make(Record("wide", conversation(wide, "what?", "a bus")), 0)
     assert int((sample.input_ids == parts[0].config.image_token_id).sum()) == tokens
     assert processor.image_processor.max_patches == 2

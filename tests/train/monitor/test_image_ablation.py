@@ -1,6 +1,6 @@
 """Blank and shuffled pictures, and the alarm of a run that does not look."""
 
-import contextlib
+import dataclasses
 import itertools
 import json
 from pathlib import Path
@@ -11,6 +11,7 @@ from PIL import Image
 
 from hovle.model.modeling_hovle import IGNORE_INDEX
 from hovle.train import run_stage
+from hovle.train.data.batch import PackedBatch
 from hovle.train.monitor.image_ablation import (
     BlindPicturesError,
     Examiner,
@@ -19,6 +20,8 @@ from hovle.train.monitor.image_ablation import (
     shuffle_pictures,
     split_pictures,
 )
+from hovle.train.objectives.next_token import NextTokenObjective
+from hovle.train.step.assembly import TrainableStep, prepare_model
 
 ANSWERS = {"red": "A bus and a tree", "blue": "3"}
 
@@ -73,7 +76,7 @@ def events(output: str, name: str) -> list[dict]:
 def test_a_run_whose_answers_need_no_picture_raises_the_alarm(color_config, capsys):
     config = color_config(False)
     run_stage(config)
-    [check] = events(config.output, "blind_check")
+    [check] = events(config.output, "image_ablation")
     [warning] = events(config.output, "warning")
     assert check["step"] == warning["step"] == 30
     assert max(check["blank_gap"], check["shuffled_gap"]) < 0.01
@@ -85,7 +88,7 @@ def test_a_run_whose_answers_need_no_picture_raises_the_alarm(color_config, caps
 def test_a_run_whose_answers_need_the_picture_does_not(color_config, capsys):
     config = color_config(True, "stop_when_images_ignored=true")
     run_stage(config)
-    [check] = events(config.output, "blind_check")
+    [check] = events(config.output, "image_ablation")
     assert check["blank_gap"] > 0.1
     assert check["shuffled_gap"] > 0.1
     assert not events(config.output, "warning")
@@ -131,20 +134,14 @@ def test_a_run_whose_pictures_cannot_be_checked_says_so_at_its_start(color_confi
 @pytest.fixture
 def examiner(parts, batches, next_token_config, data, one_process):
     """`examiner("key=value", ...)`: an examiner of two batches, and the list it logs to."""
-    from hovle.train.objectives.next_token import NextTokenObjective
 
     def build(*overrides: str) -> tuple[Examiner, list[dict]]:
         held_out = ("validation.source=chat", f"validation.path={data / 'chat.jsonl'}")
         entries: list[dict] = []
-        return Examiner(
-            NextTokenObjective(parts[0]),
-            parts[0].config,
-            batches("chat", 2),
-            next_token_config(*held_out, *overrides),
-            contextlib.nullcontext(),
-            one_process,
-            entries.append,
-        ), entries
+        config, model = next_token_config(*held_out, *overrides), parts[0]
+        trainable = prepare_model(model, config, torch.float32, one_process.device)
+        step = TrainableStep(trainable, NextTokenObjective(model), config, one_process, torch.float32).distribute()
+        return Examiner(step, batches("chat", 2), entries.append), entries
 
     return build
 
@@ -160,7 +157,7 @@ def test_the_same_step_is_validated_once(examiner):
     examine.examine(2)
     loss = examine.held_out_loss(2)
     assert [entry["event"] for entry in entries if entry["event"] == "validation"] == ["validation"]
-    assert loss == pytest.approx(entries[0]["reply_nats"])
+    assert loss == pytest.approx(entries[0]["cross_entropy"])
     examine.held_out_loss(4)
     assert [entry["step"] for entry in entries if entry["event"] == "validation"] == [2, 4]
 
@@ -170,8 +167,8 @@ def test_the_check_compares_replies_that_follow_a_picture(examiner, parts):
     examine.examine(4)
     validation, check = entries[:2]
     seeing = [only_after_pictures(batch, parts[0].config.image_token_id) for batch in examine.batches]
-    assert check["true_nats"] == pytest.approx(examine._measure(seeing)["reply_nats"])
-    assert check["true_nats"] != pytest.approx(validation["reply_nats"])  # some conversations have no picture
+    assert check["true_nats"] == pytest.approx(examine._measure(seeing)["cross_entropy"])
+    assert check["true_nats"] != pytest.approx(validation["cross_entropy"])  # some conversations have no picture
     assert check["blank_gap"] == pytest.approx(check["blank_nats"] - check["true_nats"])
     assert check["num_pictures"] == check["num_shuffled"] > 4
 
@@ -187,10 +184,11 @@ def test_no_alarm_is_raised_during_warm_up_or_when_switched_off(examiner):
 
 def test_without_pictures_there_is_nothing_to_alarm_about(examiner):
     examine, entries = examiner("min_picture_gap=9")
-    for batch in examine.batches:
-        batch["targets"] = torch.full_like(batch["targets"], IGNORE_INDEX)
+    examine.batches = [
+        dataclasses.replace(batch, targets=torch.full_like(batch.targets, IGNORE_INDEX)) for batch in examine.batches
+    ]
     assert examine.examine(4) is None
-    assert entries[-1] == {"event": "blind_check", "step": 4, "num_pictures": 0, "num_shuffled": 0}
+    assert entries[-1] == {"event": "image_ablation", "step": 4, "num_pictures": 0, "num_shuffled": 0}
 
 
 # --- variants of a batch ---------------------------------------------------------------------------------------------
@@ -200,11 +198,11 @@ def test_only_replies_after_a_picture_of_the_same_sample_keep_their_targets(batc
     token = parts[0].config.image_token_id
     lost = kept = 0
     for batch in batches("chat", 3):
-        found = only_after_pictures(batch, token)["targets"]
+        found = only_after_pictures(batch, token).targets
         for row in range(len(found)):
-            starts = [*(batch["position_ids"][row] == 0).nonzero().flatten().tolist(), found.shape[1]]
+            starts = [*(batch.position_ids[row] == 0).nonzero().flatten().tolist(), found.shape[1]]
             for start, end in itertools.pairwise(starts):
-                ids, before = batch["input_ids"][row, start:end], batch["targets"][row, start:end]
+                ids, before = batch.input_ids[row, start:end], batch.targets[row, start:end]
                 if token in ids:
                     assert torch.equal(found[row, start:end], before)
                     kept += int((before != IGNORE_INDEX).sum())
@@ -216,11 +214,11 @@ def test_only_replies_after_a_picture_of_the_same_sample_keep_their_targets(batc
 
 def test_blank_pictures_are_white_and_leave_the_batch_alone(batches):
     [batch] = batches("chat")
-    before = batch["pixel_values"].clone()
+    before = batch.pixel_values.clone()
     [blank] = blank_pictures([batch])
-    assert blank["pixel_values"].shape == before.shape
-    assert (blank["pixel_values"] == 255).all()
-    assert torch.equal(batch["pixel_values"], before)
+    assert blank.pixel_values.shape == before.shape
+    assert (blank.pixel_values == 255).all()
+    assert torch.equal(batch.pixel_values, before)
 
 
 def test_shuffling_gives_every_place_a_picture_of_as_many_tiles_that_differs(batches, parts):
@@ -237,12 +235,19 @@ def test_shuffling_gives_every_place_a_picture_of_as_many_tiles_that_differs(bat
         assert any(len(other) == len(new) and torch.equal(other, new) for other in before)
 
 
-def picture_batch(config, pictures: list[torch.Tensor]) -> dict:
+def picture_batch(config, pictures: list[torch.Tensor]) -> PackedBatch:
     """One row with these pictures between single words."""
     ids: list[int] = []
     for picture in pictures:
         ids += [5] + [config.image_token_id] * (len(picture) * config.image_seq_length)
-    return {"input_ids": torch.tensor([ids]), "pixel_values": torch.cat(pictures)}
+    input_ids = torch.tensor([ids])
+    return PackedBatch(
+        input_ids=input_ids,
+        targets=input_ids,
+        position_ids=torch.arange(len(ids))[None],
+        is_sample=torch.ones_like(input_ids, dtype=torch.bool),
+        pixel_values=torch.cat(pictures),
+    )
 
 
 def tiles(number: int, value: float) -> torch.Tensor:
@@ -253,7 +258,7 @@ def test_a_picture_shared_by_samples_is_not_exchanged_for_itself(parts):
     config = parts[0].config
     batch = picture_batch(config, [tiles(1, 1.0), tiles(1, 1.0), tiles(1, 2.0)])
     [shuffled], _, num_shuffled = shuffle_pictures([batch], config)
-    assert shuffled["pixel_values"][:, 0, 0, 0].tolist() == [2.0, 2.0, 1.0]
+    assert shuffled.pixel_values[:, 0, 0, 0].tolist() == [2.0, 2.0, 1.0]
     assert num_shuffled == 3
 
 
@@ -261,8 +266,8 @@ def test_a_picture_of_its_own_size_gets_anothers_tiles_and_a_lone_one_stays(part
     config = parts[0].config
     batch = picture_batch(config, [tiles(3, 1.0), tiles(1, 2.0)])
     [shuffled], num_pictures, num_shuffled = shuffle_pictures([batch], config)
-    assert shuffled["pixel_values"][:, 0, 0, 0].tolist() == [2.0, 2.0, 2.0, 1.0]
+    assert shuffled.pixel_values[:, 0, 0, 0].tolist() == [2.0, 2.0, 2.0, 1.0]
     alone = picture_batch(config, [tiles(2, 1.0)])
     [shuffled], num_pictures, num_shuffled = shuffle_pictures([alone], config)
-    assert torch.equal(shuffled["pixel_values"], alone["pixel_values"])
+    assert torch.equal(shuffled.pixel_values, alone.pixel_values)
     assert (num_pictures, num_shuffled) == (1, 0)

@@ -1,6 +1,8 @@
 """The page and the curves of a run, finished, going on, broken off or resumed."""
 
 import json
+import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,12 @@ from hovle.cli import main
 from hovle.train import run_stage
 from hovle.train.monitor.report import panels, read_run, speed_rows, state, summarize, warnings_of
 
-TERMS = {"reply_nats": 1.25, "reply_accuracy": 0.5}
+TERMS = {"cross_entropy": 1.25, "reply_accuracy": 0.5}
 
 SPEED = {
     "tokens_per_second": 100.0,
     "samples_per_second": 2.0,
-    "gemm_peak_ratio": 0.25,
+    "mfu": 0.25,
     "teacher_ratio": 0.0,
     "data_wait_ratio": 0.1,
     "padding_ratio": 0.03,
@@ -61,14 +63,14 @@ def run_folder(tmp_path):
     return write
 
 
-CHECK = {"event": "blind_check", "true_nats": 1.0, "blank_nats": 1.5, "shuffled_nats": 1.4, "blank_gap": 0.5}
+CHECK = {"event": "image_ablation", "true_nats": 1.0, "blank_nats": 1.5, "shuffled_nats": 1.4, "blank_gap": 0.5}
 CHECK |= {"shuffled_gap": 0.4, "num_pictures": 9, "num_shuffled": 9}
 
 FINISHED = [
     START,
     {"event": "validation", "step": 0, **TERMS},
     *(step(number, 3.0 - number / 4) for number in range(1, 7)),
-    {"event": "validation", "step": 6, "reply_nats": 0.75, "reply_accuracy": 0.9},
+    {"event": "validation", "step": 6, "cross_entropy": 0.75, "reply_accuracy": 0.9},
     {**CHECK, "step": 6},
     {"event": "finish", "step": 6},
 ]
@@ -82,7 +84,7 @@ def test_a_real_run_is_reported_by_the_command(next_token_config, data, capsys):
     page = (folder / "report.md").read_text()
     last = json.loads((folder / "log.jsonl").read_text().splitlines()[-4])
     assert f"| {last['loss']:.4g} |" in page
-    for name in ("validation: reply_nats", "pictures: blank_gap", "gemm_peak_ratio", "gemm_peak_tflops", "device"):
+    for name in ("validation: cross_entropy", "pictures: blank_gap", "mfu", "gemm_peak_tflops", "device"):
         assert f"| {name} | " in page
     assert "| --- | --- |" in page
     assert "![curves](report.png)" in page
@@ -95,7 +97,7 @@ def test_the_page_says_what_was_reached(run_folder):
     assert state(shown) == "Finished: 6 of 6 steps in 3.0 minutes of training."
     page = summarize(shown)
     assert "| training: loss | 2.75 | 1.5 |" in page
-    assert "| validation: reply_nats | 1.25 | 0.75 |" in page
+    assert "| validation: cross_entropy | 1.25 | 0.75 |" in page
     assert "| pictures: blank_gap | 0.5 | 0.5 |" in page
     assert "| trainable | stem, holistic_layers |" in page
     assert "## Warnings" not in page
@@ -115,10 +117,27 @@ def test_the_page_says_what_was_reached(run_folder):
     assert set(next(panel for panel in panels(shown) if panel.title == "terms").curves) == set(TERMS)
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({**step(1, 2.0), "gemm_peak_ratio": 0.5}, "gemm_peak_ratio is now mfu"),
+        ({**step(1, 2.0), "reply_nats": 2.0}, "reply_nats is now cross_entropy"),
+        ({**CHECK, "event": "blind_check", "step": 6}, "blind_check is now image_ablation"),
+    ],
+)
+def test_a_log_with_earlier_names_is_refused_with_todays_and_read_once_they_are_renamed(run_folder, entry, message):
+    folder = run_folder([*FINISHED, entry])
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_run(folder)
+    command = str(refusal.value).split("`")[1]
+    subprocess.run(shlex.split(command), check=True)
+    assert len(read_run(folder).entries) == len(FINISHED) + 1
+
+
 def test_rates_are_means_over_time(run_folder):
     steps = [step(1, 1.0), step(2, 1.0, tokens_per_second=400.0, elapsed_seconds=90.0)]
     assert ("tokens_per_second", "325.0") in speed_rows(steps)
-    assert ("gemm_peak_ratio", "25.0%") in speed_rows(steps)
+    assert ("mfu", "25.0%") in speed_rows(steps)
 
 
 def test_warnings_of_the_run_stand_on_the_page(run_folder):
@@ -128,14 +147,14 @@ def test_warnings_of_the_run_stand_on_the_page(run_folder):
 
 
 def test_what_was_not_checked_is_said(run_folder):
-    unchecked = [entry for entry in FINISHED if entry.get("event") not in ("blind_check", "validation")]
+    unchecked = [entry for entry in FINISHED if entry.get("event") not in ("image_ablation", "validation")]
     without = RECIPE.replace("validation: {source: chat}", "validation: null")
     assert warnings_of(read_run(run_folder(unchecked, recipe=without))) == [
         "Whether the pictures matter was not measured: there is no validation source."
     ]
     [found] = warnings_of(read_run(run_folder([*FINISHED[:-2], {**CHECK, "step": 6, "num_shuffled": 2}])))
     assert found.startswith("Only 2 of 9 held-out pictures could be shuffled")
-    none = {"event": "blind_check", "step": 6, "num_pictures": 0, "num_shuffled": 0}
+    none = {"event": "image_ablation", "step": 6, "num_pictures": 0, "num_shuffled": 0}
     [found] = warnings_of(read_run(run_folder([*FINISHED[:-2], none])))
     assert "no held-out reply follows a picture" in found
 

@@ -23,10 +23,10 @@ def test_tensorboard_receives_what_the_log_file_does(next_token_config, data, tm
         shown = events.Scalars(f"train/{name}")
         assert [item.step for item in shown] == [1, 2]
         assert [item.value for item in shown] == pytest.approx([entry[name] for entry in steps])
-    held_out = [entry["reply_nats"] for entry in entries if entry.get("event") == "validation"]
-    assert [item.value for item in events.Scalars("validation/reply_nats")] == pytest.approx(held_out)
+    held_out = [entry["cross_entropy"] for entry in entries if entry.get("event") == "validation"]
+    assert [item.value for item in events.Scalars("validation/cross_entropy")] == pytest.approx(held_out)
     assert len(held_out) == 2
-    assert "blind_check/blank_gap" in events.Tags()["scalars"]
+    assert "image_ablation/blank_gap" in events.Tags()["scalars"]
 
 
 def test_wandb_receives_what_the_log_file_does_without_a_network(next_token_config, data, tmp_path, monkeypatch):
@@ -50,10 +50,10 @@ def test_wandb_receives_what_the_log_file_does_without_a_network(next_token_conf
     for name in ("loss", "gradient_norm_stem", "tokens_per_second"):
         shown = [(row["_step"], row[f"train/{name}"]) for row in rows if f"train/{name}" in row]
         assert shown == [(entry["step"], entry[name]) for entry in steps]
-    held_out = [entry["reply_nats"] for entry in entries if entry.get("event") == "validation"]
-    assert [row["validation/reply_nats"] for row in rows if "validation/reply_nats" in row] == held_out
+    held_out = [entry["cross_entropy"] for entry in entries if entry.get("event") == "validation"]
+    assert [row["validation/cross_entropy"] for row in rows if "validation/cross_entropy" in row] == held_out
     assert len(held_out) == 2
-    assert any("blind_check/blank_gap" in row for row in rows)
+    assert any("image_ablation/blank_gap" in row for row in rows)
 
 
 def read_wandb(file: Path) -> tuple[str, dict, list[dict]]:

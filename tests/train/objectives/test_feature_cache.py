@@ -1,5 +1,6 @@
 """The feature cache: the teacher's own features, computed once; nothing wrong, damaged or stale is ever read."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from hovle import HoVLEImageProcessor
 from hovle.train import run_stage
 from hovle.train.config import LayerMatch, TeacherConfig
+from hovle.train.data.batch import TileBatch
 from hovle.train.data.mixture import Mixture
 from hovle.train.data.tiles import picture_key, read_tiles
 from hovle.train.objectives import feature_cache
@@ -64,12 +66,12 @@ def fill(config, teacher, image_processor, pictures):
     return build
 
 
-def batch_of(paths: list[str], image_processor: HoVLEImageProcessor) -> dict:
-    return {
-        "pixel_values": torch.cat([read_tiles(path, image_processor) for path in paths]),
-        "picture_keys": [picture_key(path) for path in paths],
-        "names": paths,
-    }
+def batch_of(paths: list[str], image_processor: HoVLEImageProcessor) -> TileBatch:
+    return TileBatch(
+        pixel_values=torch.cat([read_tiles(path, image_processor) for path in paths]),
+        picture_keys=[picture_key(path) for path in paths],
+        names=paths,
+    )
 
 
 def count_calls(monkeypatch) -> list[int]:
@@ -92,8 +94,8 @@ def count_calls(monkeypatch) -> list[int]:
 def test_a_batch_gets_the_features_the_teacher_gives_it(fill, teacher, image_processor, pictures):
     targets = CachedTargets(fill(), teacher.widths)
     batch = batch_of([pictures[5], pictures[0], pictures[3], pictures[5]], image_processor)
-    assert len(batch["pixel_values"]) == 1 + 3 + 3 + 1
-    expected = teacher.raw_features(batch["pixel_values"], GRID)
+    assert len(batch.pixel_values) == 1 + 3 + 3 + 1
+    expected = teacher.raw_features(batch.pixel_values, GRID)
     assert torch.equal(targets.raw_targets(batch, GRID), expected)
     assert torch.equal(targets.targets(batch, GRID), expected)
     targets.standardize([expected])
@@ -180,7 +182,7 @@ def test_tiles_that_are_not_the_pictures_are_refused(fill, teacher, image_proces
     targets = CachedTargets(fill(), teacher.widths)
     batch = batch_of(pictures[:2], image_processor)
     for change in (lambda tiles: tiles.flip(-1), lambda tiles: tiles.flip(-2), lambda tiles: tiles // 2):
-        augmented = {**batch, "pixel_values": change(batch["pixel_values"])}
+        augmented = dataclasses.replace(batch, pixel_values=change(batch.pixel_values))
         with pytest.raises(ValueError, match=r"are not those the cached features .* if they are augmented"):
             targets.targets(augmented, GRID)
 

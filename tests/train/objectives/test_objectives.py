@@ -9,6 +9,7 @@ from torch import nn
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train.config import ChatData, DistillationConfig, PictureData
+from hovle.train.data.batch import PackedBatch
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.readers import load_records
 from hovle.train.data.records import Record, conversation
@@ -27,9 +28,9 @@ class ColorTeacher(Targets):
         super().__init__(widths)
         self.register_buffer("table", torch.randn(3, sum(widths), generator=torch.Generator().manual_seed(0)))
 
-    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
+    def raw_targets(self, batch: PackedBatch, grid_size: int) -> torch.Tensor:
         # Black is no zero vector, which has no direction.
-        cells = nn.functional.adaptive_avg_pool2d(batch["pixel_values"].float() / 255 - 0.4, grid_size)
+        cells = nn.functional.adaptive_avg_pool2d(batch.pixel_values.float() / 255 - 0.4, grid_size)
         return cells.flatten(2).transpose(1, 2) @ self.table
 
 
@@ -42,30 +43,37 @@ def distillation(
     return DistillationObjective(model, ColorTeacher(*[width] * len(layers)), table, config, layers)
 
 
-def model_inputs(batch: dict) -> dict[str, torch.Tensor]:
+def model_inputs(batch: PackedBatch) -> dict[str, torch.Tensor]:
     """What the model itself takes of a batch."""
     return {
-        "input_ids": batch["input_ids"],
-        "pixel_values": PixelNormalization()(batch["pixel_values"]),
-        "position_ids": batch["position_ids"],
+        "input_ids": batch.input_ids,
+        "pixel_values": PixelNormalization()(batch.pixel_values),
+        "position_ids": batch.position_ids,
     }
 
 
-def samples_alone(batch: dict, tokens_per_tile: int, image_token_id: int) -> list[tuple[int, slice, dict]]:
+def samples_alone(
+    batch: PackedBatch, tokens_per_tile: int, image_token_id: int
+) -> list[tuple[int, slice, PackedBatch]]:
     """Cut a packed batch into batches of one sample each: (row, place in the row, batch)."""
     alone, tile = [], 0
-    for row in range(len(batch["input_ids"])):
-        length = int(batch["is_sample"][row].sum())
-        starts = [*(batch["position_ids"][row, :length] == 0).nonzero().flatten().tolist(), length]
+    for row in range(len(batch.input_ids)):
+        length = int(batch.is_sample[row].sum())
+        starts = [*(batch.position_ids[row, :length] == 0).nonzero().flatten().tolist(), length]
         for start, end in itertools.pairwise(starts):
             place = slice(start, end)
-            single = {name: batch[name][row : row + 1, place] for name in ("input_ids", "targets", "position_ids")}
-            num_tiles = int((single["input_ids"] == image_token_id).sum()) // tokens_per_tile
-            single["is_sample"] = torch.ones_like(single["input_ids"], dtype=torch.bool)
-            single["pixel_values"] = batch["pixel_values"][tile : tile + num_tiles]
+            input_ids = batch.input_ids[row : row + 1, place]
+            num_tiles = int((input_ids == image_token_id).sum()) // tokens_per_tile
+            single = PackedBatch(
+                input_ids=input_ids,
+                targets=batch.targets[row : row + 1, place],
+                position_ids=batch.position_ids[row : row + 1, place],
+                is_sample=torch.ones_like(input_ids, dtype=torch.bool),
+                pixel_values=batch.pixel_values[tile : tile + num_tiles],
+            )
             tile += num_tiles
             alone.append((row, place, single))
-    assert tile == len(batch["pixel_values"])
+    assert tile == len(batch.pixel_values)
     return alone
 
 
@@ -99,7 +107,7 @@ def test_packed_samples_give_the_hidden_states_they_give_alone(parts, batches, a
         return model.model(**inputs, use_cache=False).last_hidden_state
 
     [batch] = batches(source)
-    assert "attention_mask" not in batch  # one of all ones would let samples see each other
+    assert batch.attention_mask is None  # one of all ones would let samples see each other
     with torch.set_grad_enabled(attention != "flex_attention"):
         packed = hidden_states(batch)
         alone = samples_alone(batch, model.config.image_seq_length, model.config.image_token_id)
@@ -118,8 +126,8 @@ def test_a_sample_does_not_see_its_neighbours(parts, batches, attention):
     [batch] = batches("chat")
     inputs = model_inputs(batch)
     before = model.model(**inputs, use_cache=False).last_hidden_state
-    first_end = int((batch["position_ids"][0, 1:] == 0).nonzero()[0]) + 1
-    ids = batch["input_ids"].clone()
+    first_end = int((batch.position_ids[0, 1:] == 0).nonzero()[0]) + 1
+    ids = batch.input_ids.clone()
     ids[0, :first_end] = torch.where(ids[0, :first_end] == model.config.image_token_id, ids[0, :first_end], 7)
     after = model.model(**{**inputs, "input_ids": ids}, use_cache=False).last_hidden_state
     assert (after[0, :first_end] - before[0, :first_end]).abs().max() > 0.1
@@ -145,16 +153,16 @@ def test_questions_about_one_picture_give_the_loss_they_give_alone(parts, data, 
     config = next_token_config("row_length=200")
     maker = ReplySamples(processor)
     batch = next(iter(PackedBatches(records, maker, config, StreamPosition(), 0, 1, pad_token_id=0)))
-    assert batch["attention_mask"].shape == (2, 1, 200, 200)
+    assert batch.attention_mask.shape == (2, 1, 200, 200)
     output = objective(batch)
     total = count = 0.0
-    for name in batch["names"]:
+    for name in batch.names:
         for messages in conversations[int(name.split()[1])]:
             alone = objective(as_batch(maker, maker.make(Record("alone", messages), 0)))
-            total += float(alone.terms["reply_nats"].detach())
-            count += int(alone.counts["reply_nats"])
-    assert count == int(output.counts["reply_nats"]) > 20
-    assert float(output.terms["reply_nats"].detach()) == pytest.approx(total, rel=1e-6)  # worst 1e-7
+            total += float(alone.terms["cross_entropy"].detach())
+            count += int(alone.counts["cross_entropy"])
+    assert count == int(output.counts["cross_entropy"]) > 20
+    assert float(output.terms["cross_entropy"].detach()) == pytest.approx(total, rel=1e-6)  # worst 1e-7
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -179,13 +187,13 @@ def test_a_branch_changes_no_bit_when_another_one_says_something_else(parts, dat
         found = []
         for branch in range(1, len(records) + 1):
             outputs = model(
-                batch["input_ids"],
-                pixel_values=PixelNormalization()(batch["pixel_values"]),
-                position_ids=batch["position_ids"],
-                attention_mask=batch.get("attention_mask"),
+                batch.input_ids,
+                pixel_values=PixelNormalization()(batch.pixel_values),
+                position_ids=batch.position_ids,
+                attention_mask=batch.attention_mask,
             )
             logits = outputs.logits[0, : len(ids)][ids == branch]
-            targets = batch["targets"][0, : len(ids)][ids == branch]
+            targets = batch.targets[0, : len(ids)][ids == branch]
             nats = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
             model.zero_grad()
             nats.backward()
@@ -222,11 +230,11 @@ def test_next_token_loss_equals_that_of_the_model(parts, data):
         sample = sampler.make(record, index)
         batch = as_batch(sampler, sample)
         output = objective(batch)
-        pixel_values = PixelNormalization()(batch["pixel_values"]) if sample.pictures else None
+        pixel_values = PixelNormalization()(batch.pixel_values) if sample.pictures else None
         expected = model(sample.input_ids[None], pixel_values=pixel_values, labels=sample.labels[None]).loss
-        count = int(output.counts["reply_nats"])
+        count = int(output.counts["cross_entropy"])
         assert count == int((sample.labels != -100).sum())
-        torch.testing.assert_close(output.terms["reply_nats"] / count, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.terms["cross_entropy"] / count, expected, atol=1e-5, rtol=0)
 
 
 def test_next_token_loss_of_packed_rows_is_the_mean_over_all_their_replies(parts, batches):
@@ -237,22 +245,22 @@ def test_next_token_loss_of_packed_rows_is_the_mean_over_all_their_replies(parts
     total = count = 0.0
     for _, _, single in samples_alone(batch, model.config.image_seq_length, model.config.image_token_id):
         alone = objective(single)
-        total += float(alone.terms["reply_nats"].detach())
-        count += int(alone.counts["reply_nats"])
-    assert count == int(output.counts["reply_nats"])
-    assert float(output.terms["reply_nats"].detach()) == pytest.approx(total, rel=1e-5)
+        total += float(alone.terms["cross_entropy"].detach())
+        count += int(alone.counts["cross_entropy"])
+    assert count == int(output.counts["cross_entropy"])
+    assert float(output.terms["cross_entropy"].detach()) == pytest.approx(total, rel=1e-5)
 
 
-def as_batch(maker: SampleMaker, sample: Sample) -> dict:
+def as_batch(maker: SampleMaker, sample: Sample) -> PackedBatch:
     length = len(sample.input_ids)
-    return {
-        "input_ids": sample.input_ids[None],
-        "targets": sample.targets[None],
-        "position_ids": torch.arange(length)[None],
-        "is_sample": torch.ones(1, length, dtype=torch.bool),
-        "pixel_values": maker.load_pixels(sample.name, sample.pictures, sample.num_tiles),
-        "names": [sample.name],
-    }
+    return PackedBatch(
+        input_ids=sample.input_ids[None],
+        targets=sample.targets[None],
+        position_ids=torch.arange(length)[None],
+        is_sample=torch.ones(1, length, dtype=torch.bool),
+        pixel_values=maker.load_pixels(sample.name, sample.pictures, sample.num_tiles),
+        names=[sample.name],
+    )
 
 
 def test_logits_exist_only_where_there_are_targets(parts, batches):
@@ -260,9 +268,9 @@ def test_logits_exist_only_where_there_are_targets(parts, batches):
     shapes = []
     model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
     [batch] = batches("chat")
-    count = int((batch["targets"] != -100).sum())
+    count = int((batch.targets != -100).sum())
     NextTokenObjective(model)(batch)
-    assert 0 < count < batch["targets"].numel() / 2
+    assert 0 < count < batch.targets.numel() / 2
     assert shapes == [(count, model.config.text_config.vocab_size)]
 
 
@@ -271,9 +279,9 @@ def test_a_batch_without_pictures_still_reaches_the_stem(parts, data):
     records = load_records(ChatData(path=str(data / "chat.jsonl")))
     maker = ReplySamples(processor)
     text_only = as_batch(maker, maker.make(records[3], 0))
-    assert len(text_only["pixel_values"]) == 0
+    assert len(text_only.pixel_values) == 0
     output = NextTokenObjective(model)(text_only)
-    output.terms["reply_nats"].backward()
+    output.terms["cross_entropy"].backward()
     # Data parallelism waits for a gradient of every trainable parameter.
     for parameter in [*model.model.patch_embedding.parameters(), *model.model.projector.parameters()]:
         assert parameter.grad is not None
@@ -304,16 +312,16 @@ def test_distillation_never_calls_the_language_model(parts, batches):
 def test_text_terms_cover_all_that_is_no_picture_and_no_padding(parts, batches):
     model, processor = parts
     [batch] = batches("pictures")
-    assert not batch["is_sample"].all()
+    assert not batch.is_sample.all()
     counts = distillation(model).counts(batch)
-    ids = batch["input_ids"][batch["is_sample"]].tolist()
+    ids = batch.input_ids[batch.is_sample].tolist()
     num_image = ids.count(processor.image_token_id)
     assert int(counts["image_cosine"]) == int(counts["image_scale"]) == num_image
-    assert num_image == len(batch["pixel_values"]) * processor.image_seq_length
+    assert num_image == len(batch.pixel_values) * processor.image_seq_length
     assert int(counts["text_cosine"]) == int(counts["text_scale"]) == len(ids) - num_image
     per_sample = len(processor.tokenizer.encode("<|im_start|>user\n<img></img><|im_end|>\n<|im_start|>assistant\n"))
     per_sample += len(processor.tokenizer.encode("<|im_end|>\n")) + 2 * 10
-    assert len(ids) - num_image == len(batch["names"]) * per_sample
+    assert len(ids) - num_image == len(batch.names) * per_sample
 
 
 def test_distillation_is_the_papers_objective_plus_scale_control(parts, batches):
@@ -329,7 +337,7 @@ def test_distillation_is_the_papers_objective_plus_scale_control(parts, batches)
     for _, _, single in samples_alone(batch, processor.image_seq_length, processor.image_token_id):
         hidden = model.get_holistic_embeddings(**model_inputs(single)).language_inputs_embeds[0]
         targets = iter(objective.teacher.targets(single, 2).flatten(0, 1))
-        for token, vector in zip(single["input_ids"][0].tolist(), hidden, strict=True):
+        for token, vector in zip(single.input_ids[0].tolist(), hidden, strict=True):
             is_image = token == processor.image_token_id
             target = next(targets) if is_image else table[token]
             cosine = float((vector @ target / vector.norm() / target.norm()).detach())
@@ -409,8 +417,8 @@ def test_hd_distils_what_the_language_model_will_see(language_models, data, next
         )
     )
     output = distillation(model)(batch)
-    assert len(batch["names"]) > 1
-    assert int(output.counts["image_cosine"]) == len(batch["pixel_values"]) * 4
+    assert len(batch.names) > 1
+    assert int(output.counts["image_cosine"]) == len(batch.pixel_values) * 4
     torch.stack(list(output.terms.values())).sum().backward()
     assert model.model.projector.linear_1.weight.grad.abs().max() > 0
 
@@ -418,7 +426,7 @@ def test_hd_distils_what_the_language_model_will_see(language_models, data, next
 def image_outputs(objective: DistillationObjective, batch: dict, layer: int = -1) -> tuple[torch.Tensor, torch.Tensor]:
     """What one holistic layer gives at the picture positions, projected, and the targets: `(N, S, D)` each."""
     outputs = objective.model.get_holistic_embeddings(**model_inputs(batch), output_hidden_states=True)
-    is_image = batch["input_ids"] == objective.model.config.image_token_id
+    is_image = batch.input_ids == objective.model.config.image_token_id
     hidden_states = outputs.hidden_states[layer][is_image].view_as(outputs.image_hidden_states)
     return objective.projections[0](hidden_states), objective.teacher.targets(batch, 2)
 
@@ -470,7 +478,7 @@ def test_losses_of_micro_batches_add_up_to_that_of_the_batch(parts, batches, ima
         assert sum(int(one.counts[name]) for one in single) == int(whole.counts[name])
 
 
-def samples_alone_batches(batch: dict, processor: HoVLEProcessor) -> list[dict]:
+def samples_alone_batches(batch: PackedBatch, processor: HoVLEProcessor) -> list[PackedBatch]:
     return [single for _, _, single in samples_alone(batch, processor.image_seq_length, processor.image_token_id)]
 
 
@@ -492,7 +500,7 @@ def test_each_matched_layer_has_its_own_features_and_projection(parts, batches):
     expected = torch.zeros(())
     for layer, projection, target in zip((0, 1), objective.projections, (first, last), strict=True):
         hidden = model.get_holistic_embeddings(**model_inputs(batch), output_hidden_states=True).hidden_states[layer]
-        hidden = hidden[batch["input_ids"] == model.config.image_token_id].unflatten(0, target.shape[:2])
+        hidden = hidden[batch.input_ids == model.config.image_token_id].unflatten(0, target.shape[:2])
         expected = expected + nn.functional.cosine_similarity(projection(hidden), target, dim=-1).sum()
     torch.testing.assert_close(output.terms["image_cosine"], expected)
     assert output.counts["image_cosine"] == 2 * output.counts["image_scale"]

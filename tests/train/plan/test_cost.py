@@ -11,7 +11,7 @@ from hovle.train.config import load_stage
 from hovle.train.model import quantization
 from hovle.train.plan.command import TOLERANCE, check_stage
 from hovle.train.plan.cost import INT8_ROW_BYTES, QUANTIZED_BYTES, StageCost, Workload
-from hovle.train.plan.rehearsal import random_batch, rehearse
+from hovle.train.plan.random_step import measure_random_step, random_batch
 from hovle.train.plan.shapes import model_config
 
 # peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
@@ -37,7 +37,7 @@ NEXT_TOKEN = {
 
 def assert_counted(config, dtype, folder, tolerance: float) -> None:
     model = model_config(config)
-    measured = rehearse(config, model, dtype, folder)
+    measured = measure_random_step(config, model, dtype, folder)
     predicted = StageCost(config, model, dtype).flops(measured.workload)
     assert sum(predicted.values()) == pytest.approx(measured.flops, rel=tolerance)
 

@@ -9,7 +9,7 @@ import yaml
 
 from hovle.cli import main
 from hovle.train.config import load_stage
-from hovle.train.monitor.forecast import is_planned
+from hovle.train.monitor.estimate import is_planned
 from hovle.train.plan.command import check_stages, plan_stage, read_stages
 from hovle.train.plan.cost import StageCost, Workload
 from hovle.train.plan.devices import GPUS, choose_device

@@ -34,7 +34,7 @@ def test_the_example_goes_from_pictures_to_a_model(tmp_path, monkeypatch, langua
     model = HoVLEForConditionalGeneration.from_pretrained("runs/example/instruction_tuning/model")
     assert model.config.num_embedding_layers == 4
     entries = [json.loads(line) for line in Path("runs/example/alignment/log.jsonl").read_text().splitlines()]
-    assert {"start", "validation", "blind_check", "finish"} <= {entry.get("event") for entry in entries}
+    assert {"start", "validation", "image_ablation", "finish"} <= {entry.get("event") for entry in entries}
 
 
 def test_the_guide_names_what_is_there():

@@ -21,6 +21,7 @@ from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.language.text_perplexity import TextRetention
 from hovle.train import parallel
 from hovle.train.config import RetentionConfig, StageConfig, load_stage
+from hovle.train.data.batch import PackedBatch
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.readers import load_records
 from hovle.train.data.samples import ReplySamples
@@ -65,13 +66,13 @@ def folder(tmp_path_factory, next_token_values, distillation_values) -> Path:
     return folder
 
 
-def one_row_batches(config: StageConfig) -> list[dict]:
+def one_row_batches(config: StageConfig) -> list[PackedBatch]:
     """Four micro-batches of one row, with different numbers of supervised tokens."""
     assert config.model.checkpoint is not None
     maker = ReplySamples(HoVLEProcessor.from_pretrained(config.model.checkpoint))
     config = dataclasses.replace(config, rows_per_batch=1)
     stream = PackedBatches(load_records(config.data[0]), maker, config, StreamPosition(), 0, 1, pad_token_id=0)
-    return [{**batch, "position": None} for batch in itertools.islice(stream, 4)]
+    return list(itertools.islice(stream, 4))
 
 
 @pytest.fixture
@@ -80,14 +81,20 @@ def alone(folder):
     config = load_stage(str(folder / "next_token.yaml"))
     model = HoVLEForConditionalGeneration.from_pretrained(config.model.checkpoint, dtype=torch.float32)
     select_trainable(model, config)
-    return NextTokenObjective(model).train(), torch.load(folder / "batches.pt"), config
+    return NextTokenObjective(model).train(), torch.load(folder / "batches.pt", weights_only=False), config
 
 
-def join(batches: list[dict]) -> dict:
+def join(batches: list[PackedBatch]) -> PackedBatch:
     """One batch of all rows."""
-    names = [name for batch in batches for name in batch["names"]]
-    tensors = ("input_ids", "targets", "position_ids", "is_sample", "pixel_values")
-    return {"names": names, **{name: torch.cat([batch[name] for batch in batches]) for name in tensors}}
+    names = [name for batch in batches for name in batch.names]
+    return PackedBatch(
+        input_ids=torch.cat([batch.input_ids for batch in batches]),
+        targets=torch.cat([batch.targets for batch in batches]),
+        position_ids=torch.cat([batch.position_ids for batch in batches]),
+        is_sample=torch.cat([batch.is_sample for batch in batches]),
+        pixel_values=torch.cat([batch.pixel_values for batch in batches]),
+        names=names,
+    )
 
 
 @pytest.mark.parametrize("sharding", WAYS)
@@ -96,7 +103,7 @@ def test_two_processes_with_two_micro_batches_each_do_what_one_does_with_one_or_
     folder, alone, sharding, num_micro_batches
 ):
     objective, micro_batches, _ = alone
-    assert len({int((batch["targets"] != -100).sum()) for batch in micro_batches}) > 1  # a mean of means would differ
+    assert len({int((batch.targets != -100).sum()) for batch in micro_batches}) > 1  # a mean of means would differ
     if num_micro_batches == 1:
         micro_batches = [join(micro_batches)]
     # Not Adam: it divides by the gradient's size, so where a gradient is all rounding, the step would be too.
@@ -132,7 +139,7 @@ def test_the_optimizers_state_goes_on_with_another_number_of_processes(folder, a
 
 @pytest.mark.parametrize("sharding", WAYS)
 def test_a_loss_that_is_not_a_number_on_one_process_stops_all_and_names_its_batch(folder, sharding):
-    bad = torch.load(folder / "batches.pt")[2]["names"]
+    bad = torch.load(folder / "batches.pt", weights_only=False)[2].names
     for rank in range(2):
         message, same = torch.load(folder / f"nan-{sharding}-{rank}.pt")
         assert message.startswith(f"Loss is nan on the batch of {', '.join(bad)} ({len(bad)} samples); terms: ")
@@ -152,10 +159,10 @@ def test_two_processes_share_the_held_out_samples_that_one_measures_alone(folder
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**values, "output": str(tmp_path / "run")}))
     run_stage(load_stage(str(tmp_path / "recipe.yaml"), ["sharding=none"]))
     shared, alone = (
-        [entry for entry in read_log(run) if entry.get("event") in ("validation", "blind_check")]
+        [entry for entry in read_log(run) if entry.get("event") in ("validation", "image_ablation")]
         for run in (folder / f"held-out-{sharding}", tmp_path / "run")
     )
-    assert [entry["event"] for entry in alone] == ["validation", "validation", "blind_check"]
+    assert [entry["event"] for entry in alone] == ["validation", "validation", "image_ablation"]
     assert alone[-1]["num_pictures"] == alone[-1]["num_shuffled"] > 4
     for found, expected in zip(shared, alone, strict=True):
         assert found.pop("event") == expected.pop("event")
@@ -265,7 +272,7 @@ def test_a_torch_that_cannot_shard_here_says_so(alone, monkeypatch):
     monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
     processes = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"sharding: full does not work on cpu processes with torch .* newer torch"):
-        parallel.spread(alone[0], "full", processes)
+        parallel.wrap_data_parallel(alone[0], "full", processes)
 
 
 def test_a_launcher_that_wants_to_shard_by_itself_is_refused(monkeypatch):

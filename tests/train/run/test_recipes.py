@@ -8,6 +8,7 @@ import itertools
 import re
 
 import pytest
+from places import ROOT
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.cli import main
@@ -33,6 +34,15 @@ def starts(tmp_path_factory, language_models) -> dict[str, str]:
         )
         folders[location] = str(folder)
     return folders
+
+
+@pytest.mark.parametrize("stage", ["distillation", "alignment", "instruction_tuning"])
+def test_a_stage_script_tells_what_its_recipe_says(stage):
+    told = re.sub(r"\s+", " ", (ROOT / "train" / f"{stage}.py").read_text())
+    config = load_stage(f"demo/{stage}")
+    assert f" trains {', '.join(config.trainable)};" in told
+    assert f" towards {config.objective.name}:" in told
+    assert f'default="demo/{stage}"' in told
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

@@ -19,8 +19,9 @@ from hovle.train import run_stage
 from hovle.train.config import load_stage
 from hovle.train.data.skips import SkipBudgetError
 from hovle.train.monitor import image_ablation as diagnosis
-from hovle.train.run import loop, stage
+from hovle.train.run import start
 from hovle.train.run.checkpoint import SaveError, find_checkpoint, sorted_checkpoints
+from hovle.train.step import assembly
 from hovle.train.step.train_step import NonFiniteLossError
 
 # peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
@@ -111,7 +112,7 @@ def test_a_stage_learns_and_its_model_loads(next_token_config, data):
     folder = run_stage(next_token_config(*validation, groups, "num_steps=12", "learning_rate=0.01"))
     first, last = (entry for entry in read_log(folder.parent) if entry.get("event") == "validation")
     assert (first["step"], last["step"]) == (0, 12)
-    assert last["reply_nats"] < first["reply_nats"] - 1
+    assert last["cross_entropy"] < first["cross_entropy"] - 1
     model = HoVLEForConditionalGeneration.from_pretrained(folder)
     processor = HoVLEProcessor.from_pretrained(folder)
     assert model.dtype == torch.float32
@@ -224,7 +225,7 @@ def test_a_dry_run_shows_a_sample_that_fills_its_row(next_token_config, tmp_path
 
 def interrupt_at(monkeypatch, step: int) -> None:
     """Make the run stop inside this optimizer step, as a user or the machine might."""
-    original, calls = loop.train_step, []
+    original, calls = assembly.train_step, []
 
     def train_step(*args, **kwargs):
         calls.append(1)
@@ -232,7 +233,7 @@ def interrupt_at(monkeypatch, step: int) -> None:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    monkeypatch.setattr(assembly, "train_step", train_step)
 
 
 RESUMED = {
@@ -326,8 +327,8 @@ def test_the_held_out_samples_do_not_depend_on_how_a_step_is_cut(next_token_conf
         shape = (f"gradient_accumulation_steps={number}", "num_steps=1", "learning_rate=1e-20", "rows_per_batch=1")
         run_stage(next_token_config(*validation, *shape, f"output={tmp_path / str(number)}"))
         entries = [entry for entry in read_log(tmp_path / str(number)) if "event" in entry]
-        numbers = [entry for entry in entries if entry["event"] in ("validation", "blind_check")]
-        assert [entry["event"] for entry in numbers] == ["validation", "validation", "blind_check"]
+        numbers = [entry for entry in entries if entry["event"] in ("validation", "image_ablation")]
+        assert [entry["event"] for entry in numbers] == ["validation", "validation", "image_ablation"]
         found.append([{key: value for key, value in entry.items() if key != "time"} for entry in numbers])
     assert all(numbers == found[0] for numbers in found)
 
@@ -366,11 +367,11 @@ def test_too_many_skips_stop_the_run_and_name_the_worst(next_token_config, fault
 def test_the_number_format_is_measured_once(next_token_config, monkeypatch, tmp_path):
     config = next_token_config("dtype=auto", "checkpoint_every=2")
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "choose_dtype", lambda name, device: torch.bfloat16)
+        patch.setattr(start, "choose_dtype", lambda name, device: torch.bfloat16)
         interrupt_at(patch, 4)
         with pytest.raises(KeyboardInterrupt):
             run_stage(config)
-    monkeypatch.setattr(stage, "choose_dtype", lambda name, device: torch.float32)
+    monkeypatch.setattr(start, "choose_dtype", lambda name, device: torch.float32)
     run_stage(config, resume=True)
     starts = [entry for entry in read_log(tmp_path / "run") if entry.get("event") == "start"]
     assert [entry["dtype"] for entry in starts] == ["bfloat16", "bfloat16"]
@@ -462,7 +463,7 @@ def test_files_that_cannot_grow_leave_the_older_checkpoint_to_resume_from(next_t
     """The system itself refuses the writes here, somewhere inside the weights."""
     config = next_token_config("checkpoint_every=1", "num_steps=5")
     straight = run_stage(next_token_config("num_steps=5", f"output={tmp_path / 'straight'}"))
-    original, before = loop.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
+    original, before = assembly.train_step, resource.getrlimit(resource.RLIMIT_FSIZE)
     calls: list[int] = []
 
     def train_step(*args, **kwargs):
@@ -473,7 +474,7 @@ def test_files_that_cannot_grow_leave_the_older_checkpoint_to_resume_from(next_t
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(loop, "train_step", train_step)
+            patch.setattr(assembly, "train_step", train_step)
             with pytest.raises(
                 SaveError, match=r"step 3 .*File too large.*checkpoint-000002 is complete: continue it"
             ):
@@ -521,7 +522,7 @@ def test_the_checkpoint_with_the_smallest_validation_loss_stays(next_token_confi
     losses = iter([9.0, 3.0, 1.0, 2.0, 4.0, 3.0, 2.5])  # before the first step, after steps 1 to 5, after the last
 
     def validate(*args):
-        return {"reply_nats": next(losses), "reply_accuracy": 0.5, "image_norm_ratio": 1.0}
+        return {"cross_entropy": next(losses), "reply_accuracy": 0.5, "image_norm_ratio": 1.0}
 
     monkeypatch.setattr(diagnosis, "validate", validate)
     config = next_token_config(*validation, "keep_best=true", "checkpoint_every=1", "num_steps=6", "keep_last=2")
@@ -560,7 +561,7 @@ def test_the_next_stage_starts_where_the_last_one_ended(next_token_config, disti
     assert start["handoff"] < 1e-5
     after = [entry for entry in read_log(second.parent) if entry.get("event") == "validation"][-1]
     assert before["step"] == 0
-    assert before["reply_nats"] == pytest.approx(after["reply_nats"], abs=1e-5)
+    assert before["cross_entropy"] == pytest.approx(after["cross_entropy"], abs=1e-5)
 
 
 def test_a_model_folder_changed_between_stages_is_refused(next_token_config, tmp_path):

@@ -44,12 +44,12 @@ def make(recipe: str, sharding: str, accelerator):
     model = HoVLEForConditionalGeneration.from_pretrained(config.model.checkpoint, dtype=torch.float32)
     select_trainable(model, config)
     objective = NextTokenObjective(model).train()
-    return objective, parallel.spread(objective, sharding, accelerator), config
+    return objective, parallel.wrap_data_parallel(objective, sharding, accelerator), config
 
 
 def take_steps(folder: Path, recipe: str, sharding: str, accelerator) -> None:
     """Two steps of two micro-batches each; then Adam's state, and one more step with it."""
-    micro_batches = torch.load(folder / "batches.pt")[2 * accelerator.process_index :][:2]
+    micro_batches = torch.load(folder / "batches.pt", weights_only=False)[2 * accelerator.process_index :][:2]
     objective, wrapped, config = make(recipe, sharding, accelerator)
     sgd = torch.optim.SGD([item for item in objective.parameters() if item.requires_grad], lr=0.1)
     results = [vars(step(wrapped, sgd, micro_batches, accelerator)) for _ in range(2)]
@@ -65,10 +65,10 @@ def take_steps(folder: Path, recipe: str, sharding: str, accelerator) -> None:
 def meet_nan(folder: Path, recipe: str, sharding: str, accelerator) -> None:
     """One process meets a picture that is not a number; both must stop, with their weights untouched."""
     rank = accelerator.process_index
-    micro_batches = torch.load(folder / "batches.pt")[2 * rank :][:2]
+    micro_batches = torch.load(folder / "batches.pt", weights_only=False)[2 * rank :][:2]
     objective, wrapped, config = make(recipe, sharding, accelerator)
     if rank == 1:
-        bad = micro_batches[0]["pixel_values"]
+        bad = micro_batches[0].pixel_values
         objective.normalize.register_forward_hook(
             lambda module, inputs, pixels: pixels * float("nan") if inputs[0].equal(bad) else pixels
         )
@@ -85,7 +85,7 @@ def meet_an_error(folder: Path, accelerator) -> None:
     """One process is refused something; the other must not wait for it."""
     rank = accelerator.process_index
     try:
-        with parallel.together():
+        with parallel.fail_on_all_ranks():
             if rank == 1:
                 raise ValueError("the disk is mine")
     except (ValueError, StopRunError) as error:

@@ -11,14 +11,16 @@ from torch import nn
 
 from hovle import HoVLEForConditionalGeneration
 from hovle.train.config import StageConfig
+from hovle.train.data.batch import PackedBatch
 from hovle.train.model.parameters import select_trainable
 from hovle.train.monitor import meter as meters
 from hovle.train.monitor.meter import Meter
 from hovle.train.objectives.distillation import DistillationObjective
 from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.objectives.teachers import make_teacher
-from hovle.train.run import loop
 from hovle.train.run.loop import train
+from hovle.train.step import assembly
+from hovle.train.step.assembly import TrainableStep, prepare_model
 from hovle.train.step.optimizer import make_optimizer
 from hovle.train.step.train_step import NonFiniteLossError, train_step
 from hovle.train.step.validation import validate
@@ -46,13 +48,19 @@ def make_parts(checkpoints, next_token_config, distillation_config):
     return build
 
 
-def split(batch: dict, tokens_per_tile: int, image_token_id: int) -> list[dict]:
+def split(batch: PackedBatch, tokens_per_tile: int, image_token_id: int) -> list[PackedBatch]:
     """Cut a batch into batches of one row."""
-    num_tiles = (batch["input_ids"] == image_token_id).sum(dim=1) // tokens_per_tile
-    tiles = batch["pixel_values"].split(num_tiles.tolist())
-    names = ("input_ids", "targets", "position_ids", "is_sample")
+    num_tiles = (batch.input_ids == image_token_id).sum(dim=1) // tokens_per_tile
+    tiles = batch.pixel_values.split(num_tiles.tolist())
     return [
-        {**{name: batch[name][row : row + 1] for name in names}, "pixel_values": tiles[row], "names": [f"row {row}"]}
+        PackedBatch(
+            input_ids=batch.input_ids[row : row + 1],
+            targets=batch.targets[row : row + 1],
+            position_ids=batch.position_ids[row : row + 1],
+            is_sample=batch.is_sample[row : row + 1],
+            pixel_values=tiles[row],
+            names=[f"row {row}"],
+        )
         for row in range(len(tiles))
     ]
 
@@ -97,7 +105,7 @@ def test_a_step_without_anything_to_learn_from_leaves_weights_and_averages(make_
     parameters = [item for item in objective.parameters() if item.requires_grad]
     before = [item.detach().clone() for item in parameters]
     averages = [optimizer.state[item]["exp_avg"].clone() for item in parameters]
-    mute = {**batch, "targets": torch.full_like(batch["targets"], -100)}
+    mute = dataclasses.replace(batch, targets=torch.full_like(batch.targets, -100))
     result = train_step(objective, optimizer, [mute, mute], config.max_gradient_norm, FLOAT32)
     assert result.is_empty
     assert all(torch.equal(item, old) for item, old in zip(parameters, before, strict=True))
@@ -110,12 +118,12 @@ def test_a_step_without_anything_to_learn_from_leaves_weights_and_averages(make_
 
 def test_steps_without_anything_to_learn_from_are_counted(run_loop, monkeypatch):
     results = iter([True, True, False, True, False])
-    step = loop.train_step
 
     def train_step(*args, **kwargs):
-        return dataclasses.replace(step(*args, **kwargs), is_empty=next(results))
+        return dataclasses.replace(step_of(*args, **kwargs), is_empty=next(results))
 
-    monkeypatch.setattr(loop, "train_step", train_step)
+    step_of = assembly.train_step
+    monkeypatch.setattr(assembly, "train_step", train_step)
     entries, _ = run_loop("num_steps=5", "log_every=2")
     assert [entry["steps_without_loss"] for entry in entries] == [2, 1, 0]
 
@@ -159,7 +167,7 @@ def test_bfloat16_keeps_weights_and_loss_terms_in_float32(make_parts, batches):
     optimizer.zero_grad()
     [batch] = batches("chat")
     with autocast:
-        assert objective(batch).terms["reply_nats"].dtype == torch.float32
+        assert objective(batch).terms["cross_entropy"].dtype == torch.float32
     objective, optimizer, _ = make_parts("chat")
     result = train_step(objective, optimizer, [batch], 1.0, autocast)
     assert set(types) == {torch.bfloat16}
@@ -179,7 +187,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_the_batch(make_part
     objective, optimizer, _ = make_parts("chat")
     good, bad = batches("chat", 2)
     objective.normalize.register_forward_hook(
-        lambda module, inputs, pixels: pixels * float("nan") if inputs[0] is bad["pixel_values"] else pixels
+        lambda module, inputs, pixels: pixels * float("nan") if inputs[0] is bad.pixel_values else pixels
     )
     before = weights_of(objective)
     with pytest.raises(NonFiniteLossError, match=r"Loss is nan on the batch of chat\.jsonl:\d+, .*Weights are as bef"):
@@ -210,7 +218,7 @@ def test_validation_changes_nothing_and_does_not_depend_on_how_batches_are_cut(m
     model = objective.model
     parts = split(batch, model.config.image_seq_length, model.config.image_token_id)
     assert validate(objective, parts, FLOAT32, one_process) == pytest.approx(whole, rel=1e-5)
-    assert set(whole) == {"reply_nats", "reply_accuracy", "image_norm_ratio"}
+    assert set(whole) == {"cross_entropy", "reply_accuracy", "image_norm_ratio"}
     assert objective.training
     for old, new in zip(before, weights_of(objective), strict=True):
         assert torch.equal(old, new)
@@ -221,18 +229,16 @@ def run_loop(make_parts, batches, one_process):
     """`run_loop("key=value", ..., first_step=0)`: what the loop logs, and what it validates and saves."""
 
     def run(*overrides: str, first_step: int = 0) -> tuple[list[dict], list[tuple]]:
-        objective, optimizer, config = make_parts("chat", *overrides)
+        objective, _, config = make_parts("chat", *overrides)
+        trainable = prepare_model(objective.model, config, torch.float32, one_process.device)
+        step = TrainableStep(trainable, objective, config, one_process, torch.float32).distribute()
         entries: list[dict] = []
         saved: list[tuple] = []
         two = batches("chat", 2)
         train(
-            objective,
-            optimizer,
+            step,
             itertools.cycle(two),
-            config,
             first_step=first_step,
-            autocast=FLOAT32,
-            accelerator=one_process,
             meter=Meter(objective, two[0], FLOAT32, torch.float32, num_processes=1),
             log=entries.append,
             validate=lambda step: saved.append((step, "validated")),
@@ -250,7 +256,7 @@ def test_the_loop_logs_with_units_and_shows_a_progress_bar(run_loop, capsys):
     assert set(entries[0]) == {
         "step",
         "loss",
-        "reply_nats",
+        "cross_entropy",
         "reply_accuracy",
         "image_norm_ratio",
         "gradient_norm",
@@ -260,14 +266,14 @@ def test_the_loop_logs_with_units_and_shows_a_progress_bar(run_loop, capsys):
         "steps_without_loss",
         "tokens_per_second",
         "samples_per_second",
-        "gemm_peak_ratio",
+        "mfu",
         "teacher_ratio",
         "data_wait_ratio",
         "padding_ratio",
         "elapsed_seconds",
     }
     for entry in entries:
-        assert entry["loss"] == entry["reply_nats"] > 0
+        assert entry["loss"] == entry["cross_entropy"] > 0
         assert entry["tokens_per_second"] > entry["samples_per_second"] > 0
         assert 0 <= entry["padding_ratio"] < 0.5
         assert entry["teacher_ratio"] == 0
@@ -290,7 +296,7 @@ def test_the_learning_rate_follows_the_schedule_from_any_step(run_loop):
 
 def test_checkpoints_carry_the_position_of_the_last_batch(run_loop, batches):
     _, saved = run_loop("num_steps=4", "checkpoint_every=1", "gradient_accumulation_steps=2")
-    position = batches("chat", 2)[1]["position"]
+    position = batches("chat", 2)[1].position
     assert saved == [(1, position), (2, position), (3, position)]  # the end has its own folder
 
 

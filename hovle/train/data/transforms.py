@@ -1,4 +1,4 @@
-"""The maker of samples a recipe names."""
+"""What turns the records of a recipe into samples."""
 
 import copy
 
@@ -17,7 +17,7 @@ def limited_processor(config: StageConfig, processor: HoVLEProcessor) -> HoVLEPr
     return limited
 
 
-def make_sampler(config: StageConfig, processor: HoVLEProcessor):
+def make_transform(config: StageConfig, processor: HoVLEProcessor):
     """What turns records into samples for the objective."""
     processor = limited_processor(config, processor)
     if config.objective.name == "distillation":

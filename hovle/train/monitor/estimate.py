@@ -9,6 +9,7 @@ from ...machine.memory import peak_resident_bytes
 from ...machine.speed import matmul_flops_per_second
 from ...model.configuration_hovle import HoVLEConfig
 from ..config import StageConfig
+from ..data.batch import PackedBatch
 from ..plan.cost import StageCost, Workload
 from ..plan.devices import CPU_MFU, GIB, GPU_MFU, cpu_slack_ratio
 
@@ -18,7 +19,7 @@ def is_planned(config: StageConfig) -> bool:
     return config.teacher is None or config.teacher.kind == "timm"
 
 
-class Forecast:
+class Estimate:
     """Prediction and measurement of one run on the main process.
 
     Args:
@@ -29,7 +30,7 @@ class Forecast:
         accelerator: Knows processes and device.
     """
 
-    def __init__(self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: dict, accelerator):
+    def __init__(self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: PackedBatch, accelerator):
         self.device: torch.device = accelerator.device
         self.rates: list[float] = []
         self.predicted: dict[str, Any] | None = None
@@ -37,7 +38,7 @@ class Forecast:
             self.predicted = self._predict(config, model, dtype, batch, accelerator)
 
     def _predict(
-        self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: dict, accelerator
+        self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: PackedBatch, accelerator
     ) -> dict[str, Any]:
         work = Workload.of_batch(batch)
         with torch.random.fork_rng(devices=[]):  # the run's own random numbers stay as they are

@@ -18,18 +18,15 @@ import torch
 from ...machine.memory import keep_freed_memory, peak_resident_bytes
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
-from ..config import ExpectedData, StageConfig, load_stage
-from ..data.tiles import PixelNormalization
-from ..model.adapters import add_lora
-from ..model.layers import checkpoint_activations
-from ..model.parameters import parameter_groups, select_trainable, store_parameters
-from ..model.quantization import quantize_language_model
+from ..config import ExpectedData, NextTokenConfig, StageConfig, load_stage
+from ..data.batch import PackedBatch, TileBatch
+from ..model.parameters import parameter_groups
 from ..objectives.base import Objective
 from ..objectives.distillation import DistillationObjective
 from ..objectives.next_token import NextTokenObjective
 from ..objectives.teachers import Targets, make_teacher
-from ..step.optimizer import make_optimizer
-from ..step.train_step import train_step
+from ..parallel import OneProcess
+from ..step.assembly import TrainableModel, TrainableStep, number_format, prepare_model
 from .cost import FROM_LANGUAGE_MODEL, Workload
 from .operations import operation_counter
 from .shapes import teacher_shapes
@@ -37,7 +34,7 @@ from .shapes import teacher_shapes
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a rehearsal found."""
+    """What the steps took."""
 
     flops: int
     """Operations of one micro-batch, by torch's counter."""
@@ -51,17 +48,15 @@ class Measured:
     """What the micro-batch held."""
 
 
-def random_batch(config: StageConfig, model: HoVLEConfig) -> dict:
+def random_batch(config: StageConfig, model: HoVLEConfig) -> PackedBatch:
     """A packed micro-batch of random tokens and pixels, its samples as the recipe's `expected` describes them."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.rows_per_batch, config.row_length)
     ids = torch.randint(model.text_config.vocab_size - 1, shape, generator=generator)
-    batch = {
-        "input_ids": ids + (ids >= model.image_token_id),  # any token but the placeholder
-        "targets": torch.full(shape, IGNORE_INDEX),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
-        "is_sample": torch.zeros(shape, dtype=torch.bool),
-    }
+    input_ids = ids + (ids >= model.image_token_id)  # any token but the placeholder
+    targets = torch.full(shape, IGNORE_INDEX)
+    position_ids = torch.zeros(shape, dtype=torch.long)
+    is_sample = torch.zeros(shape, dtype=torch.bool)
     samples = random_samples(config, model)
     tiles_of_next, length, num_supervised = next(samples)
     num_tiles = num_samples = 0
@@ -69,19 +64,22 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> dict:
         end = 0
         while end + length <= config.row_length:
             start, end = end, end + length
-            batch["input_ids"][row, start : start + tiles_of_next * model.image_seq_length] = model.image_token_id
-            batch["targets"][row, end - num_supervised : end] = batch["input_ids"][row, end - num_supervised : end]
-            batch["position_ids"][row, start:end] = torch.arange(length)
-            batch["is_sample"][row, start:end] = True
+            input_ids[row, start : start + tiles_of_next * model.image_seq_length] = model.image_token_id
+            targets[row, end - num_supervised : end] = input_ids[row, end - num_supervised : end]
+            position_ids[row, start:end] = torch.arange(length)
+            is_sample[row, start:end] = True
             num_tiles, num_samples = num_tiles + tiles_of_next, num_samples + 1
             tiles_of_next, length, num_supervised = next(samples)
-        batch["position_ids"][row, end:] = torch.arange(config.row_length - end)
+        position_ids[row, end:] = torch.arange(config.row_length - end)
     tiles = (num_tiles, model.num_channels, model.image_size, model.image_size)
-    return {
-        **batch,
-        "pixel_values": torch.randint(256, tiles, generator=generator, dtype=torch.uint8),
-        "names": ["random"] * num_samples,
-    }
+    return PackedBatch(
+        input_ids=input_ids,
+        targets=targets,
+        position_ids=position_ids,
+        is_sample=is_sample,
+        pixel_values=torch.randint(256, tiles, generator=generator, dtype=torch.uint8),
+        names=["random"] * num_samples,
+    )
 
 
 def random_samples(config: StageConfig, model: HoVLEConfig) -> Iterator[tuple[int, int, int]]:
@@ -96,8 +94,8 @@ def random_samples(config: StageConfig, model: HoVLEConfig) -> Iterator[tuple[in
         yield num_tiles, num_tiles * model.image_seq_length + num_text, round(expected.supervised_tokens_per_sample)
 
 
-def rehearse(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype, folder: Path) -> Measured:
-    """Take three steps, the last under torch's counter of operations.
+def measure_random_step(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype, folder: Path) -> Measured:
+    """Take three steps, the last under torch's counter of operations; layers run uncompiled.
 
     Args:
         config: The stage.
@@ -105,22 +103,22 @@ def rehearse(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype,
         dtype: Number format of matrix products.
         folder: An empty folder, for the random weights of a teacher.
     """
-    keep_freed_memory(torch.device("cpu"))  # as runs do
+    process = OneProcess(torch.device("cpu"))
+    keep_freed_memory(process.device)  # as runs do
     warm_up(config, dtype)
     process_bytes = peak_resident_bytes()
     torch.manual_seed(0)
-    objective = random_objective(config, model_config, dtype, folder).train()
-    if config.activation_checkpointing:
-        checkpoint_activations(objective.model)
-    optimizer = make_optimizer(objective, config)
+    config = dataclasses.replace(config, compile="off")
+    trainable = prepare_model(random_model(model_config, dtype), config, dtype, process.device)
+    objective = random_objective(config, trainable, folder)
+    assembled = TrainableStep(trainable, objective, config, process, dtype).distribute()
     batch = random_batch(config, model_config)
     # Two stand for more: gradients of the first are there while the second runs.
     batches = [batch] * min(2, config.gradient_accumulation_steps)
-    autocast = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
 
     def step() -> float:
         started_at = time.perf_counter()
-        train_step(objective, optimizer, batches, config.max_gradient_norm, autocast)
+        assembled.step(0, batches)
         return time.perf_counter() - started_at
 
     step()  # after it the optimizer has its state
@@ -140,27 +138,26 @@ def warm_up(config: StageConfig, dtype: torch.dtype) -> None:
         importlib.import_module("timm")
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with number_format(torch.device("cpu"), dtype):
         loss = model(torch.ones(1, 1)).sum()
     loss.backward()
     optimizer.step()
 
 
-def random_objective(config: StageConfig, model_config: HoVLEConfig, dtype: torch.dtype, folder: Path) -> Objective:
-    """What `set_up` builds from files, with random weights; those of the language model are as if released."""
-    model = HoVLEForConditionalGeneration._from_config(model_config)
+def random_model(config: HoVLEConfig, dtype: torch.dtype) -> HoVLEForConditionalGeneration:
+    """A model with random weights; those of its language model are as if released in `dtype`."""
+    model = HoVLEForConditionalGeneration._from_config(config)
     groups = parameter_groups(model)
     for parameter in (item for name in FROM_LANGUAGE_MODEL for item in groups[name]):
         parameter.data = parameter.data.to(dtype).float()
-    text_table = model.model.input_embedding_matrix()
-    select_trainable(model, config)
-    if config.lora is not None:
-        add_lora(model, config.lora)
-    store_parameters(model, dtype)
-    if config.quantize_frozen != "none":
-        quantize_language_model(model, config.quantize_frozen, dtype, torch.device("cpu"))
-    if config.objective.name == "next_token":
-        return NextTokenObjective(model, PixelNormalization())
+    return model
+
+
+def random_objective(config: StageConfig, trainable: TrainableModel, folder: Path) -> Objective:
+    """What `make_objective` builds from files, with a random teacher."""
+    model, text_table = trainable.model, trainable.text_table
+    if isinstance(config.objective, NextTokenConfig):
+        return NextTokenObjective(model)
     assert config.teacher is not None  # StageConfig wants one with this objective
     student_layers = [match.student for match in config.teacher.layers]
     if config.teacher.cache is not None:
@@ -177,15 +174,15 @@ def random_objective(config: StageConfig, model_config: HoVLEConfig, dtype: torc
 class RandomTargets(Targets):
     """What a cache of features would give."""
 
-    def raw_targets(self, batch: dict, grid_size: int) -> torch.Tensor:
-        return torch.randn(len(batch["pixel_values"]), grid_size**2, sum(self.widths))
+    def raw_targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
+        return torch.randn(len(batch.pixel_values), grid_size**2, sum(self.widths))
 
 
 def main(folder: Path, dtype: str) -> None:
-    """Rehearse the recipe and model config of a folder; print what was measured as JSON."""
+    """Take the steps of the recipe and model config of a folder; print what was measured as JSON."""
     config, model_config = load_stage(str(folder / "recipe.yaml")), HoVLEConfig.from_pretrained(folder)
     with contextlib.redirect_stdout(sys.stderr):
-        measured = rehearse(config, model_config, getattr(torch, dtype), folder)
+        measured = measure_random_step(config, model_config, getattr(torch, dtype), folder)
     print(json.dumps(dataclasses.asdict(measured)))  # noqa: T201 - this is the process's output
 
 

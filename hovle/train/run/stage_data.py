@@ -1,0 +1,102 @@
+"""The data of a run: what it trains on, what is held out, and what of either cannot be used."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ...model.processing_hovle import HoVLEProcessor
+from ..config import StageConfig
+from ..data.batch import PackedBatch
+from ..data.mixture import Mixture, open_mixture
+from ..data.packing import PackedBatches, StreamPosition, load_batches
+from ..data.skips import NO_FAULTS, SkipLedger, describe_skips
+from ..data.transforms import make_transform
+from ..parallel import fail_on_all_ranks, gather
+
+
+class StageData:
+    """Batches of one process.
+
+    Args:
+        config: The stage.
+        mixture: What training reads.
+        processor: Of the model.
+        accelerator: Knows the processes.
+        state: What the checkpoint to resume from holds, or None.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        mixture: Mixture,
+        processor: HoVLEProcessor,
+        accelerator: Any,
+        state: dict | None = None,
+    ):
+        self.config = config
+        self.mixture = mixture
+        self.processor = processor
+        self.accelerator = accelerator
+        self.start = StreamPosition()
+        self.skips = SkipLedger(config.max_skip_fraction)
+        if state:
+            self.start = StreamPosition.join([state["position"]])
+            self.skips.load_state_dict(state["skips"])
+
+    def _packed(self, mixture: Mixture, config: StageConfig, start: StreamPosition, **options) -> PackedBatches:
+        maker, pad_token_id = make_transform(config, self.processor), self.processor.tokenizer.pad_token_id or 0
+        return PackedBatches(mixture, maker, config, start, pad_token_id=pad_token_id, **options)
+
+    def batches(self, start: StreamPosition | None = None) -> PackedBatches:
+        """Training batches of this process, from the beginning or from a position."""
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        return self._packed(self.mixture, self.config, start or StreamPosition(), rank=rank, world_size=world_size)
+
+    def training_batches(self) -> Iterator[PackedBatch]:
+        """What training reads, from where an earlier run left it; skips are noted."""
+        for batch in load_batches(self.batches(self.start), self.config.num_workers):
+            self.skips.add(batch)
+            yield batch
+
+    def held_out_batches(self) -> list[PackedBatch]:
+        """The first batches of the validation source, no record twice: the same on every process (all ranks).
+
+        They are packed as one process with one micro-batch in a step would, so that neither number changes them.
+        """
+        if self.config.validation is None:
+            return []
+        with fail_on_all_ranks():
+            mixture = open_mixture([self.config.validation], self.config.seed)
+            config = dataclasses.replace(self.config, gradient_accumulation_steps=1)
+            stream = self._packed(mixture, config, StreamPosition(), rank=0, world_size=1, once=True)
+            batches = list(itertools.islice(stream, self.config.num_validation_batches))
+            skips = SkipLedger(self.config.max_skip_fraction)
+            for batch in batches:
+                skips.add(batch)
+            skips.share()
+            skips.check()
+            if not any(batch.names for batch in batches):
+                raise ValueError(
+                    f"The validation source {self.config.validation.label} has no sample that can be used.\n"
+                    + describe_skips(skips.reasons, skips.worst)
+                )
+        return batches
+
+    def usable(self, held_out: list[PackedBatch], log: Callable[[dict], None], step: int) -> list[PackedBatch]:
+        """Held-out batches that hold a sample; what could not be used of any is logged."""
+        for skip in (skip for batch in held_out for skip in batch.skips):
+            log({"event": "skip", "step": step, **skip._asdict()})
+        return [batch for batch in held_out if batch.names]
+
+    def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
+        """Log each new skip of all processes, and give the counts for the step's own entry (all ranks).
+
+        Raises:
+            SkipBudgetError: When there are too many.
+        """
+        for skip in self.skips.share(gather):
+            if skip.reason not in NO_FAULTS:  # no fault, and there may be millions: counted is enough
+                log({"event": "skip", "step": step, **skip._asdict()})
+        self.skips.check()
+        return self.skips.summary()
