@@ -182,7 +182,7 @@ class HoVLEConfig(PreTrainedConfig):
         if self.image_token_id >= (vocab_size := self.text_config.vocab_size):
             raise ValueError(
                 f"image_token_id ({self.image_token_id}) must lie below text_config.vocab_size ({vocab_size}): the "
-                f"placeholder is one of its rows. Set another, or vocab_size to {self.image_token_id + 1}."
+                f"placeholder is an input embedding. Set another, or vocab_size to {self.image_token_id + 1}."
             )
 
     def tokens_per_tile(self, tile_size: int) -> int:
