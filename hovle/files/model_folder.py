@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from .documents import load_json
+
 
 def refuse_missing_folder(model: str | os.PathLike) -> None:
     """Raise for a folder without a model; a mistyped path would be taken for a Hub id and asked for over the network.
@@ -10,9 +12,10 @@ def refuse_missing_folder(model: str | os.PathLike) -> None:
     Hub ids are `owner/name`. Anything else is a path, and so is `first/second` where there is a folder `first`.
 
     Raises:
-        ValueError: For a path without a folder, or without a config.json in it.
+        ValueError: For a path without a folder, or without a config.json in it, and for a damaged JSON file there.
     """
     name = os.fspath(model)
+    refuse_unreadable_documents(name)
     looks_like_path = name.startswith((".", "/", "~")) or name.count("/") != 1 or Path(name).parent.is_dir()
     if not looks_like_path or (Path(name) / "config.json").is_file():
         return
@@ -23,6 +26,16 @@ def refuse_missing_folder(model: str | os.PathLike) -> None:
     there = sorted(path.parent.name for path in parent.glob("*/config.json")) if parent.is_dir() else []
     beside = f" In {parent} there are {', '.join(there[:8])}{', ...' if there[8:] else ''}." if there else ""
     raise ValueError(f"No model in {name}, as there is no such folder: {expected}{beside}")
+
+
+def refuse_unreadable_documents(folder: str | os.PathLike) -> None:
+    """Raise ValueError, with the file's name, where JSON of a folder is damaged or nested without end.
+
+    transformers reads config, tokenizer and processor with Python's own reader, which such files make fail anyhow.
+    """
+    for path in sorted(Path(folder).glob("*.json")):
+        if path.is_file():
+            load_json(path)
 
 
 def refuse_missing_processor(model: str | os.PathLike) -> None:
