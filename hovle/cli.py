@@ -5,7 +5,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from .errors import StopRunError
+from .errors import StopRunError, printable
 from .requirements import unmet
 
 COMMANDS = {
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refuse(name: str, message: str) -> int:
-    print(f"hovle {name}: {message}", file=sys.stderr)  # noqa: T201 - this is the command's output
+    print(f"hovle {name}: {printable(message)}", file=sys.stderr)  # noqa: T201 - this is the command's output
     return 1
 
 

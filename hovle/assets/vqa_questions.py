@@ -1,12 +1,13 @@
 """The questions of easy-VQA, and how they are drawn so that wording alone does not tell the answer."""
 
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ..files.documents import load_json
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Question:
 
 def load_questions(folder: Path) -> list[Question]:
     """Read one easy-VQA split: `questions.json` beside `images/`."""
-    rows = json.loads((folder / "questions.json").read_text(encoding="utf-8"))
+    rows = load_json(folder / "questions.json")
     return [Question(question, answer, folder / "images" / f"{image}.png") for question, answer, image in rows]
 
 

@@ -46,9 +46,9 @@ from ..train.data.batch import BatchLayout, PackedBatch
 from ..train.data.packing import pack_rows
 from ..train.data.readers import load_records
 from ..train.data.records import Record, picture_item, picture_sources
-from ..train.data.samplers import limited_processor
 from ..train.data.samples import ReplySamples, Sample
 from ..train.data.tiles import PixelNormalization
+from ..train.data.transforms import limited_processor
 from ..train.model.parameters import select_trainable, store_parameters
 from ..train.model.start import start_model
 from ..train.monitor.run_log import run_environment

@@ -10,21 +10,25 @@ inference loads them, `--to released` needs them. The other way, hovle_config.js
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.configuration_utils import PreTrainedConfig
 
+from ..errors import foreign_errors, printable, printable_name
+from ..files.atomic import appear_when_complete
 from ..files.checkpoint_files import (
     CONFIG,
     LICENCE,
     Checkpoint,
     Output,
-    appear_when_complete,
+    check_layers,
     copy_json,
     dump_json,
     inside,
@@ -34,7 +38,7 @@ from ..files.checkpoint_files import (
     write_weights,
 )
 from ..model.configuration_hovle import HoVLEConfig
-from ..model.image_processing_hovle import HoVLEImageProcessor
+from ..model.image_processing_hovle import MOST_TILES, HoVLEImageProcessor
 from ..model.language_model import IMAGE_TOKENS
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.processing_hovle import HoVLEProcessor
@@ -48,8 +52,8 @@ from .released_layout import (
     check_same_model,
     hovle_config,
     is_extra,
-    load_config,
     read_field,
+    read_number,
     released_config,
     tensor_rows,
     tile_size,
@@ -66,6 +70,9 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
 )
+
+LAYERS = {"embedding_config": "embedding_model.encoder.", "llm_config": "language_model.model.layers."}
+"""Section of the released config -> what the names of its layers' tensors begin with."""
 
 TIED_HEAD = "tied_head"
 """Metadata key of the extra file: the source stored its tied head although the table says it all."""
@@ -149,6 +156,9 @@ def _plan_hovle(src: Path) -> Plan:
         raise ValueError(f"{src} is a hovle model already; `--to released` converts it back.")
     config = hovle_config(released)
     source = Checkpoint(src)
+    for section, prefix in LAYERS.items():
+        count = read_field(released, f"{section}.num_hidden_layers", int)
+        check_layers(source.names, prefix, count, f"{section}.num_hidden_layers")
     ties = read_field(released, "llm_config.tie_word_embeddings", bool)
     copies = {HEAD: UNUSED_TABLE} if ties and HEAD in source else {}
     if ties and _same_bits(source, UNUSED_TABLE, TEXT_TABLE):
@@ -164,21 +174,19 @@ def _plan_hovle(src: Path) -> Plan:
     config.architectures = [HoVLEForConditionalGeneration.__name__]
     config.auto_map = dict(AUTO_MAP)
     config.dtype = source.common_dtype()
-    content = config.to_json_string(use_diff=False).encode()
+    content, remarks = config.to_json_string(use_diff=False).encode(), _other_tiles(released)
     if (src / HOVLE_CONFIG).exists():
-        check_same_model(HOVLE_CONFIG, config, load_config(read_json(src, HOVLE_CONFIG)))
-        kept = read_json(src, HOVLE_CONFIG)
-        if kept.get("auto_map") == AUTO_MAP:
-            content = inside(src, HOVLE_CONFIG).read_bytes()
-        else:  # pointers to foreign code stay behind
-            content = dump_json(kept | {"auto_map": AUTO_MAP})
+        content, left_behind = _kept_config(src, config)
+        if left_behind:
+            names = ", ".join(map(printable_name, left_behind))
+            remarks.append(f"{HOVLE_CONFIG} holds what a hovle model has no field for, which stays behind: {names}.")
     plan = Plan(
         outputs=[output for output in outputs if not is_extra(output.name)],
         documents={CONFIG: content, RELEASED_CONFIG: inside(src, CONFIG).read_bytes()},
         extra=[output for output in outputs if is_extra(output.name)],
         extra_metadata={TIED_HEAD: "stored"} if HEAD in copies else {},
         image_processor=_image_processor(released, config),
-        remarks=_other_tiles(released),
+        remarks=remarks,
     )
     if tile_size(released) != config.image_size:
         plan.remarks.append(
@@ -188,12 +196,41 @@ def _plan_hovle(src: Path) -> Plan:
     return plan
 
 
+def _kept_config(src: Path, config: HoVLEConfig) -> tuple[bytes, list[str]]:
+    """The hovle config that lies beside a released checkpoint, and what of it stays behind.
+
+    It comes from anyone and config.json says what is loaded and run, so only fields that describe a model travel.
+
+    Args:
+        src: Folder of the checkpoint.
+        config: The same model as the released config describes it; ValueError unless both agree.
+    """
+    kept = read_json(src, HOVLE_CONFIG)
+    known = {name: value for name, value in kept.items() if name in _fields(config)}
+    left_behind = kept.keys() - known.keys()
+    if isinstance(text := kept.get("text_config"), dict):
+        known["text_config"] = {name: value for name, value in text.items() if name in _fields(config.text_config)}
+        left_behind |= {f"text_config.{name}" for name in text.keys() - known["text_config"].keys()}
+    check_same_model(HOVLE_CONFIG, config, HoVLEConfig.from_dict(dict(known)))
+    known |= {"auto_map": config.auto_map, "architectures": config.architectures}
+    if known == kept:
+        return inside(src, HOVLE_CONFIG).read_bytes(), []
+    if kept.get("auto_map") == config.auto_map:
+        left_behind -= {"auto_map"}
+    return dump_json(known), sorted(left_behind)
+
+
+def _fields(config: PreTrainedConfig) -> set[str]:
+    """Names of the fields that describe a model; others can name code, kernels or files."""
+    return {field.name for field in fields(config)} | {"model_type", "output_attentions", "_name_or_path"}
+
+
 def _plan_released(src: Path) -> Plan:
     """Prepare the way to the released layout; checks everything but the values."""
     content = read_json(src, CONFIG)
     if content.get("model_type") != HoVLEConfig.model_type:
-        raise ValueError(f"{src} is no hovle model: model_type is {content.get('model_type')!r}.")
-    config = load_config(content)
+        raise ValueError(f"{src} is no hovle model: model_type is {content.get('model_type')!r:.80}.")
+    config = HoVLEConfig.from_dict(content)
     source = Checkpoint(src, RELEASED_EXTRA)
     has_config = (src / RELEASED_CONFIG).exists()
     if has_config != source.has_extra:
@@ -203,6 +240,8 @@ def _plan_released(src: Path) -> Plan:
     ties = read_field(released, "llm_config.tie_word_embeddings", bool)
     described = hovle_config(released, tie_word_embeddings=ties and config.tie_word_embeddings)
     check_same_model(RELEASED_CONFIG if has_config else "The released layout", described, config)
+    num_layers = config.text_config.num_hidden_layers
+    check_layers(source.names, "model.language_model.layers.", num_layers, "text_config.num_hidden_layers")
     copies = {}
     if config.tie_word_embeddings or not source.has_extra:
         copies[UNUSED_TABLE] = TEXT_TABLE
@@ -268,15 +307,14 @@ def _save_tokenizer_files(src: Path, dst: Path, to: str) -> str | None:
     """Copy the tokenizer; return what the user should know about it, or None when there is nothing to say."""
     present = [name for name in TOKENIZER_FILES if (src / name).exists()]
     try:
-        for name in present:
-            if name.endswith(".json"):
-                copy_json(src, dst, name)
-            else:
-                shutil.copyfile(inside(src, name), dst / name)
+        with _whole_or_not(dst), foreign_errors("No tokenizer was copied"):
+            for name in present:
+                if name.endswith(".json"):
+                    copy_json(src, dst, name)
+                else:
+                    shutil.copyfile(inside(src, name), dst / name)
     except ValueError as error:
-        for name in present:
-            (dst / name).unlink(missing_ok=True)
-        return f"No tokenizer was copied: {error} Weights and config are complete."
+        return f"{error} Weights and config are complete."
     if "tokenizer.json" in present:
         return None
     if "tokenizer.model" in present:
@@ -287,21 +325,40 @@ def _save_tokenizer_files(src: Path, dst: Path, to: str) -> str | None:
 def _save_fast_tokenizer(src: Path, dst: Path) -> str | None:
     """Write the fast form of a SentencePiece tokenizer, its chat template and where a turn ends."""
     try:
-        tokenizer = fast_tokenizer(src)
+        with _whole_or_not(dst), foreign_errors("The tokenizer was not converted, only copied"):
+            return _convert_tokenizer(src, dst)
     except ImportError:
         return "The tokenizer was not converted, only copied: pip install 'hovle[convert]', then convert again."
-    except Exception as error:  # whatever its files hold (tokenizers raises bare ones), weights are kept
-        return f"The tokenizer was not converted, only copied: {error}"
+    except ValueError as error:
+        return str(error)
+
+
+def _convert_tokenizer(src: Path, dst: Path) -> str | None:
+    """Do so; it raises whatever the files make other people's code raise."""
+    tokenizer = fast_tokenizer(src)
     template = read_json(src, CONFIG).get("template")
     known = tokenizer.get_vocab()
-    remark = None
-    if template in CHAT_TEMPLATES and END_OF_TURN in known:
-        tokenizer.chat_template = CHAT_TEMPLATES[template]
+    chat_template = CHAT_TEMPLATES.get(str(template)) if END_OF_TURN in known else None
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(dst)
+    if chat_template is not None:
         _end_turns(dst, known[END_OF_TURN])
     elif template is not None and tokenizer.chat_template is None:
-        remark = f"No chat template was written: the conversation format {template!r} is unknown here."
-    tokenizer.save_pretrained(dst)
-    return remark
+        return f"No chat template was written: the conversation format {template!r:.80} is unknown here."
+    return None
+
+
+@contextlib.contextmanager
+def _whole_or_not(folder: Path) -> Iterator[None]:
+    """Remove the files a step added to a folder when it fails."""
+    before = set(folder.iterdir())
+    try:
+        yield
+    except BaseException:
+        for path in set(folder.iterdir()) - before:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
 
 
 def _end_turns(folder: Path, end_of_turn_id: int) -> None:
@@ -332,10 +389,9 @@ def _image_processor(released: dict, config: HoVLEConfig) -> HoVLEImageProcessor
         raise ValueError(f"ps_version in {CONFIG} is {released['ps_version']!r}; only the order of 'v2' is known.")
     size = tile_size(released)
     config.tokens_per_tile(size)
+    most = read_number(released, "max_dynamic_patch", 1, MOST_TILES)
     return HoVLEImageProcessor(
-        tile_size=size,
-        min_tiles=read_field(released, "min_dynamic_patch", int),
-        max_tiles=read_field(released, "max_dynamic_patch", int),
+        tile_size=size, min_tiles=read_number(released, "min_dynamic_patch", 1, most), max_tiles=most
     )
 
 
@@ -346,22 +402,23 @@ def _save_processor(folder: Path, image_processor: HoVLEImageProcessor) -> str |
     if not (folder / "tokenizer.json").exists():
         return None
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    except Exception as error:  # tokenizers raises bare ones for a damaged file
-        return f"No processor was written: the tokenizer cannot be loaded ({error})."
-    missing = [token for token in IMAGE_TOKENS.values() if token not in tokenizer.get_vocab()]
-    if missing:
-        return f"No processor was written: the tokenizer lacks {', '.join(missing)}."
-    processor = HoVLEProcessor(
-        image_processor, tokenizer, config.patch_size * config.shuffle_factor, text_after_image="\n"
+        with _whole_or_not(folder), foreign_errors("No processor was written: the tokenizer cannot be loaded"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            missing = [token for token in IMAGE_TOKENS.values() if token not in tokenizer.get_vocab()]
+            if missing:
+                return f"No processor was written: the tokenizer lacks {', '.join(missing)}."
+            processor = HoVLEProcessor(
+                image_processor, tokenizer, config.patch_size * config.shuffle_factor, text_after_image="\n"
+            )
+            if processor.image_token_id == config.image_token_id:
+                processor.save_pretrained(folder)
+                return None
+    except ValueError as error:
+        return str(error)
+    raise ValueError(
+        f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, {CONFIG} says "
+        f"{config.image_token_id}."
     )
-    if processor.image_token_id != config.image_token_id:
-        raise ValueError(
-            f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, {CONFIG} says "
-            f"{config.image_token_id}."
-        )
-    processor.save_pretrained(folder)
-    return None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -375,5 +432,5 @@ def run(args: argparse.Namespace) -> int:
     """Convert and tell what the user should know; exit code 0."""
     remarks = convert(args.src, args.dst, to=args.to)
     for line in [*remarks, f"Wrote {args.dst} in the {args.to} layout."]:
-        print(line)  # noqa: T201 - this is the command's output
+        print(printable(line))  # noqa: T201 - this is the command's output
     return 0

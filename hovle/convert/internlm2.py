@@ -7,13 +7,14 @@ translated, tensors are renamed and taken apart, the tokenizer is built anew and
 import os
 import pickle
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from ..errors import foreign_errors, printable_name
 from ..files.checkpoint_files import (
     CONFIG,
     INDEX,
@@ -21,6 +22,7 @@ from ..files.checkpoint_files import (
     WEIGHTS,
     Checkpoint,
     check_finite,
+    check_layers,
     check_tensors,
     inside,
     local_folder,
@@ -97,7 +99,8 @@ def load_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedToken
     if (folder / TOKENIZER_MODEL).exists():
         tokenizer = _from_sentencepiece(folder)
     elif (folder / FAST_TOKENIZER).exists():
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        with foreign_errors(f"{folder / FAST_TOKENIZER} cannot be loaded"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     else:
         raise OSError(f"{folder} has neither {TOKENIZER_MODEL} nor {FAST_TOKENIZER}.")
     if (folder / TEMPLATE).exists():
@@ -132,9 +135,10 @@ def _has_safetensors(folder: Path) -> bool:
 
 def _read_tensors(folder: Path, config: LlamaConfig) -> dict[str, torch.Tensor]:
     """Tensors under Llama's names; every one of the checkpoint is claimed."""
+    source = Checkpoint(folder) if _has_safetensors(folder) else PickledCheckpoint(folder)
+    check_layers(source.names, "model.layers.", config.num_hidden_layers, "num_hidden_layers")
     rows = decoder_rows(config)
     expected = {row.released: row.shape for row in rows}
-    source = Checkpoint(folder) if _has_safetensors(folder) else PickledCheckpoint(folder)
     stores_tied_head = config.tie_word_embeddings and HEAD in source
     source.claim(expected | ({HEAD: expected[TABLE]} if stores_tied_head else {}))
     if stores_tied_head and not torch.equal(source.tensor(HEAD), source.tensor(TABLE)):
@@ -173,13 +177,20 @@ class PickledCheckpoint:
         for file in files:
             content = _unpickle_tensors(inside(folder, file))
             if twice := sorted(content.keys() & self._tensors.keys()):
-                raise ValueError(f"{twice[0]} is a duplicate: {file} holds it, and so does another file.")
+                raise ValueError(
+                    f"{printable_name(twice[0])} is a duplicate: {file} holds it, and so does another file."
+                )
             if index is not None and content.keys() != {name for name, holder in index.items() if holder == file}:
                 raise ValueError(f"{PICKLED_INDEX} and {file} disagree about what it holds.")
             self._tensors |= content
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of all tensors."""
+        return self._tensors.keys()
 
     def claim(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise unless the tensors are exactly those expected, each of its shape (name -> shape)."""
@@ -204,7 +215,8 @@ def _unpickle_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def _from_sentencepiece(folder: Path) -> PreTrainedTokenizerFast:
     try:
-        return fast_tokenizer(folder)
+        with foreign_errors(f"{folder / TOKENIZER_MODEL} cannot be converted"):
+            return fast_tokenizer(folder)
     except ImportError as error:
         raise ValueError(
             f"{folder}/{TOKENIZER_MODEL} needs sentencepiece and protobuf: pip install 'hovle[convert]' ({error})."

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..files.checkpoint_files import CONFIG
-from ..model.configuration_hovle import HoVLEConfig
+from ..model.config_values import MOST_LAYERS, MOST_POSITIONS, MOST_SIZE, check_decoder_values, check_whole_number
+from ..model.configuration_hovle import MOST_CHANNELS, HoVLEConfig
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
-from ..model.rotary import embedding_rope_config
+from ..model.rotary import check_rope_values, embedding_rope_config
 
 RENAMES = {
     "model.patch_embedding": "embedding_model.vision_embeddings",
@@ -90,23 +90,24 @@ def hovle_config(released: dict, tie_word_embeddings: bool = False) -> HoVLEConf
         ValueError: When a field is missing or has the wrong type, and when the released model is not one decoder
             (the holistic layers' sizes differ from the language model's), naming fields and values.
     """
-    _check_supported(released)
+    _check_model_types(released)
     embedding_rope, language_rope = (_rope_parameters(released, name) for name in ("embedding_config", "llm_config"))
     same_rope = embedding_rope == language_rope
     text_config = decoder_fields(released, "llm_config")
-    num_embedding_layers = read_field(released, "embedding_config.num_hidden_layers", int)
+    _check_supported(released)
+    num_embedding_layers = read_number(released, "embedding_config.num_hidden_layers", 0, MOST_LAYERS)
     text_config["num_hidden_layers"] += num_embedding_layers
     text_config["tie_word_embeddings"] = tie_word_embeddings
     location, ratio = _shuffle(released)
-    config = load_config(
+    config = HoVLEConfig.from_dict(
         {
             "text_config": text_config,
             "num_embedding_layers": num_embedding_layers,
             "embedding_rope_parameters": None if same_rope else embedding_rope,
             "normalize_encoder_output": read_field(released, "normalize_encoder_output", bool),
-            "image_size": read_field(released, "embedding_config.image_size", int),
-            "patch_size": read_field(released, "embedding_config.patch_size", int),
-            "num_channels": read_field(released, "embedding_config.num_channels", int),
+            "image_size": read_number(released, "embedding_config.image_size", 1, MOST_SIZE),
+            "patch_size": read_number(released, "embedding_config.patch_size", 1, MOST_SIZE),
+            "num_channels": read_number(released, "embedding_config.num_channels", 1, MOST_CHANNELS),
             "pixel_shuffle_loc": location,
             "downsample_ratio": ratio,
             "image_token_id": read_field(released, "embedding_config.img_context_token_id", int),
@@ -128,25 +129,19 @@ def decoder_fields(released: dict, section: str = "") -> dict[str, Any]:
         ValueError: When a field is missing, has the wrong type or says what Llama cannot do.
     """
     fields = {name: read_field(released, _at(section, llm), kind) for name, (llm, _, kind) in DECODER_FIELDS.items()}
-    num_heads, num_groups = fields["num_attention_heads"], fields["num_key_value_heads"]
-    if num_groups < 1 or num_heads % num_groups:
-        raise ValueError(
-            f"num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_groups})."
-        )
     rope = _rope_parameters(released, section)
     rope.pop("max_position_embeddings", None)
-    return fields | {
-        "model_type": "llama",
-        "num_hidden_layers": read_field(released, _at(section, "num_hidden_layers"), int),
-        "rope_parameters": rope,
-        "max_position_embeddings": read_field(released, _at(section, "max_position_embeddings"), int),
-        "tie_word_embeddings": read_field(released, _at(section, "tie_word_embeddings"), bool),
-        "initializer_range": read_field(released, _at(section, "initializer_range"), float),
-        **{
-            name: read_field(released, _at(section, name), int, list, None)
-            for name in ("bos_token_id", "eos_token_id", "pad_token_id")
-        },
+    more = {
+        "num_hidden_layers": int,
+        "max_position_embeddings": int,
+        "tie_word_embeddings": bool,
+        "initializer_range": float,
     }
+    fields |= {name: read_field(released, _at(section, name), kind) for name, kind in more.items()}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        fields[name] = read_field(released, _at(section, name), int, list, None)
+    check_decoder_values(fields, _at(section, ""))
+    return fields | {"model_type": "llama", "rope_parameters": rope}
 
 
 def _at(section: str, name: str) -> str:
@@ -156,7 +151,7 @@ def _at(section: str, name: str) -> str:
 def tile_size(released: dict) -> int:
     """Side of one tile at inference in pixels: `force_image_size`, or the position table's where that is null."""
     forced = read_field(released, "force_image_size", int, None)
-    return forced or read_field(released, "embedding_config.image_size", int)
+    return read_number(released, "embedding_config.image_size" if forced is None else "force_image_size", 1, MOST_SIZE)
 
 
 def released_config(config: HoVLEConfig) -> dict:
@@ -247,19 +242,30 @@ def read_field(config: dict, path: str, *kinds: type | None) -> Any:
         return float(value)
     if type(value) not in [type(None) if kind is None else kind for kind in kinds]:
         wanted = " or ".join("null" if kind is None else kind.__name__ for kind in kinds)
-        raise ValueError(f"{path} in {CONFIG} must be {wanted}, got {value!r}.")
+        raise ValueError(f"{path} in {CONFIG} must be {wanted}, got {value!r:.200}.")
     return value
 
 
-def _check_supported(released: dict) -> None:
-    """Raise unless the checkpoint is a HoVLE whose two sections can be one decoder."""
+def read_number(config: dict, path: str, lowest: int, highest: int) -> int:
+    """Read a whole number as `read_field` does, or raise naming it unless it lies between two, both included."""
+    value: int = read_field(config, path, int)
+    check_whole_number(path, value, lowest, highest)
+    return value
+
+
+def _check_model_types(released: dict) -> None:
+    """Raise unless the checkpoint calls itself a HoVLE in the released layout."""
     for path, expected in (("model_type", "internvl_chat"), ("llm_config.model_type", "internlm2")):
         found = read_field(released, path, str)
         if found != expected:
-            raise ValueError(f"{path} in {CONFIG} is {found!r}; the released layout has {expected!r}.")
+            raise ValueError(f"{path} in {CONFIG} is {found!r:.80}; the released layout has {expected!r}.")
+
+
+def _check_supported(released: dict) -> None:
+    """Raise unless the checkpoint's two sections can be one decoder."""
     options = {name: read_field(released, "embedding_config", dict).get(name) for name in UNSUPPORTED_OPTIONS}
     if any(options.values()):
-        found = ", ".join(f"embedding_config.{name} = {value!r}" for name, value in options.items() if value)
+        found = ", ".join(f"embedding_config.{name} = {value!r:.80}" for name, value in options.items() if value)
         raise ValueError(f"{found}: no published HoVLE sets this and the conversion does not support it.")
     pairs = [(f"llm_config.{llm}", f"embedding_config.{own}", kind) for llm, own, kind in DECODER_FIELDS.values()]
     pairs.append(("llm_config.hidden_size", "embedding_config.llm_hidden_size", int))
@@ -299,8 +305,11 @@ def _rope_parameters(released: dict, section: str) -> dict:
         rope["factor"] = read_field(released, f"{scaling}.factor", float)
         if rope["rope_type"] not in ("dynamic", "linear"):
             raise ValueError(f"{scaling}.type must be 'dynamic' or 'linear', got {rope['rope_type']!r}.")
+        check_rope_values({"factor": rope["factor"]}, scaling)
+    check_decoder_values({"rope_theta": rope["rope_theta"]}, _at(section, ""))
     if rope["rope_type"] == "dynamic":
-        rope["max_position_embeddings"] = read_field(released, _at(section, "max_position_embeddings"), int)
+        length = _at(section, "max_position_embeddings")
+        rope["max_position_embeddings"] = read_number(released, length, 1, MOST_POSITIONS)
     return rope
 
 
@@ -328,14 +337,6 @@ def _differences(ours: HoVLEConfig, theirs: HoVLEConfig) -> list[str]:
         pairs.append((f"text_config.{name}", left, right))
     pairs.append(("embedding_rope_parameters", _embedding_rope(ours), _embedding_rope(theirs)))
     return [f"{name} ({left!r} against {right!r})" for name, left, right in pairs if left != right]
-
-
-def load_config(fields: dict) -> HoVLEConfig:
-    """Build a config; what it refuses arrives as ValueError."""
-    try:
-        return HoVLEConfig.from_dict(fields)
-    except StrictDataclassError as error:
-        raise ValueError(f"{CONFIG} describes no valid model: {error.__cause__ or error}") from error
 
 
 def check_same_model(name: str, described: HoVLEConfig, config: HoVLEConfig) -> None:

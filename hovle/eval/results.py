@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..files.checkpoint_files import local_folder
+from ..files.documents import load_json, parse_json
 from ..files.model_folder import short_name
 from ..machine.facts import processor_name
 from ..requirements import installed_version
@@ -119,7 +120,7 @@ def read_result(path: Path) -> dict | None:
     if not path.is_file():
         return None
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = load_json(path)
         _check_shape(result, SHAPE, "")
         if result["benchmark"] != path.stem:
             raise ValueError(f"it holds the result of {result['benchmark']}")
@@ -189,7 +190,7 @@ def compare_answers(folder: Path, other: Path, name: str) -> dict:
 def _answers(path: Path) -> dict[Any, str]:
     """Question -> answer from a file of answers."""
     try:
-        entries = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        entries = [parse_json(line, path) for line in path.read_text(encoding="utf-8").splitlines()]
         return {entry["doc_id"]: entry["answer"] for entry in entries}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -1,10 +1,17 @@
 """Folders that are on the disk whole or not at all, also after a kill, a full disk or a power cut."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 
 def rename_durably(source: Path, target: Path) -> None:
@@ -47,6 +54,54 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def appear_when_complete(dst: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `dst` that takes its name at the end, or leaves no trace after an error.
+
+    What a killed process left of the same is deleted; folders of processes that still write stay.
+    """
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(dst)
+    folder = dst.with_name(f".{dst.name}-{os.urandom(4).hex()}")
+    folder.mkdir()
+    lock = _try_lock(folder)
+    try:
+        yield folder
+        rename_durably(folder, dst)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _remove_unfinished(dst: Path) -> None:
+    """Delete temporary folders of `dst` whose process is gone."""
+    for folder in dst.parent.iterdir():
+        if not re.fullmatch(rf"\.{re.escape(dst.name)}-[0-9a-f]{{8}}", folder.name) or folder.is_symlink():
+            continue
+        lock = _try_lock(folder)
+        if lock is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _try_lock(folder: Path) -> int | None:
+    """Lock a folder until the descriptor is closed or the process ends; None where another process has it."""
+    if fcntl is None:
+        return None
+    descriptor = None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # locked, or on a disk that knows no locks
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def remove_folder(folder: Path) -> None:

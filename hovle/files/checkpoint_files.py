@@ -4,12 +4,12 @@ Only safetensors and JSON are read, only inside the folder, and nothing is unpic
 and written one at a time. A new folder takes its name when it is complete.
 """
 
-import contextlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -19,7 +19,8 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
-from .atomic import rename_durably
+from ..errors import printable, printable_name
+from .documents import parse_json
 from .model_folder import refuse_missing_folder
 
 CONFIG, WEIGHTS, INDEX, LICENCE = "config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"
@@ -43,8 +44,8 @@ class Checkpoint:
         extra_file: Also offer what this file holds, if it is there; the index does not know it.
 
     Raises:
-        ValueError: When the folder has no safetensors, a file lies outside it, two files hold the same tensor, or the
-            index and the files disagree.
+        ValueError: When the folder has no safetensors, a file lies outside it, two files hold the same tensor or one
+            names it twice, or the index and the files disagree.
     """
 
     def __init__(self, folder: Path, extra_file: str | None = None):
@@ -58,11 +59,16 @@ class Checkpoint:
             try:
                 handle = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
-                raise ValueError(f"{file} in {folder} is missing or no safetensors file: {error}") from error
+                message = printable(str(error), kept="")
+                raise ValueError(
+                    f"{printable_name(file)} in {folder} is missing or no safetensors file: {message}"
+                ) from error
+            _check_header(path, f"the header of {printable_name(file)} in {folder}")
             self.metadata |= handle.metadata() or {}
             for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
                 if name in holder:
-                    raise ValueError(f"{name} is a duplicate: both {holder[name]} and {file} hold it.")
+                    files_shown = f"{printable_name(holder[name])} and {printable_name(file)}"
+                    raise ValueError(f"{printable_name(name)} is a duplicate: both {files_shown} hold it.")
                 holder[name], self._handles[name] = file, handle
         if index is not None:
             expected = {name: file for name, file in holder.items() if file != extra_file}
@@ -73,11 +79,16 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._handles
 
+    @property
+    def names(self) -> Collection[str]:
+        """Names of all tensors."""
+        return self._handles.keys()
+
     def dtype(self, name: str) -> torch.dtype:
         """Type of one tensor; ValueError unless it is a plain floating-point type."""
         dtype = self._handles[name].get_slice(name).get_dtype()
         if dtype not in DTYPES:
-            raise ValueError(f"{name} has type {dtype}; weights are one of {', '.join(DTYPES)}.")
+            raise ValueError(f"{printable_name(name)} has type {dtype}; weights are one of {', '.join(DTYPES)}.")
         return DTYPES[dtype]
 
     def common_dtype(self) -> torch.dtype:
@@ -106,13 +117,41 @@ def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[i
         raise ValueError(f"The checkpoint holds unexpected tensors: {_examples(sorted(unexpected))}.")
     for name, shape in expected.items():
         if found[name] != shape:
-            raise ValueError(f"{name} has shape {found[name]}, but {CONFIG} asks for {shape}.")
+            raise ValueError(f"{printable_name(name)} has shape {found[name]}, but {CONFIG} asks for {shape}.")
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> None:
     """Raise when a tensor holds NaN or infinity."""
     if not torch.stack(tensor.aminmax()).isfinite().all():
-        raise ValueError(f"{name} holds non-finite values (NaN or infinity).")
+        raise ValueError(f"{printable_name(name)} holds non-finite values (NaN or infinity).")
+
+
+def check_layers(names: Collection[str], prefix: str, count: int, field: str) -> None:
+    """Raise unless a checkpoint's tensors are those of so many layers; for before a model of so many is built.
+
+    Args:
+        names: Of the checkpoint's tensors.
+        prefix: What the names of a layer's tensors begin with, before its number.
+        count: Layers that config.json asks for.
+        field: Where it asks.
+    """
+    pattern = re.compile(re.escape(prefix) + "([0-9]{1,9})[.]")
+    found = {int(match[1]) for match in map(pattern.match, names) if match}
+    missing = next((index for index in range(count) if index not in found), None)
+    beyond = min((index for index in found if index >= count), default=None)
+    if missing is None and beyond is None:
+        return
+    problem = f"holds unexpected tensors: {prefix}{beyond}" if missing is None else f"is missing {prefix}{missing}"
+    raise ValueError(
+        f"{field} in {CONFIG} is {count}, but the tensors are those of {len(found)} layers: the checkpoint {problem}."
+    )
+
+
+def _check_header(path: Path, name: str) -> None:
+    """Raise when the header of a safetensors file names a tensor twice: readers differ in which of them counts."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        parse_json(file.read(length), name, keys_once=True)
 
 
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
@@ -152,19 +191,10 @@ def inside(folder: Path, name: str) -> Path:
 
 def read_json(folder: Path, name: str) -> dict:
     """Read a JSON object; ValueError when it is none or says something twice."""
-
-    def object_once(pairs: list[tuple[str, Any]]) -> dict:
-        if len(dict(pairs)) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ValueError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
-        return dict(pairs)
-
     try:
-        content = json.loads(inside(folder, name).read_bytes(), object_pairs_hook=object_once)
+        content = parse_json(inside(folder, name).read_bytes(), f"{name} in {folder}", keys_once=True)
     except FileNotFoundError:
         raise ValueError(f"{folder} has no {name}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f"{name} in {folder} cannot be read: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{name} in {folder} must hold a JSON object.")
     return content
@@ -188,7 +218,7 @@ def local_folder(src: str | os.PathLike, patterns: Sequence[str] = MODEL_FILES, 
 
 
 def _examples(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
+    shown = ", ".join(map(printable_name, names[:3]))
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
@@ -259,20 +289,6 @@ def write_tensors(path: Path, outputs: Sequence[Output], metadata: dict[str, str
             tensor = output.load().reshape(output.shape)
             assert tensor.dtype == output.dtype, output.name
             file.write(tensor.contiguous().view(torch.uint8).numpy().data)
-
-
-@contextlib.contextmanager
-def appear_when_complete(dst: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `dst` that takes its name at the end, or leaves no trace after an error."""
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    folder = dst.with_name(f".{dst.name}-{os.urandom(4).hex()}")
-    folder.mkdir()
-    try:
-        yield folder
-        rename_durably(folder, dst)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def dump_json(content: dict) -> bytes:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..assets import resolve_asset
+from ..files.documents import load_json
 from ..model.language_model import load_language_model
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.processing_hovle import HoVLEProcessor
@@ -159,7 +160,7 @@ def read_text(source: str) -> str:
 def read_record(folder: Path) -> BareRecord | None:
     """What a run or model folder says of the bare language model, if anything."""
     path = folder / RECORD
-    return BareRecord(**json.loads(path.read_text())) if path.is_file() else None
+    return BareRecord(**load_json(path)) if path.is_file() else None
 
 
 def write_record(folder: Path, record: BareRecord) -> None:

@@ -6,14 +6,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
 
 from .backbones import rotating_layers
+from .config_values import ADVICE, MOST_LAYERS, check_decoder_values, check_whole_number
 from .remote_code import AUTO_MAP, copy_code, register_names
+from .rotary import ROPE_TYPES, check_own_rope, check_rope_values
 
 PIXEL_SHUFFLE_LOCATIONS = ("pre", "post", "none")
 IMAGE_ATTENTIONS = ("causal", "bidirectional")
+
+MOST_CHANNELS = 256
+LARGEST = {"num_embedding_layers": MOST_LAYERS, "image_size": 2**14, "patch_size": 2**14}
+"""Field -> its most, far beyond what anyone trains."""
+
+MALFORMED = (LookupError, TypeError, AttributeError, ArithmeticError)
+"""What configs of transformers raise where a field holds something else than its name says."""
+
+TOO_DEEP = "Lists and objects are nested too deeply to be read, as nothing but damage or malice makes them, in"
 
 
 class LayerParts(NamedTuple):
@@ -97,14 +109,29 @@ class HoVLEConfig(PreTrainedConfig):
         if self.text_config is None:
             self.text_config = LlamaConfig()
         elif isinstance(self.text_config, dict):
-            text_config = copy.deepcopy(self.text_config)
-            self.text_config = AutoConfig.for_model(text_config.pop("model_type", "llama"), **text_config)
+            self.text_config = _decoder_config(self.text_config)
+        elif not isinstance(self.text_config, PreTrainedConfig):
+            raise ValueError(f"text_config must be a config or its fields, got {self.text_config!r:.80}.")
         # The language model decides; a second opinion at the top level is a common source of untied heads.
         self.tie_word_embeddings = bool(getattr(self.text_config, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
+        self._check_values()  # here, as what a validator raises arrives as no ValueError
+
+    def _check_values(self) -> None:
+        """Raise ValueError for a value that cannot work by itself, naming the field."""
+        check_decoder_values(self.text_config, "text_config.")
+        known = (*ROPE_TYPES, getattr(self.text_config, "default_rope_type", "default"))
+        check_rope_values(getattr(self.text_config, "rope_parameters", None), "text_config.rope_parameters", known)
+        check_own_rope(self.embedding_rope_parameters or {})
+        check_decoder_values({"initializer_range": self.initializer_range})
+        check_whole_number("num_channels", self.num_channels, 1, MOST_CHANNELS)
+        for name, most in LARGEST.items():  # what is too small for the others is told below, with what would work
+            if getattr(self, name) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)!r:.40}. {ADVICE}")
 
     def validate_architecture(self):
         """Refuse sizes that cannot work together, naming the nearest ones that do."""
+        self._check_values()
         num_layers = self.text_config.num_hidden_layers
         if not 0 <= self.num_embedding_layers < num_layers:
             raise ValueError(
@@ -146,7 +173,10 @@ class HoVLEConfig(PreTrainedConfig):
 
         transformers only warns, and a HoVLE of random weights would follow.
         """
-        content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        try:
+            content, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except RecursionError:
+            raise ValueError(f"{TOO_DEEP} {pretrained_model_name_or_path}/config.json.") from None
         if (found := content.get("model_type", cls.model_type)) != cls.model_type:
             raise ValueError(
                 f"{pretrained_model_name_or_path} holds a model of type {found!r}, not {cls.model_type!r}. To build a "
@@ -154,6 +184,27 @@ class HoVLEConfig(PreTrainedConfig):
                 "`hovle convert` reads released checkpoints."
             )
         return content, rest
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Build a configuration of its fields as the base class does; `ValueError` for fields that cannot work.
+
+        Nor may a file name code of the Hub to run; whoever loads it may, as an argument of `from_pretrained`.
+        """
+        text_config = config_dict.get("text_config")
+        for fields in (config_dict, text_config if isinstance(text_config, dict) else {}):
+            for name in ("attn_implementation", "experts_implementation"):
+                if "/" in str(fields.get(name)):
+                    raise ValueError(
+                        f"config.json asks for code of the Hub: {name} is {fields[name]!r:.80}. Remove it; if you "
+                        f"trust that code, give {name} to from_pretrained."
+                    )
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, *MALFORMED) as error:
+            raise ValueError(f"config.json describes no valid model: {error.__cause__ or error}") from error
+        except RecursionError:
+            raise ValueError(f"{TOO_DEEP} config.json.") from None
 
     def save_pretrained(self, save_directory, **kwargs):
         """Save the configuration, with the code that loads a model under `trust_remote_code=True`; models call it."""
@@ -219,6 +270,22 @@ class HoVLEConfig(PreTrainedConfig):
     def num_language_layers(self) -> int:
         """Layers of the language model (M)."""
         return self.text_config.num_hidden_layers - self.num_embedding_layers
+
+
+def _decoder_config(fields: dict) -> PreTrainedConfig:
+    """Build the decoder's config; ValueError, with a field's name where one is at fault, for what describes none."""
+    check_decoder_values(fields, "text_config.")
+    for name in ("rope_parameters", "rope_scaling"):
+        check_rope_values(fields.get(name), f"text_config.{name}")
+    fields = copy.deepcopy(fields)
+    model_type = fields.pop("model_type", "llama")
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except (StrictDataclassError, ValueError, *MALFORMED) as error:
+        cause = error.__cause__ or error  # the first line of a strict config's error only names a validator
+        raise ValueError(
+            f"text_config describes no decoder of model_type {model_type!r:.40}: {cause!s:.300}"
+        ) from error
 
 
 # Here, because a server that trusts a folder's code imports this file before any other.

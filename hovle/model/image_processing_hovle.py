@@ -24,6 +24,12 @@ from .tiling import TileGrid
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False, "data_format": "channels_first"}
 """Arguments of other image processors that have no meaning for tiles, with the only value they may have."""
 
+MOST_TILES = 1024
+"""Of one picture: so many grids are compared in a fraction of a second, and no model sees more."""
+
+LARGEST_TILE = 4096
+"""Side in pixels."""
+
 
 class HoVLEImageProcessorKwargs(GotOcr2ImageProcessorKwargs, total=False):  # type: ignore[call-arg]
     """Arguments of one call, beside those of every transformers image processor.
@@ -60,6 +66,7 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
     def __init__(self, **kwargs):
         # Kept under the base class's names only: an attribute `tile_size` would overrule a later `size`.
         super().__init__(**_base_names(kwargs))
+        self._standardize_kwargs(**{name: getattr(self, name) for name in CHECKED})
 
     def fetch_images(self, image_url_or_urls):
         """Load pictures, in the nesting they came in, as upright RGB; an error tells the picture's number."""
@@ -125,9 +132,7 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
     def _standardize_kwargs(self, **kwargs) -> dict:  # type: ignore[override]
         """Translate our names into the base class's and refuse numbers that allow no grid."""
         kwargs = super()._standardize_kwargs(**_base_names(kwargs))
-        fewest, most = kwargs["min_patches"], kwargs["max_patches"]
-        if not 1 <= fewest <= most:
-            raise ValueError(f"min_tiles ({fewest}) must lie between 1 and max_tiles ({most}).")
+        _check_numbers(kwargs)
         size = kwargs["size"]
         if size.height is None or size.height != size.width:
             raise ValueError(f"size must be one number or an equal height and width, as tiles are square; got {size}.")
@@ -181,6 +186,29 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         mean = np.asarray(mean, dtype=np.float32).reshape(-1, 1, 1)
         std = np.asarray(std, dtype=np.float32).reshape(-1, 1, 1)
         return (image - mean) / std
+
+
+CHECKED = ("size", "min_patches", "max_patches", "image_mean", "image_std", "rescale_factor")
+
+
+def _check_numbers(kwargs: dict) -> None:
+    """Raise ValueError for settings that allow no grid, no tile or no finite pixel, or more tiles than make sense."""
+    fewest, most = kwargs["min_patches"], kwargs["max_patches"]
+    whole = isinstance(fewest, int | np.integer) and isinstance(most, int | np.integer)
+    if not whole or not 1 <= fewest <= most <= MOST_TILES:
+        raise ValueError(
+            f"min_tiles ({fewest!r:.40}) must lie between 1 and max_tiles ({most!r:.40}), and that be at most "
+            f"{MOST_TILES}."
+        )
+    side = kwargs["size"].height
+    if side is not None and not 1 <= side <= LARGEST_TILE:
+        raise ValueError(f"tile_size must lie between 1 and {LARGEST_TILE} pixels, got {side}.")
+    for name in ("image_mean", "image_std", "rescale_factor"):
+        numbers = np.atleast_1d(np.asarray(1.0 if kwargs.get(name) is None else kwargs[name]))
+        fits = numbers.dtype.kind in "iuf" and np.isfinite(numbers).all()
+        if not fits or (name != "image_mean" and not (numbers > 0).all()):
+            wanted = "finite numbers" if name == "image_mean" else "positive, finite numbers"
+            raise ValueError(f"{name} must be {wanted}, got {kwargs[name]!r:.80}.")
 
 
 def _base_names(kwargs: dict) -> dict:

@@ -2,17 +2,24 @@
 
 import copy
 import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
+from .config_values import ADVICE, is_positive
+
 ROPE_TYPES = sorted({"default", *ROPE_INIT_FUNCTIONS})
 NAMES = sorted({"max_position_embeddings", *RopeParameters.__annotations__})
 ORIGINAL_LENGTH = "original_max_position_embeddings"
-FREQUENCY_FACTORS = ("short_factor", "long_factor")
-"""Parameters that hold one number for each frequency."""
+
+POSITIVE = (
+    *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"),
+    *("max_position_embeddings", "original_max_position_embeddings"),
+)
+"""Parameters that must be positive numbers."""
 
 
 def embedding_rope_config(text_config: PreTrainedConfig, own: dict[str, Any] | None) -> Any:
@@ -36,8 +43,7 @@ def embedding_rope_config(text_config: PreTrainedConfig, own: dict[str, Any] | N
             "for each attention pattern: leave them out."
         )
     own = {name: value for name, value in own.items() if value is not None}
-    for name, value in own.items():
-        _check(name, value)
+    check_own_rope(own)
     if own.get("rope_type", language["rope_type"]) != language["rope_type"]:
         language = {name: language[name] for name in ("rope_theta", "partial_rotary_factor") if name in language}
     rope_parameters = {**language, **own}
@@ -69,21 +75,59 @@ def rope_switch(rotary_emb: nn.Module) -> float:
     return min((pattern["original_max_position_embeddings"] for pattern in longropes), default=math.inf)
 
 
-def _check(name: str, value: Any) -> None:
-    """Raise unless a parameter is known and its value can be one."""
-    if name not in NAMES:
-        raise ValueError(f"embedding_rope_parameters hold {name!r}, which is none of {', '.join(NAMES)}.")
-    if name == "rope_type":
-        fits, expected = value in ROPE_TYPES, f"one of {', '.join(ROPE_TYPES)}"
-    elif name == "truncate":
-        fits, expected = isinstance(value, bool), "true or false"
-    elif name in FREQUENCY_FACTORS:
-        fits, expected = isinstance(value, list) and all(map(_is_positive, value)), "a list of positive numbers"
-    else:
-        fits, expected = _is_positive(value), "a positive number"
-    if not fits:
-        raise ValueError(f"embedding_rope_parameters: {name} must be {expected}, got {value!r}.")
+def check_own_rope(own: Mapping[str, Any]) -> None:
+    """Raise unless `embedding_rope_parameters` of `HoVLEConfig` are known and their values can work."""
+    for name in own:
+        if name not in NAMES:
+            raise ValueError(f"embedding_rope_parameters hold {name!r:.40}, which is none of {', '.join(NAMES)}.")
+    check_rope_values(own, "embedding_rope_parameters", ROPE_TYPES)
 
 
-def _is_positive(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def check_rope_values(parameters: Any, where: str, types: Sequence[str] | None = None) -> None:
+    """Raise unless the values of a decoder's rotary parameters can work.
+
+    Args:
+        parameters: `rope_parameters` of a config, or `rope_scaling` of an old one; those of each attention pattern by
+            its name where a family has several tables. What has no name here is the family's own, and left alone.
+        where: What an error calls them.
+        types: What `rope_type` may be, where that is settled.
+
+    Raises:
+        ValueError: With the parameter's name, what it is and what it must be.
+    """
+    if not isinstance(parameters, Mapping):
+        return
+    for name, value in parameters.items():
+        if isinstance(value, Mapping):
+            check_rope_values(value, f"{where}.{name}", types)
+            continue
+        fits, expected = CHECKS.get(name, (None, ""))
+        if name == "rope_type" and types is not None:
+            fits, expected = types.__contains__, f"one of {', '.join(types)}"
+        if fits is not None and value is not None and not fits(value):
+            raise ValueError(f"{where}.{name} must be {expected}, got {value!r:.40}. {ADVICE}")
+    low, high = (parameters.get(name) for name in ("low_freq_factor", "high_freq_factor"))
+    if low is not None and high is not None and not low < high:
+        raise ValueError(f"{where}.high_freq_factor ({high}) must be greater than low_freq_factor ({low}). {ADVICE}")
+
+
+def _is_share(value: Any) -> bool:
+    return is_positive(value) and value <= 1
+
+
+def _is_weight(value: Any) -> bool:
+    return value == 0 or is_positive(value)
+
+
+def _are_positive(values: Any) -> bool:
+    return isinstance(values, list | tuple) and all(map(is_positive, values))
+
+
+CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(POSITIVE, (is_positive, "a positive number")),
+    **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), (_is_weight, "a number, 0 or more")),
+    "partial_rotary_factor": (_is_share, "a number above 0, at most 1"),
+    **dict.fromkeys(("short_factor", "long_factor"), (_are_positive, "a list of positive numbers")),
+    "truncate": (lambda value: isinstance(value, bool), "true or false"),
+}
+"""Rotary parameter -> what its value must fulfil, and that in words."""

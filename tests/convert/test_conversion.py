@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -993,3 +994,194 @@ def test_a_tokenizer_with_another_placeholder_is_refused(released, tmp_path, mak
     tokenizer.add_special_tokens({"extra_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
     tokenizer.save_pretrained(source)
     assert_refused(source, "IMG_CONTEXT")
+
+
+# ---- Strangers' values, keys and names -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        *(({f"both__{field}": 0}, f"llm_config.{field}") for field in ("num_attention_heads", "num_key_value_heads")),
+        *(({f"both__{field}": -64}, f"llm_config.{field}") for field in ("hidden_size", "intermediate_size")),
+        *(({"llm__vocab_size": size, "emb__llm_vocab_size": size}, "llm_config.vocab_size") for size in (0, -4)),
+        *(({"both__rms_norm_eps": eps}, "llm_config.rms_norm_eps") for eps in (-1.0, 0.0, float("nan"))),
+        ({"both__hidden_act": "evil"}, "llm_config.hidden_act"),
+        ({"llm__num_hidden_layers": 10**6}, "llm_config.num_hidden_layers"),
+        ({"llm__num_hidden_layers": 1000}, "llm_config.num_hidden_layers .*1000, but the tensors are those of"),
+        ({"llm__num_hidden_layers": 0}, "llm_config.num_hidden_layers"),
+        ({"emb__num_hidden_layers": 10**6}, "embedding_config.num_hidden_layers"),
+        ({"emb__num_hidden_layers": -1}, "embedding_config.num_hidden_layers"),
+        ({"emb__num_hidden_layers": 500}, "embedding_config.num_hidden_layers .*500, but the tensors are those of"),
+        *(
+            ({f"{section}__rope_scaling": {"type": kind, "factor": factor}}, f"{where}.rope_scaling.factor")
+            for section, where in (("emb", "embedding_config"), ("llm", "llm_config"))
+            for kind, factor in (("dynamic", 0), ("linear", 0.0), ("dynamic", float("nan")), ("linear", -2))
+        ),
+        *(({"emb__rope_theta": theta}, "embedding_config.rope_theta") for theta in (0, -1, float("nan"))),
+        *(({"llm__max_position_embeddings": size}, "llm_config.max_position_embeddings") for size in (0, -1)),
+        *(({f"emb__{name}": 0}, f"embedding_config.{name}") for name in ("patch_size", "num_channels", "image_size")),
+        *(({f"emb__{name}": 10**9}, name) for name in ("patch_size", "num_channels", "image_size")),
+        *(({"force_image_size": size}, "force_image_size") for size in (0, -56)),
+        ({"force_image_size": 56 * 10**6}, "force_image_size"),
+        *(({"max_dynamic_patch": most}, "max_dynamic_patch") for most in (0, -1, 10**6)),
+        *(({"min_dynamic_patch": fewest}, "min_dynamic_patch") for fewest in (0, -1, 13)),
+        ({"llm__initializer_range": -1.0}, "llm_config.initializer_range"),
+        ({"llm__pad_token_id": 10**6}, "llm_config.pad_token_id"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_values_that_cannot_work_are_refused_by_the_field_s_name_at_once(released, tmp_path, options, name):
+    config, tensors = released
+    source = write_checkpoint(tmp_path / "released", change_config(config, options), tensors)
+    started = time.monotonic()
+    assert_refused(source, name)
+    assert time.monotonic() - started < 5
+
+
+def test_a_hovle_config_of_more_layers_than_tensors_is_refused_before_a_model_is_built(golden, tmp_path, monkeypatch):
+    _, _, folder = golden
+    changed = Path(shutil.copytree(folder, tmp_path / "hovle"))
+    for name in ("released_config.json", "released_extra.safetensors"):
+        (changed / name).unlink()
+    config = json.loads((changed / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 700
+    (changed / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(conversion, "tensor_rows", None)
+    assert_refused(changed, "num_hidden_layers in config.json is 700, but the tensors are those of", to="released")
+
+
+class PanicException(BaseException):
+    """As a panic of a library in Rust arrives: no `Exception`."""
+
+
+PANIC = PanicException("called `Option::unwrap()` on a `None` value")
+
+
+@pytest.mark.parametrize("error", [PANIC, RecursionError(), MemoryError(), KeyError("x"), OSError("x")])
+@pytest.mark.parametrize(
+    "step",
+    ["fast_tokenizer", "copy_json", "PreTrainedTokenizerFast.from_pretrained", "HoVLEProcessor.save_pretrained"],
+)
+def test_weights_are_written_whatever_a_tokenizer_step_raises(released, tmp_path, monkeypatch, step, error):
+    def fail(*args, **kwargs):
+        raise error
+
+    source = write_checkpoint(tmp_path / "released", *released)
+    if step == "fast_tokenizer":
+        (source / "tokenizer.model").write_bytes(b"pieces")
+    else:
+        small_tokenizer().save_pretrained(source)
+    monkeypatch.setattr(f"hovle.convert.command.{step}", fail)
+    remarks = convert(source, tmp_path / "hovle")
+    assert any(re.search("tokenizer (was|cannot)|No tokenizer", remark) for remark in remarks)
+    assert load(tmp_path / "hovle").config.num_embedding_layers == 3
+    assert not (tmp_path / "hovle" / "processor_config.json").exists()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_in_a_tokenizer_step_still_ends_the_conversion(released, tmp_path, monkeypatch, error):
+    def interrupt(folder):
+        raise error
+
+    source = write_checkpoint(tmp_path / "released", *released)
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    monkeypatch.setattr(conversion, "fast_tokenizer", interrupt)
+    with pytest.raises(error):
+        convert(source, tmp_path / "out" / "hovle")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_template_of_another_type_does_not_stop_the_weights(released, tmp_path, monkeypatch):
+    monkeypatch.setattr(conversion, "fast_tokenizer", lambda folder: small_tokenizer())
+    config, tensors = released
+    source = write_checkpoint(tmp_path / "released", config | {"template": ["internlm2-chat"]}, tensors)
+    (source / "tokenizer.model").write_bytes(b"pieces")
+    convert(source, tmp_path / "hovle")
+    assert load(tmp_path / "hovle").config.num_embedding_layers == 3
+
+
+STRANGE = {"attn_implementation": "evil/kernel", "configuration_files": ["config.evil.json"], "a\x1b[2Jb": 1}
+
+
+def test_unknown_keys_of_a_kept_config_stay_behind_and_are_told(golden, tmp_path, capsys):
+    _, _, folder = golden
+    convert(folder, tmp_path / "back", to="released")
+    kept = tmp_path / "back" / "hovle_config.json"
+    content = json.loads(kept.read_text())
+    content |= STRANGE | {"architectures": ["EvilModel"]}
+    content["text_config"] |= STRANGE | {"auto_map": {"AutoModel": "evil/code--m.C"}}
+    kept.write_text(json.dumps(content))
+    assert cli.main(["convert", str(tmp_path / "back"), str(tmp_path / "again")]) == 0
+    told = capsys.readouterr().out
+    assert "\x1b" not in told
+    assert r"stays behind: a\x1b[2Jb, attn_implementation, configuration_files, text_config.a\x1b[2Jb" in told
+    written = (tmp_path / "again" / "config.json").read_text()
+    assert "evil" not in written.lower()
+    before, after = json.loads((folder / "config.json").read_text()), json.loads(written)
+    assert after == before
+    assert load(tmp_path / "again").config._attn_implementation == "sdpa"
+
+
+def test_a_header_that_names_a_tensor_twice_is_refused(released, tmp_path):
+    source = write_checkpoint(tmp_path / "released", *released)
+    path = source / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, name = content[8 : 8 + length].rstrip(), "language_model.model.norm.weight"
+    entry = json.dumps({name: json.loads(header)[name]}).encode()[1:-1]
+    for twice in (header[:-1] + b"," + entry + b"}", b"{" + entry + b"," + header[1:]):
+        twice += b" " * (-len(twice) % 8)
+        path.write_bytes(len(twice).to_bytes(8, "little") + twice + content[8 + length :])
+        assert_refused(source, f"header of model.safetensors.*duplicate (key|field).*{name}|no safetensors file")
+
+
+@pytest.mark.parametrize("kind", ["unexpected", "type", "not finite", "shard", "duplicate", "index"])
+def test_names_of_a_stranger_s_file_are_told_without_control_characters(released, tmp_path, kind, capsys):
+    config, tensors = released
+    evil = "language_model.\x1b[31m\r\nevil\u202e"
+    num_shards = 2 if kind in ("shard", "duplicate", "index") else 1
+    changed = tensors | {evil: torch.ones(2, dtype=torch.int32 if kind == "type" else torch.float32)}
+    source = write_checkpoint(tmp_path / "released", config, changed, num_shards)
+    if kind == "shard":
+        change_index(source, lambda weights: weights.update({evil: "model-\x1b[2J.safetensors"}))
+    if kind == "index":
+        change_index(source, lambda weights: weights.pop(evil))
+    if kind == "duplicate":
+        for file in source.glob("*.safetensors"):
+            save_file(load_file(file) | {evil: torch.ones(2)}, file)
+    if kind == "not finite":
+        with pytest.raises(ValueError, match="non-finite") as caught:
+            checkpoint_files.check_finite(evil, torch.tensor([float("nan")]))
+    else:
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 - the names in it are looked at below
+            convert(source, tmp_path / "hovle")
+        assert cli.main(["convert", str(source), str(tmp_path / "hovle")]) == 1
+        assert not re.search("[\x1b\r\u202e]", capsys.readouterr().err)
+    assert r"\x1b" in str(caught.value)
+    assert not re.search("[\x1b\r\n\u202e]", str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "hovle_config.json", "generation_config.json", INDEX, "tokenizer.json", "added_tokens.json"],
+)
+def test_documents_nested_without_end_are_named(released, tmp_path, name):
+    source = write_checkpoint(tmp_path / "released", *released, num_shards=2)
+    (source / name).write_text('{"a":' + "[" * 3000 + "]" * 3000 + "}")
+    if "token" in name:
+        assert any(f"{name} in {source} nests lists" in remark for remark in convert(source, tmp_path / "hovle"))
+        assert load(tmp_path / "hovle").config.num_embedding_layers == 3
+    else:
+        assert_refused(source, f"{name} in {source} nests lists and objects more than 100 levels deep")
+
+
+def test_what_a_killed_conversion_left_is_cleaned_by_the_next(tmp_path):
+    program = "import sys\nfrom hovle.convert import command\nimport os, signal\n"
+    program += "command.copy_code = lambda folder: os.kill(os.getpid(), signal.SIGKILL)\n"
+    program += "command.convert(sys.argv[1], sys.argv[2])"
+    folders = [str(GOLDEN / "hovle-tiny"), str(tmp_path / "model")]
+    assert subprocess.run([sys.executable, "-c", program, *folders], check=False).returncode < 0
+    assert len(list(tmp_path.glob(".model-*"))) == 1
+    convert(*folders)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

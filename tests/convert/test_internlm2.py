@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.cli import main
+from hovle.convert import internlm2
 from hovle.convert.sentencepiece_tokenizer import SYSTEM_MESSAGE
 from hovle.model.language_model import load_language_config, load_language_model, load_tokenizer
 
@@ -411,3 +412,42 @@ def test_the_paper_s_first_stage_trains_around_it(released, tmp_path, folder, ca
     trained = HoVLEForConditionalGeneration.from_pretrained(tmp_path / "run" / "model")
     head = released_tensors(plain_llama())["output.weight"].float()
     assert torch.equal(trained.lm_head.weight[:VOCAB].float(), head)  # the language model stays
+
+
+# --- strangers' values -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads must lie between 1 and"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers must lie between 1 and"),
+        ({"num_hidden_layers": 900}, "num_hidden_layers in config.json is 900, but the tensors are those of 3 layers"),
+        ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a number between 0 and 1"),
+        ({"hidden_act": "evil"}, "hidden_act must be an activation"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 0}}, r"rope_scaling\.factor must be a positive number, got 0"),
+        ({"rope_scaling": {"type": "linear", "factor": float("nan")}}, r"rope_scaling\.factor .*got nan"),
+        ({"rope_theta": 0}, "rope_theta must be a positive number"),
+    ],
+)
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_values_that_cannot_work_are_refused_by_name(released, tmp_path, monkeypatch, fields, message, form):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_weights(folder, released_tensors(plain_llama()), form)
+    (folder / "config.json").write_text(json.dumps(RELEASED | fields))
+    monkeypatch.setattr(internlm2, "decoder_rows", None)  # nothing is built first
+    with pytest.raises(ValueError, match=message):
+        load_language_model(folder)
+
+
+def test_a_panic_of_the_tokenizers_library_is_told_as_a_value_error(released, monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def fail(folder):
+        raise PanicException("index out of bounds")
+
+    monkeypatch.setattr(internlm2, "fast_tokenizer", fail)
+    with pytest.raises(ValueError, match=r"tokenizer\.model cannot be converted: index out of bounds"):
+        load_tokenizer(released)

@@ -1,11 +1,14 @@
 """Folders appear whole, replace others without a gap in what is kept, and have reached the disk by then."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hovle.files import atomic
+from hovle.files.atomic import appear_when_complete
 
 
 def write(text: str):
@@ -82,3 +85,40 @@ def test_a_removed_folder_loses_its_name_first(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == [".model.old"]
     atomic.remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from hovle.files.atomic import appear_when_complete
+
+with appear_when_complete(Path(sys.argv[1])) as folder:
+    (folder / "weights").write_text("half")
+    print(folder.name, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_what_a_killed_writer_left_is_cleaned_and_a_live_one_s_stays(tmp_path):
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITER, tmp_path / "model"], stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        killed, alive = (tmp_path / writer.stdout.readline().strip() for writer in writers)
+        writers[0].kill()
+        writers[0].wait()
+        (tmp_path / ".model-notes").mkdir()
+        (tmp_path / ".other-0123abcd").mkdir()
+        (tmp_path / ".model-0123abcd").mkdir()  # of an earlier version, which locked nothing
+        with appear_when_complete(tmp_path / "model") as folder:
+            (folder / "weights").write_text("whole")
+        assert not killed.exists()
+        assert (alive / "weights").read_text() == "half"
+        kept = {".model-notes", ".other-0123abcd", alive.name, "model"}
+        assert {path.name for path in tmp_path.iterdir()} == kept
+        assert (tmp_path / "model" / "weights").read_text() == "whole"
+    finally:
+        for writer in writers:
+            writer.kill()
+            writer.communicate()

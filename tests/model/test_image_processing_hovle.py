@@ -1,5 +1,6 @@
 """Tiles equal the released rule, their pixels Pillow's bicubic filter, and counts the real number of tiles."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -193,3 +194,22 @@ def test_a_layout_of_arrays_is_not_taken_from_the_caller(layout: str):
         HoVLEImageProcessor(tile_size=28)(array, input_data_format=layout)
     red, green, blue = HoVLEImageProcessor(tile_size=28)(torch.tensor(array), do_normalize=False)["pixel_values"][0]
     assert (red.mean(), green.mean(), blue.mean()) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        *(({"max_patches": most}, "max_tiles") for most in (0, -1, 10**6, 2.5, "12")),
+        *(({"min_patches": fewest}, "min_tiles") for fewest in (0, -1, 13)),
+        *(({"size": {"height": side, "width": side}}, "tile_size") for side in (0, -56, 10**6)),
+        *(({"image_std": std}, "image_std") for std in ([0.0, 1.0, 1.0], [float("nan")] * 3, ["a"] * 3)),
+        ({"image_mean": [float("inf")] * 3}, "image_mean"),
+        *(({"rescale_factor": factor}, "rescale_factor") for factor in (0.0, float("nan"), -1.0)),
+    ],
+)
+def test_saved_settings_that_cannot_work_are_refused_by_name(tmp_path, settings, name):
+    HoVLEImageProcessor().save_pretrained(tmp_path)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(ValueError, match=name):
+        HoVLEImageProcessor.from_pretrained(tmp_path)

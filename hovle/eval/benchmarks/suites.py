@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ...files.documents import load_yaml
 from ..intervals import READINGS
 from .adaptations import ADAPTATIONS
 
@@ -117,9 +118,7 @@ def load_suites(path: Path = SUITES_FILE) -> Suites:
     Raises:
         ValueError: For unknown fields, and for names that mean nothing.
     """
-    import yaml  # comes with the eval extra
-
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content = load_yaml(path)
     benchmarks = {name: _benchmark(name, entry, content["models"]) for name, entry in content["benchmarks"].items()}
     suites = {}
     for name, entry in content["suites"].items():

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import json
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from ...assets import easy_vqa
 from ...assets.vqa_questions import Question, load_questions, wording_weights
+from ...files.documents import UnreadableError, parse_json
 from ...files.fingerprints import at_even_distances, fingerprint_files
 from ..config import ChatData, ConversationData, DataConfig, EasyVqaData, HuggingFaceData, LlavaData, PictureData
 from .grouping import GroupedRecords, share_pictures
@@ -109,9 +109,9 @@ def _chat_records(path: Path) -> list[Record]:
         for number, line in enumerate(file, 1):
             name = f"{path.name}:{number}"
             try:
-                messages = json.loads(line)["messages"]
+                messages = parse_json(line, name)["messages"]
                 fault = _message_fault(messages)
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (UnreadableError, KeyError, TypeError) as error:
                 fault = repr(error)
             if fault:
                 raise ValueError(
@@ -159,8 +159,8 @@ class LlavaRecords:
             self.entries = [line for line in text.splitlines() if line.strip()]
         else:
             try:
-                self.entries = json.loads(text)
-            except json.JSONDecodeError as error:
+                self.entries = parse_json(text, path)
+            except UnreadableError as error:
                 raise ValueError(f"{path} is no JSON ({error}); JSON lines are named .jsonl.") from error
         if not isinstance(self.entries, list) or not self.entries:
             raise ValueError(f"{path} must hold a list of conversations, found {text[:40]!r}.")
@@ -183,12 +183,12 @@ class LlavaRecords:
     def __getitem__(self, place: int, /) -> Record:
         entry, name = self.entries[place], f"{self.name}:{place + 1}"
         try:
-            entry = json.loads(entry) if isinstance(entry, str) else entry
+            entry = parse_json(entry, name) if isinstance(entry, str) else entry
             turns = [(ROLES[turn["from"]], turn["value"]) for turn in entry["conversations"]]
             given = entry.get("image") or []
             names = [given] if isinstance(given, str) else list(given)
             paths = [str(inside(self.folder, picture)) for picture in names]
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (UnreadableError, KeyError, TypeError, AttributeError) as error:
             expected = '{"image": ..., "conversations": [{"from": "human" or "gpt", "value": ...}]}'
             detail = f"expected {expected}, found {str(entry)[:80]!r} ({error!r})."
             raise SkipSampleError(name, "malformed", detail) from error

@@ -8,7 +8,6 @@ A run that still goes on, or was interrupted, is shown as far as its log reaches
 """
 
 import argparse
-import json
 import re
 import time
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...charts import load_pyplot
+from ...files.documents import UnreadableError, load_yaml, parse_json
 
 SPEED = ("tokens_per_second", "samples_per_second")
 SHARES = ("mfu", "teacher_ratio", "data_wait_ratio", "padding_ratio")
@@ -89,16 +89,14 @@ def run(args: argparse.Namespace) -> int:
 
 def read_run(folder: Path) -> Run:
     """Read a run folder; ValueError unless it holds a recipe and a log with a step or a validation."""
-    import yaml  # an extra: only training has recipes
-
     missing = [name for name in ("recipe.yaml", "log.jsonl") if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is no run folder: it holds no {' and no '.join(missing)}.")
-    shown = Run(folder, yaml.safe_load((folder / "recipe.yaml").read_text()))
+    shown = Run(folder, load_yaml(folder / "recipe.yaml"))
     for number, line in enumerate((folder / "log.jsonl").read_text().splitlines(), 1):
         try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
+            entry = parse_json(line, f"line {number} of log.jsonl")
+        except UnreadableError:
             shown.remarks.append(f"Line {number} of log.jsonl is cut off, as when a run is killed; it is left out.")
             continue
         check_names(entry, folder / "log.jsonl")

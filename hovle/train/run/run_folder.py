@@ -9,6 +9,7 @@ import yaml
 from transformers.initialization import no_init_weights
 
 from ...files.atomic import remove_leftovers, rename_durably, write_folder
+from ...files.documents import load_yaml
 from ...language.text_perplexity import BareRecord, write_record
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
@@ -40,7 +41,7 @@ def check_resumable(output: Path, config: StageConfig) -> None:
     """Raise where a run folder holds another recipe's run, or files but no run; an empty or absent one is new."""
     recipe = output / RECIPE
     if recipe.is_file():
-        check_same_recipe(config, yaml.safe_load(recipe.read_text()))
+        check_same_recipe(config, load_yaml(recipe))
     elif _holds_files(output):
         raise ValueError(f"Cannot resume: {output} holds files but no {RECIPE}, so no run. Choose another output.")
 

@@ -19,7 +19,7 @@ from hovle.train.data.readers import fingerprint_records, load_records
 from hovle.train.data.records import Record, conversation
 from hovle.train.data.samples import ReplySamples, Sample, was_split
 from hovle.train.data.skips import SkipSampleError
-from hovle.train.run.stage import check_hd
+from hovle.train.run.start import check_hd
 
 PICTURE, OTHER = {"type": "image", "path": "a.png"}, {"type": "image", "path": "b.png"}
 

@@ -201,6 +201,18 @@ def test_a_line_that_is_no_json_is_skipped_but_a_file_that_is_none_is_refused(tm
             load_records(LlavaData(path=str(tmp_path / "x.json")))
 
 
+def test_rows_nested_without_end_are_named(tmp_path):
+    deep = '{"conversations": ' + "[" * 3000 + "]" * 3000 + "}"
+    (tmp_path / "x.jsonl").write_text(f"{deep}\n{deep}")
+    with pytest.raises(SkipSampleError, match=r"(?s)x\.jsonl:2: .*levels deep") as caught:
+        load_records(LlavaData(path=str(tmp_path / "x.jsonl")))[1]
+    assert caught.value.reason == "malformed"
+    (tmp_path / "x.json").write_text(f"[{deep}]")
+    for source, name in (("llava", "x.json is no JSON"), ("chat", "x.json:1: expected")):
+        with pytest.raises(ValueError, match=f"(?s){name}.*levels deep"):
+            load_records(DataSource.kinds()[source](path=str(tmp_path / "x.json")))
+
+
 def test_a_picture_folder_with_a_link_that_leads_out_is_refused(tmp_path):
     (tmp_path / "pictures").mkdir()
     (tmp_path / "secret.png").touch()
