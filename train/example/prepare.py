@@ -10,9 +10,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from hovle.assets.easy_vqa import Question, load_questions
-
 from hovle.assets import easy_vqa
+from hovle.assets.vqa_questions import Question, load_questions
 
 NUM_PICTURES = 600
 QUESTIONS_PER_PICTURE = 3
