@@ -27,7 +27,7 @@ tables: $(READY)
 # Run every test, and name the slowest.
 test: $(READY)
 	$(BIN)/hovle fetch
-	$(BIN)/python -m pytest -q --durations=20
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --durations=20
 
 check: $(READY)
 	$(BIN)/ruff format --check .
