@@ -12,6 +12,7 @@ from PIL import Image
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.train.config import ChatData, HuggingFaceData, LlavaData, load_stage
+from hovle.train.data.batch import PackedBatch
 from hovle.train.data.grouping import GroupedRecords, sharing_key, split_turns
 from hovle.train.data.mixture import Mixture, MixtureReader
 from hovle.train.data.packing import PackedBatches, StreamPosition, load_batches
@@ -369,27 +370,27 @@ KINDS = ["rows", "pairs", "stream", "stream of pairs"]
 TENSORS = ("input_ids", "targets", "position_ids", "is_sample", "pixel_values", "attention_mask")
 
 
-def assert_same(found: dict, expected: dict) -> None:
+def assert_same(found: PackedBatch, expected: PackedBatch) -> None:
     for name in TENSORS:
-        assert torch.equal(found[name], expected[name])
+        assert torch.equal(getattr(found, name), getattr(expected, name))
     for name in ("names", "skips", "num_drawn", "num_split"):
-        assert found[name] == expected[name]
-    for number, shard in expected["position"].shards.items():  # `datasets` writes equal states of streams differently
-        assert found["position"].shards[number].next_index == shard.next_index
-        assert found["position"].shards[number].pending == shard.pending
+        assert getattr(found, name) == getattr(expected, name)
+    for number, shard in expected.position.shards.items():  # `datasets` writes equal states of streams differently
+        assert found.position.shards[number].next_index == shard.next_index
+        assert found.position.shards[number].pending == shard.pending
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_of_a_grouped_source_resume_to_the_bit_with_any_workers(grouped_batches, kind):
     straight = list(itertools.islice(grouped_batches(kind), 16))  # four steps
-    assert all(any(" more" in name for name in batch["names"]) for batch in straight)
-    position, place = straight[3]["position"], 4
+    assert all(any(" more" in name for name in batch.names) for batch in straight)
+    position, place = straight[3].position, 4
     for num_workers in (0, 1, 3):  # each goes on where the one before stopped
         stopped = StreamPosition.join([dataclasses.asdict(position)])
         resumed = itertools.islice(load_batches(grouped_batches(kind, stopped), num_workers), 4)
         for found, expected in zip(resumed, straight[place : place + 4], strict=True):
             assert_same(found, expected)
-            position = found["position"]
+            position = found.position
         place += 4
 
 
@@ -399,12 +400,12 @@ def test_shards_of_a_grouped_source_do_not_depend_on_the_processes(grouped_batch
     ranks = [list(itertools.islice(grouped_batches(kind, None, rank, 2), 4)) for rank in range(2)]
     for place, expected in enumerate(straight):
         for name in TENSORS:
-            assert torch.equal(ranks[place % 2][place // 2][name], expected[name])
+            assert torch.equal(getattr(ranks[place % 2][place // 2], name), getattr(expected, name))
 
 
 def test_a_position_saved_with_the_key_lanes_continues(grouped_batches):
     straight = list(itertools.islice(grouped_batches("stream"), 8))
-    saved = dataclasses.asdict(straight[3]["position"])
+    saved = dataclasses.asdict(straight[3].position)
     old = {"lanes": saved.pop("shards")}
     assert saved == {}
     resumed = grouped_batches("stream", StreamPosition.join([old]))
@@ -417,7 +418,7 @@ def test_once_every_conversation_of_a_grouped_source_is_drawn_and_counted_once(f
     batches = list(
         PackedBatches(records, ReplySamples(processor), next_token_config(), StreamPosition(), 0, 1, 0, once=True)
     )
-    assert sum(batch["num_drawn"] for batch in batches) == 25
+    assert sum(batch.num_drawn for batch in batches) == 25
     alone = PackedBatches(
         open_source(folder, "chat.jsonl"),
         ReplySamples(processor),
@@ -428,9 +429,9 @@ def test_once_every_conversation_of_a_grouped_source_is_drawn_and_counted_once(f
         0,
         True,
     )
-    counts = [sum(int((batch["targets"] >= 0).sum()) for batch in found) for found in (batches, alone)]
+    counts = [sum(int((batch.targets >= 0).sum()) for batch in found) for found in (batches, alone)]
     assert counts[0] == counts[1] > 100
-    assert sum(len(batch["pixel_values"]) for batch in batches) == 2 * (1 + 3 + 1 + 3)  # two groups a picture
+    assert sum(len(batch.pixel_values) for batch in batches) == 2 * (1 + 3 + 1 + 3)  # two groups a picture
 
 
 def test_the_tiles_of_shared_pictures_count_once_against_the_budget(folder, processor, next_token_config):
@@ -439,8 +440,8 @@ def test_the_tiles_of_shared_pictures_count_once_against_the_budget(folder, proc
     batches = itertools.islice(PackedBatches(records, ReplySamples(processor), config, StreamPosition(), 0, 1, 0), 12)
     names = []
     for batch in batches:
-        assert len(batch["pixel_values"]) <= 3
-        names += batch["names"]
+        assert len(batch.pixel_values) <= 3
+        names += batch.names
     assert any(name.endswith("and 4 more") for name in names)
 
 
