@@ -1,16 +1,18 @@
 """Skips: counts over processes and resumed runs, and the budget that stops a run."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from hovle.train.data.skips import NO_PICTURE, UNANSWERED, Skip, SkipBudgetError, SkipLedger
 
 
-def batch_of(num_drawn: int, *reasons: str) -> dict:
+def batch_of(num_drawn: int, *reasons: str) -> SimpleNamespace:
     skips = [Skip("chat", reason, f"line {place}", f"{reason}!") for place, reason in enumerate(reasons)]
-    return {"num_drawn": num_drawn, "num_split": 1, "skips": skips}
+    return SimpleNamespace(num_drawn=num_drawn, num_split=1, skips=skips)
 
 
-def counted(max_fraction: float, *batches: dict) -> SkipLedger:
+def counted(max_fraction: float, *batches: SimpleNamespace) -> SkipLedger:
     ledger = SkipLedger(max_fraction)
     for batch in batches:
         ledger.add(batch)
