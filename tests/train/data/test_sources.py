@@ -445,7 +445,11 @@ def test_lines_end_at_line_feeds_only_whatever_their_texts_hold(tmp_path, source
 @pytest.mark.parametrize("source", ["chat", "llava"])
 @pytest.mark.parametrize(
     ("encoding", "text", "named"),
-    [("gbk", "\u4e00\u8f86\u516c\u4ea4\u8f66", "GB18030"), ("utf-16", "A bus", "UTF-16"), ("latin-1", "caf\xe9 au lait", "CP1252")],
+    [
+        ("gbk", "\u4e00\u8f86\u516c\u4ea4\u8f66", "GB18030"),
+        ("utf-16", "A bus", "UTF-16"),
+        ("latin-1", "caf\xe9 au lait", "CP1252"),
+    ],
 )
 def test_a_file_in_another_encoding_is_refused_with_its_name_and_encoding(tmp_path, source, encoding, text, named):
     config = write_source(tmp_path, source, ["A bus", text], encoding)
