@@ -7,6 +7,7 @@ middle and at the end of each file.
 
 import hashlib
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -52,10 +53,12 @@ def fingerprint_files(paths: Sequence[str | Path], root: str | Path) -> str:
 
 
 def _size(path: str | Path) -> int | None:
+    """Bytes of a regular file, None of what is none: a folder cannot be read, a pipe might never end."""
     try:
-        return os.stat(path).st_size
-    except OSError:
+        facts = os.stat(path)
+    except (OSError, ValueError):
         return None
+    return facts.st_size if stat.S_ISREG(facts.st_mode) else None
 
 
 def _contents(path: str | Path, size: int, block: int | None) -> bytes:

@@ -30,7 +30,7 @@ from .grouping import sharing_key
 from .mixture import Mixture, MixtureReader, describe_size, open_mixture
 from .packing import PackedBatches, StreamPosition
 from .samples import RandomTextSamples, Sample, SampleMaker, was_split
-from .skips import FEWEST_DRAWN, NO_FAULTS, NUM_WORST, SkipBudgetError, SkipSampleError
+from .skips import FEWEST_DRAWN, NO_FAULTS, NUM_WORST, UNREAD_KEY, SkipBudgetError, SkipSampleError
 from .transforms import make_transform
 
 NUM_SHOWN = 5
@@ -68,6 +68,8 @@ class SourceReport:
     reasons: Counter = field(default_factory=Counter)
     worst: Counter = field(default_factory=Counter)
     """(name, detail) -> times skipped."""
+    unread: Counter = field(default_factory=Counter)
+    """Which keys nobody reads -> rows that have them."""
     examples: list[Sample] = field(default_factory=list)
 
     @property
@@ -119,6 +121,9 @@ def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMa
             maker.load_pixels(item.name, item.pictures, item.num_tiles)
         except SkipSampleError as error:
             item = error
+    if isinstance(item, SkipSampleError) and item.reason == UNREAD_KEY:
+        report.unread[item.detail] += 1  # of a row that is used
+        return
     if isinstance(item, SkipSampleError):
         report.reasons[item.reason] += 1
         report.worst[item.name, item.detail] += 1
@@ -202,6 +207,9 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
         lines.append(f"  supervised     {source.num_supervised / tokens:.1%} of the tokens")
     if source.num_records:
         lines.append(f"  run            {report.num_draws * source.share / source.num_records:.2f} epochs (estimated)")
+    lines += [
+        f"  not read       {count:,} rows: {_printable(keys)}" for keys, count in source.unread.most_common(NUM_WORST)
+    ]
     num_made = len(source.lengths) + source.reasons.total()
     for reason, count in source.reasons.most_common():
         lines.append(f"  skipped        {count:,} ({count / num_made:.2%}): {reason}")

@@ -98,7 +98,8 @@ def split_turns(record: Record) -> list[Record]:
         question = {"role": "user", "content": [*pictures, *asked]} if pictures else turns[start]
         end = start + 2 if start + 3 < len(turns) else len(turns)  # what follows the last reply stays with it
         name = f"{record.name} question {start // 2 + 1}"
-        pairs.append(Record(name, [*system, question, *turns[start + 1 : end]]))
+        unread = record.unread if start == 0 else ()  # counted once
+        pairs.append(Record(name, [*system, question, *turns[start + 1 : end]], unread=unread))
     return pairs
 
 

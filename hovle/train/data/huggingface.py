@@ -17,13 +17,19 @@ from pathlib import Path
 from typing import Any
 
 from ...files.fingerprints import fingerprint_files
-from ...model.pictures import picture_size
 from ..config import HuggingFaceData
 from .records import PICTURE_MARK, PICTURE_SUFFIXES, ROLES, Record, conversation, inside, messages_from_turns
-from .skips import SkipSampleError
+from .rows import FILM_ITEMS, is_empty, shows_a_picture, unread_keys, with_pictures_first, with_system
+from .skips import FILM, SkipSampleError, sparing_the_run
 
 TEXT_SUFFIXES = ("json", "txt")
 """Members of a tar that are decoded, beside pictures."""
+
+CONVERSATIONS = ("messages", "conversations", "texts")
+"""Columns that hold a conversation."""
+
+TURN_KEYS = ("role", "content", "name", "from", "value", "user", "assistant", "source")
+"""Keys of the turns of a conversation that are read or harmless."""
 
 CAPTIONS = ("text", "caption", "txt")
 """Columns that hold a caption."""
@@ -74,10 +80,16 @@ def _prepare(builder: Any, config: HuggingFaceData) -> None:
 
 
 def _with_encoded_pictures(dataset: Any, config: HuggingFaceData) -> Any:
-    """The data set with its pictures left encoded; ValueError where a column of pictures has a name nobody reads."""
-    from datasets import Image, List
+    """The data set with its pictures left encoded, and what is none undecoded: rows of it will be skipped.
+
+    Raises:
+        ValueError: Where a column of pictures has a name nobody reads.
+    """
+    from datasets import Audio, Image, List, Video
 
     for name, feature in (dataset.features or {}).items():
+        if isinstance(feature, Audio | Video):
+            dataset = dataset.cast_column(name, type(feature)(decode=False))
         is_list = isinstance(feature, List)
         if not isinstance(feature.feature if is_list else feature, Image):
             continue
@@ -174,7 +186,9 @@ class DatasetRecords:
         return len(self.dataset)
 
     def __getitem__(self, place: int, /) -> Record:
-        return record_from_row(self.dataset[place], f"{self.config.label}[{place}]", self.config)
+        name = f"{self.config.label}[{place}]"
+        with sparing_the_run(name):
+            return record_from_row(self.dataset[place], name, self.config)
 
 
 class DatasetStream:
@@ -230,7 +244,8 @@ class ShardStream:
             return self.next_record()
         self.num_rows += 1
         name = f"{self.source.config.label} shard {self.shard} epoch {self.epoch} row {self.num_rows}"
-        return record_from_row(row, name, self.source.config)
+        with sparing_the_run(name):  # and not the reading: a stream that fails is at its end
+            return record_from_row(row, name, self.source.config)
 
 
 def record_from_row(row: dict, name: str, config: HuggingFaceData) -> Record:
@@ -244,15 +259,25 @@ def record_from_row(row: dict, name: str, config: HuggingFaceData) -> Record:
     pictures = _pictures(row, name, config)
     if not pictures:
         _check_no_picture_is_missing(row, name)
-    turns = _turns(row, name, len(pictures), config)
+    turns, read = _turns(row, name, len(pictures), config)
+    unread = _unread(row, read, len(pictures), name)
     if turns is None and len(pictures) == 1:
-        return Record(name, conversation(pictures[0], "", ""))
+        return Record(name, conversation(pictures[0], "", ""), unread=unread)
     if turns is None:
         columns = ", ".join(key for key, value in row.items() if value is not None)
         raise SkipSampleError(
             name, "malformed", f"expected a conversation, a caption or one picture, found {columns}."
         )
-    return Record(name, messages_from_turns(name, turns, pictures))
+    return Record(name, messages_from_turns(name, with_system(turns, row, name), pictures), unread=unread)
+
+
+def _unread(row: dict, read: str | None, num_pictures: int, name: str) -> tuple[str, ...]:
+    """Keys of a row, and of the turns it was read from, that nobody reads; see `rows`."""
+    known = [key for key in row if _is_picture_column(key) or key in (read, "system", FAULT)]
+    unread = unread_keys(row, known, num_pictures, name, is_caption=read in CAPTIONS)
+    for turn in row[read] if read in CONVERSATIONS else []:
+        unread += unread_keys(turn, TURN_KEYS, num_pictures, name)
+    return unread
 
 
 def _pictures(row: dict, name: str, config: HuggingFaceData) -> list[str | bytes]:
@@ -262,7 +287,7 @@ def _pictures(row: dict, name: str, config: HuggingFaceData) -> list[str | bytes
         if _is_picture_column(key):
             if value is not None and not isinstance(value, str):
                 given += value if isinstance(value, list) else [value]
-        elif _shows_a_picture(value):
+        elif shows_a_picture(value):
             detail = f"its column {key!r} holds a picture, but only {_known_columns()} are read; rename it."
             raise SkipSampleError(name, "picture in an unknown column", detail)
     pictures: list[str | bytes] = []
@@ -283,19 +308,6 @@ def _pictures(row: dict, name: str, config: HuggingFaceData) -> list[str | bytes
     return pictures
 
 
-def _shows_a_picture(value: Any) -> bool:
-    """Whether a column holds a picture's bytes, its own or those of its first item."""
-    value = value[0] if isinstance(value, list) and value else value
-    value = value.get("bytes") if isinstance(value, Mapping) else value
-    if not isinstance(value, bytes):
-        return False
-    try:
-        picture_size(value)
-    except ValueError:
-        return False
-    return True
-
-
 def _check_no_picture_is_missing(row: dict, name: str) -> None:
     """Raise where a row without pictures tells that it should have one; an empty list says that it has none.
 
@@ -311,26 +323,43 @@ def _check_no_picture_is_missing(row: dict, name: str) -> None:
         raise SkipSampleError(name, "missing file", f"its {', '.join(named)} is empty.")
 
 
-def _turns(row: dict, name: str, num_pictures: int, config: HuggingFaceData) -> list[tuple[str, str]] | None:
-    """Role and text of each turn; pictures go before the first question where a format has no marks for them."""
-    marks = PICTURE_MARK * num_pictures
+def _turns(
+    row: dict, name: str, num_pictures: int, config: HuggingFaceData
+) -> tuple[list[tuple[str, str]] | None, str | None]:
+    """Role and text of each turn, and the column they come from.
+
+    Pictures go before the first question where nothing marks their places; LLaVA's `image` comes with marks.
+    """
+    key = next((key for key in CONVERSATIONS if row.get(key)), None)
     try:
-        if row.get("messages"):
-            return [(ROLES[message["role"]], _flat(message["content"])) for message in row["messages"]]
-        if row.get("conversations"):
-            return [(ROLES[turn["from"]], turn["value"]) for turn in row["conversations"]]
-        if row.get("texts"):
-            pairs = [[("user", turn["user"]), ("assistant", turn["assistant"])] for turn in row["texts"]]
-            (role, question), *others = [turn for pair in pairs for turn in pair]
-            return [(role, question if PICTURE_MARK in question else marks + question), *others]
+        if key == "messages":
+            turns = [(ROLES[message["role"]], _flat(message["content"], name)) for message in row[key]]
+            return with_pictures_first(turns, num_pictures), key
+        if key == "conversations":
+            turns = [(ROLES[turn["from"]], turn["value"]) for turn in row[key]]
+            is_beside = all(is_empty(value) for column, value in row.items() if _is_marked_column(column))
+            return with_pictures_first(turns, num_pictures) if is_beside else turns, key
+        if key == "texts":
+            pairs = [[("user", turn["user"]), ("assistant", turn["assistant"])] for turn in row[key]]
+            return with_pictures_first([turn for pair in pairs for turn in pair], num_pictures), key
     except (KeyError, TypeError) as error:
         raise SkipSampleError(name, "malformed", f"cannot read its conversation ({error!r}).") from error
-    caption = next((row[key] for key in CAPTIONS if isinstance(row.get(key), str)), None)
-    return None if caption is None else [("user", marks + config.prompt), ("assistant", caption)]
+    key = next((key for key in CAPTIONS if isinstance(row.get(key), str)), None)
+    if key is None:
+        return None, None
+    return [("user", PICTURE_MARK * num_pictures + config.prompt), ("assistant", row[key])], key
 
 
-def _flat(content: str | list[dict]) -> str:
+def _is_marked_column(name: str) -> bool:
+    """Whether pictures of a column have marks in LLaVA's turns."""
+    return _is_picture_column(name) and name != "images"
+
+
+def _flat(content: str | list[dict], name: str) -> str:
     """Text of a message, with a mark where an item stands for a picture."""
     if isinstance(content, str):
         return content
+    films = [item["type"] for item in content if item["type"] in FILM_ITEMS]
+    if films:
+        raise SkipSampleError(name, FILM, f"a message has an item of the type {films[0]}.")
     return "".join(PICTURE_MARK if item["type"] == "image" else item["text"] for item in content)

@@ -1,15 +1,19 @@
 """Records: conversations whose pictures are still on disk, and what reads them."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from ...assets.vqa_questions import draw_weighted
-from .skips import SkipSampleError
+from .skips import FILM, SkipSampleError
 
 PICTURE_MARK = "<image>"
 """Where a picture stands in a human turn of LLaVA's format."""
+
+MARKS = re.compile(r"<(?:image|video|audio)(?:[ _]?\d+)?>")
+"""What stands for a picture, a video or a sound in the text of a question."""
 
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -36,20 +40,27 @@ class Record:
     """How many of them make a sample when they are drawn."""
     names: tuple[str, ...] = field(default=(), repr=False)  # fingerprints know the other fields only
     """What each conversation is called, this record's own first; empty: all as the record."""
+    unread: tuple[str, ...] = field(default=(), repr=False)
+    """Keys of the source that nobody reads, to be counted."""
+    is_last_reply_taught: bool = field(default=False, repr=False)
+    """Whether of its replies only the last one is learnt; those before it are in other samples."""
 
     @classmethod
     def join(cls, records: Sequence["Record"]) -> "Record":
         """One record of conversations that start with the same pictures."""
         first, *others = records
         names = tuple(record.name for record in records)
-        return cls(_joint_name(names), first.messages, tuple(record.messages for record in others), names=names)
+        others_messages = tuple(record.messages for record in others)
+        unread = tuple(dict.fromkeys(key for record in records for key in record.unread))
+        return cls(_joint_name(names), first.messages, others_messages, names=names, unread=unread)
 
     def part(self, places: Iterable[int]) -> "Record":
         """A record of some of its conversations."""
         chosen = list(places)
         first, *others = [[self.messages, *self.others][place] for place in chosen]
         names = tuple(self.names[place] for place in chosen) if self.names else ()
-        return Record(_joint_name(names) if names else self.name, first, tuple(others), names=names)
+        name = _joint_name(names) if names else self.name
+        return Record(name, first, tuple(others), names=names, unread=self.unread)
 
     @property
     def num_conversations(self) -> int:
@@ -126,9 +137,12 @@ def conversation(picture: Path | str | bytes, question: str, answer: str) -> lis
 
 def inside(folder: Path, name: str) -> Path:
     """Full path of a picture; links are followed, and what leads out of the folder is refused."""
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:  # a null character, links in a circle
+        raise ValueError(f"Picture {name[:80]!r} is no name of a file ({error}).") from error
     if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"Picture {name!r} lies outside {folder}; keep pictures beside the data file.")
+        raise ValueError(f"Picture {name[:200]!r} lies outside {folder}; keep pictures beside the data file.")
     return path
 
 
@@ -141,7 +155,8 @@ def messages_from_turns(name: str, turns: list[tuple[str, str]], pictures: Seque
         pictures: Paths or bytes, in the order of their marks.
 
     Raises:
-        SkipSampleError: When there are not as many marks in the user's turns as pictures, or no turns.
+        SkipSampleError: When there are not as many marks in the user's turns as pictures, marks of something else,
+            or no turns.
     """
     if not turns or not all(isinstance(text, str) for _, text in turns):
         raise SkipSampleError(name, "malformed", f"expected turns of text, found {str(turns)[:80]!r}.")
@@ -149,6 +164,7 @@ def messages_from_turns(name: str, turns: list[tuple[str, str]], pictures: Seque
     if num_marks != len(pictures):
         detail = f"{num_marks} {PICTURE_MARK} marks in the user's turns, but {len(pictures)} pictures."
         raise SkipSampleError(name, "picture count", detail)
+    check_marks((text.replace(PICTURE_MARK, "") for role, text in turns if role == "user"), name)
     remaining = iter(pictures)
     messages = []
     for role, text in turns:
@@ -161,6 +177,14 @@ def messages_from_turns(name: str, turns: list[tuple[str, str]], pictures: Seque
                 content += [{"type": "text", "text": piece}] if piece else []
         messages.append({"role": role, "content": content})
     return messages
+
+
+def check_marks(texts: Iterable[str], name: str) -> None:
+    """Raise where texts of questions have a mark that nothing stands for: it would be learnt as a word."""
+    found = next((mark.group() for text in texts for mark in MARKS.finditer(text)), None)
+    if found:
+        reason = "picture count" if found.startswith("<image") else FILM
+        raise SkipSampleError(name, reason, f"a question has the mark {found}, but nothing stands there.")
 
 
 def picture_items(messages: list[dict]) -> list[dict]:

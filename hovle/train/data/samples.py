@@ -7,19 +7,22 @@ these are read for a whole batch at once (`load_pixels`).
 import bisect
 import dataclasses
 import functools
+import itertools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TypeGuard
 
 import jinja2
 import torch
 
+from ...model.chat_rendering import Prompt, SpecialTokens
 from ...model.modeling_hovle import IGNORE_INDEX
 from ...model.pictures import picture_size
 from ...model.processing_hovle import HoVLEProcessor
 from .records import Record, conversation, picture_item, picture_sources, until_last_reply
-from .skips import NO_PICTURE, UNANSWERED, SkipSampleError
+from .rows import remark_on
+from .skips import NO_PICTURE, UNANSWERED, UNREAD_KEY, RecipeError, SkipSampleError, sparing_the_run
 from .tiles import picture_key, read_tiles
 
 
@@ -98,6 +101,10 @@ class SampleMaker:
         """Ways to cut a record that is too long in two, the longest first part first; none by default."""
         yield from ()
 
+    def replies_apart(self, record: Record) -> list[Record]:
+        """Records of one reply each, where replies cannot be learnt together; none where that changes nothing."""
+        return []
+
     def make_all(
         self, record: Record, index: int, max_tokens: int, max_tiles: int | None = None
     ) -> list[Sample | SkipSampleError]:
@@ -134,8 +141,8 @@ class SampleMaker:
         return record.part(sound) if sound else None, [item for item in alone if _is_fault(item)]
 
     def remarks(self, record: Record) -> list[SkipSampleError]:
-        """What of a record is left out although the rest of it is used; nothing by default."""
-        return []
+        """What of a record is left out although the rest of it is used: keys that nobody reads."""
+        return [SkipSampleError(record.name, UNREAD_KEY, remark_on(record.unread))] if record.unread else []
 
     def _make_fitting(
         self,
@@ -146,6 +153,14 @@ class SampleMaker:
         max_tiles: int | None,
     ) -> list[Sample | SkipSampleError]:
         """Samples of a record, which as a whole makes this."""
+        if isinstance(whole, SkipSampleError) and whole.reason == REWRITTEN:
+            return [
+                item
+                for part in self.replies_apart(record)
+                for item in self._make_fitting(
+                    part, self._make_checked(part, index, max_tokens, max_tiles), index, max_tokens, max_tiles
+                )
+            ] or [whole]
         cuts = list(self.cuts(record)) if _is_over_long(whole) else []
         if not cuts:
             return [whole]
@@ -166,7 +181,8 @@ class SampleMaker:
         self, record: Record, index: int, max_tokens: int, max_tiles: int | None
     ) -> Sample | SkipSampleError:
         try:
-            sample = self.make(record, index)
+            with sparing_the_run(record.name):
+                sample = self.make(record, index)
         except SkipSampleError as error:
             return error
         num_tokens, num_tiles = sample.num_inputs, sum(sample.num_tiles)
@@ -189,7 +205,7 @@ class SampleMaker:
         try:
             tiles = [read_tiles(picture, image_processor) for picture in pictures]
         except ValueError as error:
-            raise SkipSampleError(name, _picture_fault(pictures), str(error)) from error
+            raise SkipSampleError(name, _picture_fault(pictures), f"{error!s:.500}") from error
         found = [len(part) for part in tiles]
         if found != num_tiles:
             detail = f"the headers of its pictures promise {num_tiles} tiles, their pixels make {found}."
@@ -207,7 +223,14 @@ class SampleMaker:
         try:
             return [count(*picture_size(picture)) for picture in pictures]
         except ValueError as error:
-            raise SkipSampleError(name, _picture_fault(pictures), str(error)) from error
+            raise SkipSampleError(name, _picture_fault(pictures), f"{error!s:.500}") from error
+
+    def render(self, name: str, chats: list[list[dict]], **kwargs) -> list[Prompt]:
+        """Rendered conversations; SkipSampleError where the template refuses one."""
+        try:
+            return self.processor._render(self.processor._resolve_template(None, None), chats, **kwargs)
+        except (ValueError, jinja2.TemplateError) as error:
+            raise SkipSampleError(name, "refused by the chat template", str(error)) from error
 
     def encode(self, name: str, chats: list[list[dict]], num_tiles: list[int], **kwargs) -> list[list[int]]:
         """Token ids of conversations about the same pictures; SkipSampleError where the template refuses one."""
@@ -221,13 +244,17 @@ OVER_LONG = "over-long"
 """Reason of a sample that no row can hold and that cannot be cut further."""
 
 
+REWRITTEN = "rewritten turns"
+"""Reason of a conversation of which the chat template shows earlier turns otherwise once later ones follow."""
+
+
 def _is_over_long(made: Sample | SkipSampleError) -> bool:
     return isinstance(made, SkipSampleError) and made.reason == OVER_LONG
 
 
 def _is_fault(made: Sample | SkipSampleError) -> TypeGuard[SkipSampleError]:
     """Whether a record cannot be used, not even cut."""
-    return isinstance(made, SkipSampleError) and made.reason != OVER_LONG
+    return isinstance(made, SkipSampleError) and made.reason not in (OVER_LONG, REWRITTEN)
 
 
 def was_split(made: list[Sample | SkipSampleError]) -> bool:
@@ -236,7 +263,7 @@ def was_split(made: list[Sample | SkipSampleError]) -> bool:
 
 
 def _picture_fault(pictures: list[str | bytes]) -> str:
-    is_missing = any(isinstance(picture, str) and not Path(picture).exists() for picture in pictures)
+    is_missing = any(isinstance(picture, str) and not os.path.exists(picture) for picture in pictures)
     return "missing file" if is_missing else "unreadable picture"
 
 
@@ -248,14 +275,14 @@ class ReplySamples(SampleMaker):
         first, *rest = [until_last_reply(messages) for messages in (record.messages, *record.others)]
         pictures = picture_sources(first)
         num_tiles = self.count_tiles(record.name, pictures)
-        input_ids, labels = self._encode(record.name, first, num_tiles)
+        input_ids, labels = self._encode(record.name, first, num_tiles, record.is_last_reply_taught)
         subsegment_ids = None
         if rest:
             others = [self._encode(record.name, messages, num_tiles) for messages in rest]
             input_ids, labels, branches = share_beginning([(input_ids, labels), *others])
             subsegment_ids = torch.tensor(branches)
             if self.processor.image_token_id in input_ids[branches.count(0) :]:
-                raise ValueError(
+                raise RecipeError(
                     f"{record.name}: the chat template writes different beginnings for conversations about the same "
                     "pictures, so they cannot share them: set questions_per_sample to 1."
                 )
@@ -264,44 +291,120 @@ class ReplySamples(SampleMaker):
         )
 
     def remarks(self, record: Record) -> list[SkipSampleError]:
-        """Turns behind the last reply."""
+        """Keys that nobody reads, and turns behind the last reply."""
         conversations = [record.messages, *record.others]
         lengths = [(len(until_last_reply(messages)), len(messages)) for messages in conversations]
         num_dropped = sum(length - end for end, length in lengths if end)
         detail = f"{num_dropped} messages after its last reply teach nothing and are left out."
-        return [SkipSampleError(record.name, UNANSWERED, detail)] if num_dropped else []
+        unanswered = [SkipSampleError(record.name, UNANSWERED, detail)] if num_dropped else []
+        return [*unanswered, *super().remarks(record)]
 
     def cuts(self, record: Record) -> Iterator[tuple[Record, Record]]:
         """Cut between conversations about the same pictures, or between the turns of a single one."""
         for place in range(len(record.others), 0, -1):
             yield record.part(range(place)), record.part(range(place, record.num_conversations))
-        if record.others:
+        if record.others or record.is_last_reply_taught:
             return
         ends = [number + 1 for number, message in enumerate(record.messages) if message["role"] == "assistant"]
         for end in reversed(ends[:-1]):
             start, following = record.messages[:end], continue_conversation(record.messages, end)
             yield dataclasses.replace(record, messages=start), dataclasses.replace(record, messages=following)
 
-    def _encode(self, name: str, messages: list[dict], num_tiles: list[int]) -> tuple[list[int], list[int]]:
+    def replies_apart(self, record: Record) -> list[Record]:
+        """The conversations of a record, or those of one that end at each of its replies and teach that one."""
+        if record.others:
+            return [record.part([place]) for place in range(record.num_conversations)]
+        ends = [number + 1 for number, message in enumerate(record.messages) if message["role"] == "assistant"]
+        if len(ends) < 2 or record.is_last_reply_taught:
+            return []
+        return [
+            dataclasses.replace(record, messages=record.messages[:end], is_last_reply_taught=True)
+            for end in ends
+            if _has_text(record.messages[end - 1])
+        ]
+
+    def _encode(
+        self, name: str, messages: list[dict], num_tiles: list[int], is_last_taught: bool = False
+    ) -> tuple[list[int], list[int]]:
         """Ids and labels of one conversation whose pictures have so many tiles."""
         replies = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
         if not any(_has_text(messages[number]) for number in replies):
             raise SkipSampleError(name, "no supervised token", "no reply to learn from.")
+        replies = replies[-1:] if is_last_taught else replies
         prompts = [messages[:number] for number in replies]
         answered = [messages[: number + 1] for number in replies]
         starts = self.encode(name, prompts, num_tiles, add_generation_prompt=True)
         ends = self.encode(name, answered, num_tiles)
         input_ids = ends[-1]
+        found = list(zip(starts, ends, strict=True))
+        if any(input_ids[: len(end)] != end or end[: len(start)] != start for start, end in found):
+            input_ids, found = self._encode_in_pieces(name, prompts, answered, num_tiles)
         labels = [IGNORE_INDEX] * len(input_ids)
         special = special_ids(self.processor.tokenizer)
-        for start, end in zip(starts, ends, strict=True):
-            if input_ids[: len(end)] != end or end[: len(start)] != start:
-                raise ValueError(f"{name}: the chat template rewrites earlier turns; replies cannot be located.")
+        for start, end in found:
             stop = max((place for place in range(len(start), len(end)) if end[place] in special), default=len(end) - 1)
             labels[len(start) : stop + 1] = end[len(start) : stop + 1]
         if not self.processor.tokenizer.decode(input_ids[stop + 1 :]).strip():  # a line break teaches nothing
             input_ids, labels = input_ids[: stop + 1], labels[: stop + 1]
         return input_ids, labels
+
+    def _encode_in_pieces(
+        self, name: str, prompts: list[list[dict]], answered: list[list[dict]], num_tiles: list[int]
+    ) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+        """Ids of a conversation in which a token would reach over the beginning or the end of a reply.
+
+        A reply that begins with line breaks is such: with the one before it they make another token. What stands
+        before a reply is encoded as when the model is asked, and the reply by itself, as the model says it.
+
+        Returns:
+            The ids, and for each reply those before and those up to its end.
+        """
+        with_prompt = self.render(name, prompts, add_generation_prompt=True)
+        chats = [chat for pair in zip(with_prompt, self.render(name, answered), strict=True) for chat in pair]
+        ids = self.processor._encode_pieces(chats[0], _placeholders(self.processor, chats[0], num_tiles))
+        borders = [ids]
+        for before, after in itertools.pairwise(chats):
+            added = continue_prompt(self.processor, before, after, num_tiles)
+            if added is None:
+                has_question = any(message["role"] == "user" for message in prompts[0])
+                if len(prompts) == 1 and not has_question:
+                    raise SkipSampleError(
+                        name, "no question", "the model speaks first, which its template cannot show."
+                    )
+                detail = "the chat template rewrites earlier turns; replies cannot be located."
+                raise SkipSampleError(name, REWRITTEN, detail)
+            borders.append(borders[-1] + added)
+        return borders[-1], list(zip(borders[::2], borders[1::2], strict=True))
+
+
+def _placeholders(processor: HoVLEProcessor, prompt: Prompt, num_tiles: list[int]) -> list[int]:
+    return [processor.image_seq_length * count for count in num_tiles[: len(prompt.pictures)]]
+
+
+def continue_prompt(
+    processor: HoVLEProcessor, before: Prompt, after: Prompt, num_tiles: list[int]
+) -> list[int] | None:
+    """Ids of what a rendered chat has more than another one with which it begins; None where it does not."""
+    known, pieces = _comparable(before), _comparable(after)
+    place = len(known) - 1
+    if pieces[:place] != known[:place] or not pieces[place].startswith(known[place]):
+        return None
+    rest = after.pieces[place][len(known[place]) :]
+    if (
+        after.pieces[place + 1 : place + 2]
+        and after.pieces[place + 1] in SpecialTokens.of(processor.tokenizer).strip_left
+    ):
+        rest = rest.rstrip()
+    following = Prompt(["", *after.pieces[place + 1 :]], after.pictures[len(before.pictures) :], [], False, after.mark)
+    num_shown = len(before.pictures)
+    return processor._encode_text(rest, at_start=False) + processor._encode_pieces(
+        following, _placeholders(processor, following, num_tiles[num_shown:])
+    )
+
+
+def _comparable(prompt: Prompt) -> list[str]:
+    """Pieces of a prompt with one sign for each picture mark, which differ from prompt to prompt."""
+    return ["\0" if prompt.is_mark(index) else piece for index, piece in enumerate(prompt.pieces)]
 
 
 def _has_text(message: dict) -> bool:
@@ -385,7 +488,7 @@ class RandomTextSamples(SampleMaker):
         length = len(self.stand_in_ids)
         places = [start for start in range(len(ids)) if ids[start : start + length] == self.stand_in_ids]
         if len(places) != 2:
-            raise ValueError(f"The chat template shows {len(places)} of 2 turns; random text has no place in it.")
+            raise RecipeError(f"The chat template shows {len(places)} of 2 turns; random text has no place in it.")
         for place in reversed(places):
             chosen = torch.randint(len(self.ordinary_ids), (self.num_random_tokens,), generator=generator)
             ids[place : place + length] = self.ordinary_ids[chosen].tolist()

@@ -3,8 +3,9 @@
 A sample that is left out moves no other one: its place in the stream stays empty.
 """
 
+import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +20,13 @@ NO_PICTURE = "no picture"
 UNANSWERED = "unanswered turn"
 """Reason of what follows the last reply of a conversation, which is used without it."""
 
-NO_FAULTS = frozenset({NO_PICTURE, UNANSWERED})
+UNREAD_KEY = "unread key"
+"""Reason of a key of a row that nobody reads; the rest of the row is used."""
+
+FILM = "video or audio"
+"""Reason of a row about what no model of this kind sees."""
+
+NO_FAULTS = frozenset({NO_PICTURE, UNANSWERED, UNREAD_KEY})
 """Reasons that are counted, but no fault, so the budget does not see them."""
 
 FEWEST_DRAWN = 1000
@@ -47,6 +54,29 @@ class SkipSampleError(ValueError):
     def __init__(self, name: str, reason: str, detail: str):
         super().__init__(f"{name}: {detail}")
         self.name, self.reason, self.detail = name, reason, detail
+
+    def __reduce__(self):
+        """Workers send it to the main process."""
+        return type(self), (self.name, self.reason, self.detail)
+
+
+class RecipeError(ValueError):
+    """A fault that lies in no single record, so it ends the run at once."""
+
+
+@contextlib.contextmanager
+def sparing_the_run(name: str) -> Iterator[None]:
+    """Turn whatever goes wrong with one record into a skip by its name; too many of them stop the run.
+
+    What says that the process is ill passes: no memory, a broken assertion.
+    """
+    try:
+        yield
+    except (SkipSampleError, RecipeError, StopRunError, MemoryError, AssertionError):
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise SkipSampleError(name, "unexpected", f"{kind}{error!s:.500}") from error
 
 
 class SkipBudgetError(StopRunError):

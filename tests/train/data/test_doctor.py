@@ -182,3 +182,17 @@ def test_what_the_user_got_wrong_is_said_in_a_line(next_token_config, tmp_path, 
     assert "--samples must be 0 or more" in capsys.readouterr().err
     assert main(["data", "doctor", recipe, "model.checkpoint=nowhere/at/all"]) == 1
     assert "model.checkpoint: No model in nowhere/at/all" in capsys.readouterr().err
+
+
+def test_keys_nobody_reads_are_named_with_the_rows_that_have_them(next_token_config, data, tmp_path, capsys):
+    next_token_config()
+    rows = [json.loads(line) for line in (data / "chat.jsonl").read_text().splitlines()]
+    for row in rows[:5]:
+        row["mood"] = "good"
+    shutil.copytree(data, tmp_path / "copy")
+    path = tmp_path / "copy" / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code, shown = report_of(capsys, tmp_path, tmp_path / "next_token.yaml", f"data.path={path}")
+    assert code == 0
+    assert "  not read       5 rows: its 'mood' is not read." in shown
+    assert "skipped" not in shown

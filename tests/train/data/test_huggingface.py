@@ -345,3 +345,53 @@ def test_a_mixture_with_a_stream_is_packed_and_resumed_exactly(tars, data, check
         assert [batch.names for batch in itertools.islice(resumed, 4)] == names[4:]
     ranks = [list(itertools.islice(batches(rank, 2, straight[3].position), 2)) for rank in range(2)]
     assert [ranks[place % 2][place // 2].names for place in range(4)] == names[4:]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"url": "https://example.com/1", "caption": "a red car"}, "picture in an unknown column"),
+        ({"URL": "https://example.com/1.jpg", "text": "a red car"}, "picture in an unknown column"),
+        ({"image_url": "https://example.com/1", "caption": "a red car"}, "picture in an unknown column"),
+        ({"img_path": "pics/1", "messages": "A"}, "picture in an unknown column"),
+        ({"video": {"bytes": b"\x00", "path": None}, "messages": "A"}, "video or audio"),
+        ({"mp4": b"\x00", "txt": "a red car"}, "video or audio"),
+        ({"audio": "a.wav", "conversations": "A"}, "video or audio"),
+        ({"tools": '[{"name": "search"}]', "messages": "A"}, "tools"),
+        ({"messages": "<image>"}, "picture count"),
+        ({"messages": "<video> What?"}, "video or audio"),
+        ({"messages": [{"type": "audio", "audio": "a.wav"}]}, "video or audio"),
+    ],
+)
+def test_a_row_of_a_data_set_about_what_is_not_read_is_skipped_by_reason(columns, reason, tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    if "messages" in columns:
+        asked = {"role": "user", "content": columns["messages"]}
+        columns = {**columns, "messages": [asked, {"role": "assistant", "content": "Yes"}]}
+    if "conversations" in columns:
+        columns = {**columns, "conversations": [{"from": "human", "value": "?"}, {"from": "gpt", "value": "Yes"}]}
+    with pytest.raises(SkipSampleError, match="a row: ") as caught:
+        record_from_row(columns, "a row", config_of(tmp_path))
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_pictures_and_system_beside_turns_are_shown_first(key, tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    names = ("role", "content") if key == "messages" else ("from", "value")
+    turns = [dict(zip(names, turn, strict=True)) for turn in (("user", "What?"), ("assistant", "A car"))]
+    columns = {key: turns, "images": [{"bytes": png(0), "path": None}], "system": "Be brief.", "rating": 5}
+    record = record_from_row(columns, "a row", config_of(tmp_path))
+    assert record.messages[0] == {"role": "system", "content": "Be brief."}
+    assert [item["type"] for item in record.messages[1]["content"]] == ["image", "text"]
+    assert record.unread == ("rating",)
+
+
+def test_the_address_of_a_picture_that_is_there_does_no_harm(tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    record = record_from_row(row(url="https://example.com/1.jpg", caption="a red car"), "a row", config_of(tmp_path))
+    assert replies(record) == ["a red car"]
+    assert record.unread == ()

@@ -13,7 +13,7 @@ from hovle.train.config import ChatData, PictureData
 from hovle.train.data.readers import load_records
 from hovle.train.data.records import Record, conversation
 from hovle.train.data.samples import RandomTextSamples, ReplySamples, Sample, share_beginning, special_ids, was_split
-from hovle.train.data.skips import SkipSampleError
+from hovle.train.data.skips import NO_FAULTS, SkipSampleError
 from hovle.train.data.tiles import PixelNormalization
 
 
@@ -376,3 +376,139 @@ def test_random_text_that_is_too_long_is_left_out(processor, picture_records):
     [made] = RandomTextSamples(processor, 50, 0).make_all(picture_records[0], 0, max_tokens=60)
     assert isinstance(made, SkipSampleError)
     assert made.reason == "over-long"
+
+
+def test_keys_nobody_reads_are_counted_once_and_are_no_fault(processor):
+    record = Record("row", conversation_of("A tree?", "Yes"), unread=("rating", "style", "rating"))
+    for maker in (ReplySamples(processor), RandomTextSamples(processor, 5, seed=0)):
+        *made, remark = maker.make_all(record, 0, max_tokens=400)
+        assert (remark.reason, remark.detail) == ("unread key", "its 'rating', 'style' is not read.")
+        assert remark.reason in NO_FAULTS
+        assert len(made) == 1
+
+
+# --- odd rows --------------------------------------------------------------------------------------------------------
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and not loop.last %}{{ message['content'].split('</think>')[-1].lstrip() }}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""A template that drops earlier thinking, as Qwen3's does."""
+
+
+@pytest.fixture(scope="module")
+def line_breaks() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token for two line breaks, as byte-level ones have."""
+    vocab = {"<pad>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "\n": 3, "\n\n": 4}
+    words = "user assistant system a tree ? yes no and of course because <think> </think>"
+    vocab |= {word: 5 + place for place, word in enumerate([*words.split(), " ", "[unk]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[unk]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(pre_tokenizers_pattern(), "isolated")
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<|im_end|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
+    fast.chat_template = CHATML.replace(".split('</think>')[-1].lstrip()", "")
+    return fast
+
+
+def pre_tokenizers_pattern():
+    from tokenizers import Regex
+
+    return Regex(r"\n\n|\n| |[^\s]+")
+
+
+@pytest.mark.parametrize("reply", ["\nyes", "\n\nyes", "\n\n\nyes\n\n"])
+def test_a_reply_that_begins_with_line_breaks_is_learnt_as_it_would_be_said(line_breaks, reply):
+    processor = HoVLEProcessor.from_language_model(line_breaks, image_size=56)
+    messages = [{"role": "user", "content": "a tree?"}, {"role": "assistant", "content": reply}]
+    following = [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "\nno"}]
+    sample = ReplySamples(processor).make(Record("x", [*messages, *following]), 0)
+    [prompt] = processor.encode_chats([messages[:1]], [], add_generation_prompt=True)
+    assert sample.input_ids[: len(prompt)].tolist() == prompt  # the very ids the model is asked with
+    said = [processor.tokenizer(text, add_special_tokens=False)["input_ids"] + [2] for text in (reply, "\nno")]
+    assert sample.labels[sample.labels != -100].tolist() == [*said[0], *said[1]]
+    supervised = sample.labels != -100
+    assert torch.equal(sample.labels[supervised], sample.input_ids[supervised])
+    text = [
+        processor.tokenizer.decode(ids)
+        for ids in (sample.input_ids, processor.encode_chats([[*messages, *following]], [])[0])
+    ]
+    assert text[0].replace(" ", "") == text[1].replace(" ", "").removesuffix(
+        "\n"
+    )  # this one puts spaces between tokens
+
+
+def test_a_conversation_whose_earlier_thinking_is_dropped_becomes_a_sample_for_each_reply(make_tokenizer):
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(chat_template=CHATML), image_size=56)
+    thoughts = [f"<think>because {number}</think>Yes {number}" for number in range(3)]
+    turns = [turn for number, thought in enumerate(thoughts) for turn in (f"{number}?", thought)]
+    sampler = ReplySamples(processor)
+    made = sampler.make_all(Record("x", conversation_of(*turns)), 7, max_tokens=400)
+    assert [(item.name, item.part, item.num_parts) for item in made] == [
+        (f"x ({part} of 3)", part - 1, 3) for part in (1, 2, 3)
+    ]
+    assert [supervised_spans(item, processor.tokenizer) for item in made] == [
+        [f"{thought}<|im_end|>"] for thought in thoughts
+    ]
+    last = processor.tokenizer.decode(made[2].input_ids)
+    assert last.count("<think>") == 1  # earlier thinking is not seen, as when the model answers
+    assert "Yes 0" in last
+    [whole] = sampler.make_all(Record("y", conversation_of("0?", "Yes 0", "1?", "Yes 1")), 8, max_tokens=400)
+    assert len(supervised_spans(whole, processor.tokenizer)) == 2  # nothing is dropped of this one
+
+
+def test_a_thinking_conversation_takes_no_other_one_with_it(make_tokenizer, data):
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(chat_template=CHATML), image_size=56)
+    picture = data / "pictures" / "00.png"
+    plain = conversation(picture, "What?", "A bus")
+    plain = [{**plain[0], "content": [plain[0]["content"][0]]}, {"role": "assistant", "content": "A bus"}]
+    thinking = [*plain[:1], *conversation_of("", "<think>so</think>A bus", "Sure?", "<think>hm</think>Yes")[1:]]
+    made = ReplySamples(processor).make_all(Record("x", plain, (thinking,)), 0, max_tokens=400)
+    assert all(isinstance(item, Sample) for item in made)
+    said = [span for item in made for span in supervised_spans(item, processor.tokenizer)]
+    assert said == ["A bus<|im_end|>", "<think>so</think>A bus<|im_end|>", "<think>hm</think>Yes<|im_end|>"]
+
+
+def test_a_conversation_that_the_model_begins_is_skipped_and_its_later_replies_are_learnt(make_tokenizer):
+    template = "{% if messages %}{{ '<|im_start|>' }}{% endif %}" + CHATML
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(chat_template=template), image_size=56)
+    first, *others = ReplySamples(processor).make_all(
+        Record("x", [{"role": "assistant", "content": "Hello"}, *conversation_of("A tree?", "Yes")]), 0, max_tokens=400
+    )
+    assert (first.reason, "x: the model speaks first" in str(first)) == ("no question", True)
+    assert [supervised_spans(item, processor.tokenizer) for item in others] == [["Yes<|im_end|>"]]
+
+
+@pytest.mark.parametrize("picture", ["a long text in place of a name " * 300, "..folder", "null\0character"])
+@pytest.mark.parametrize("maker", ["replies", "random text"])
+def test_what_is_no_name_of_a_picture_is_a_skip_by_name(processor, tmp_path, picture, maker):
+    (tmp_path / "..folder").mkdir()
+    sampler = ReplySamples(processor) if maker == "replies" else RandomTextSamples(processor, 5, seed=0)
+    record = Record("row 5", conversation(str(tmp_path / picture), "What?", "A bus"))
+    [skip] = sampler.make_all(record, 0, max_tokens=400)
+    assert isinstance(skip, SkipSampleError)
+    assert skip.name == "row 5"
+    assert len(str(skip)) < 700
+
+
+def test_whatever_goes_wrong_with_one_record_is_a_skip_by_its_name_but_a_fault_of_the_run_is_none(
+    processor, monkeypatch
+):
+    record = Record("row 5", conversation_of("A tree?", "Yes"))
+    for error, is_skip in (
+        (KeyError("x"), True),
+        (OSError("gone"), True),
+        (MemoryError(), False),
+        (AssertionError(), False),
+    ):
+        monkeypatch.setattr(
+            processor, "encode_chats", lambda *args, error=error, **kwargs: (_ for _ in ()).throw(error)
+        )
+        if not is_skip:
+            with pytest.raises(type(error)):
+                ReplySamples(processor).make_all(record, 0, max_tokens=400)
+            continue
+        [skip] = ReplySamples(processor).make_all(record, 0, max_tokens=400)
+        assert (skip.name, skip.reason) == ("row 5", "unexpected")
+        assert type(error).__name__ in str(skip)

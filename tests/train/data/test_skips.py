@@ -1,19 +1,18 @@
 """Skips: counts over processes and resumed runs, and the budget that stops a run."""
 
-import pytest
-import torch
+from types import SimpleNamespace
 
-from hovle.train.data.batch import PackedBatch
+import pytest
+
 from hovle.train.data.skips import NO_PICTURE, UNANSWERED, Skip, SkipBudgetError, SkipLedger
 
 
-def batch_of(num_drawn: int, *reasons: str) -> PackedBatch:
+def batch_of(num_drawn: int, *reasons: str) -> SimpleNamespace:
     skips = [Skip("chat", reason, f"line {place}", f"{reason}!") for place, reason in enumerate(reasons)]
-    tokens = dict.fromkeys(("input_ids", "targets", "position_ids", "is_sample"), torch.zeros(1, 0))
-    return PackedBatch(pixel_values=torch.zeros(0), **tokens, num_drawn=num_drawn, num_split=1, skips=skips)
+    return SimpleNamespace(num_drawn=num_drawn, num_split=1, skips=skips)
 
 
-def counted(max_fraction: float, *batches: PackedBatch) -> SkipLedger:
+def counted(max_fraction: float, *batches: SimpleNamespace) -> SkipLedger:
     ledger = SkipLedger(max_fraction)
     for batch in batches:
         ledger.add(batch)
