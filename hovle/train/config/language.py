@@ -22,7 +22,9 @@ class LanguageConfig(Section):
     """Its tokens over all of a batch, as near as whole rows allow where it takes more than one. They are taken from
     the batch's own rows: raise `rows_per_batch` where as many pictures as before shall be seen in a step."""
     weight: Positive = 1.0
-    """Weight of the mean KL divergence from the bare language model, in nats per token (next_token)."""
+    """Weight of what holds it: with next_token the mean KL divergence from the bare language model in nats per token
+    (`language_kl`); with distillation, where that does not run, the mean squared error of what would enter it over the
+    squared length of the text embedding (`text_error`), beside the cosine of all text."""
 
     def layout(self, num_rows: int, row_length: int) -> tuple[int, int]:
         """How many rows of a batch begin with text, and with how many tokens of it each."""

@@ -44,7 +44,8 @@ def make_objective(
     checkpoint = checkpoint if checkpoint is None else resolve_asset(checkpoint)
     teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=checkpoint))
     student_layers = [match.student for match in config.teacher.layers]
-    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize)
+    weight = None if config.language is None else config.language.weight
+    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize, weight)
 
 
 def prepare_teacher(

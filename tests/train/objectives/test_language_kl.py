@@ -7,10 +7,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hovle import HoVLEForConditionalGeneration
-from hovle.train.config import StageConfig
-from hovle.train.data.batch import PackedBatch
+from hovle.train.config import DistillationConfig, StageConfig
+from hovle.train.data.batch import PackedBatch, TileBatch
 from hovle.train.model.bare_language_model import BareLanguageModel
+from hovle.train.objectives.distillation import DistillationObjective
 from hovle.train.objectives.next_token import NextTokenObjective
+from hovle.train.objectives.teachers import Targets
 from hovle.train.step.assembly import TrainableModel, TrainableStep, prepare_model
 from hovle.train.step.train_step import train_step
 
@@ -233,3 +235,50 @@ def test_compiled_layers_give_the_same_distance(parts, next_token_config, batch)
         found = terms_of(objective_of(trainable), batch)["language_kl"]
     assert graphs
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+
+class NoTeacher(Targets):
+    def raw_targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
+        return torch.ones(len(batch.pixel_values), grid_size**2, 64)
+
+
+def distillation_of(model: HoVLEForConditionalGeneration, weight: float | None) -> DistillationObjective:
+    table = model.model.input_embedding_matrix()
+    return DistillationObjective(model, NoTeacher([64]), table, DistillationConfig(), language_weight=weight)
+
+
+def test_in_distillation_text_is_pulled_to_its_embeddings(parts, batch):
+    model, _ = parts
+    output = distillation_of(model, 2.0)(batch)
+    ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
+    entering = model.model.get_holistic_embeddings(input_ids=ids, position_ids=positions).language_inputs_embeds
+    targets = model.get_input_embeddings()(ids)
+    expected = ((entering - targets).norm(dim=-1) / targets.norm(dim=-1)).square().sum()
+    assert float(expected.detach()) > 1
+    torch.testing.assert_close(output.terms["text_error"], expected, rtol=1e-4, atol=1e-4)
+    assert int(output.counts["text_error"]) == 60
+    plain = distillation_of(model, None)(batch)
+    assert "text_error" not in plain.terms
+    for name, value in plain.terms.items():
+        assert torch.equal(value, output.terms[name])
+    assert int(plain.counts["text_cosine"]) == int((batch.is_sample & (batch.input_ids != 0)).sum()) - int(
+        (batch.input_ids == model.config.image_token_id).sum()
+    )
+
+
+def test_the_error_sees_a_length_that_the_cosine_does_not(parts, batch):
+    model, _ = parts
+    objective = distillation_of(model, 1.0)
+    with torch.no_grad():
+        for layer in model.model.embedding_layers:
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                weight.zero_()
+        exact = objective(batch).terms
+        objective.text_table.mul_(0.5)
+        halved = objective(batch).terms
+    assert float(exact["text_error"]) == 0
+    assert float(halved["text_error"]) == pytest.approx(60, rel=1e-4)
+    torch.testing.assert_close(halved["text_cosine"], exact["text_cosine"], rtol=1e-5, atol=1e-4)

@@ -95,6 +95,14 @@ def test_a_language_model_that_learns_resumes_with_the_copy_it_started_from(held
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_distillation_holds_the_same_text_to_its_embeddings(distillation_config, text):
+    config = distillation_config(f"language.source={text}", "learning_rate=1e-2", "num_steps=6")
+    run_stage(config)
+    errors = [entry["text_error"] for entry in entries(config.output)]
+    assert errors[0] == 0  # a new model's holistic layers are the identity
+    assert all(error > 0 for error in errors[1:])
+
+
 def test_a_dry_run_says_what_text_takes_which_share(held, text, capsys):
     run_stage(held(), dry_run=True)
     assert f"language        {text}: 38 tokens of a batch, 9.9% of its places" in capsys.readouterr().out
