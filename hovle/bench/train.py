@@ -396,7 +396,7 @@ def make_batches(samples: list[Sample], packed: bool, shape: Shape, maker: Reply
     if packed:
         left = samples
         while left:
-            rows, left = pack_rows(left, shape.rows, shape.row_length)
+            rows, left = pack_rows(left, [shape.row_length] * shape.rows)
             groups.append(rows)
         lengths = [shape.row_length] * len(groups)
     else:

@@ -145,15 +145,15 @@ class TextRetention:
         }
 
 
-def read_text(source: str) -> str:
-    """A text file's content, or the language reference that comes with Python."""
+def read_text(source: str, field: str = "retention.source") -> str:
+    """A text file's content, or the language reference that comes with Python; `field` of a recipe names it."""
     if source == "python_docs":
         from pydoc_data.topics import topics  # half a megabyte that nothing else needs
 
         return "\n\n".join(topics[name] for name in sorted(topics))
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"retention.source: no text file {source}; it may also be python_docs.")
+        raise ValueError(f"{field}: no text file {source}; it may also be python_docs.")
     return path.read_text(encoding="utf-8")
 
 

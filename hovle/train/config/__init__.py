@@ -11,6 +11,7 @@ from .data import (
     LlavaData,
     PictureData,
 )
+from .language import LanguageConfig
 from .loading import OVERRIDE, RECIPES, find_recipe, load_stage, with_new_fields
 from .model import Architecture, Geometry, LoraConfig, ModelConfig
 from .objective import DistillationConfig, LayerMatch, NextTokenConfig, ObjectiveConfig, TeacherConfig
@@ -29,6 +30,7 @@ __all__ = [
     "ExpectedData",
     "Geometry",
     "HuggingFaceData",
+    "LanguageConfig",
     "LayerMatch",
     "LlavaData",
     "LoraConfig",

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, Strict, TypeAdapter
 
 from ...language.text_perplexity import RetentionConfig
 from .data import DataConfig, ExpectedData
+from .language import LanguageConfig
 from .model import LoraConfig, ModelConfig
 from .objective import ObjectiveConfig, TeacherConfig
 from .section import Count, CountOrNone, Many, Number, Section, refuse_unknown_keys, section
@@ -49,6 +50,8 @@ class StageConfig(Section):
     """End the run on that alarm instead of warning; after the last step the model is saved first."""
     retention: Annotated[RetentionConfig, BeforeValidator(partial(refuse_unknown_keys, RetentionConfig))] | None = None
     """Whether the model still knows its language; None: not measured."""
+    language: LanguageConfig | None = None
+    """Text in every batch on which the model is held to the bare language model; None: nothing holds its language."""
     tracking: Many[str] = ()
     """Trackers of accelerate that receive the log beside `log.jsonl`: tensorboard, trackio, wandb, ..."""
     trainable: Many[ParameterGroup]
@@ -131,6 +134,11 @@ class StageConfig(Section):
                 "nothing would be checked."
             )
         self._check_quantization()
+        if self.language is not None and self.language_length < 2:
+            raise ValueError(
+                f"language.share ({self.language.share}) of {self.rows_per_batch} rows of {self.row_length} tokens is "
+                "less than two tokens: raise share, rows_per_batch or row_length."
+            )
         if self.keep_best and (self.validation is None or not self.checkpoint_every):
             raise ValueError("keep_best compares checkpoints by validation loss: set validation and checkpoint_every.")
         labels = [data.label for data in self.data]
@@ -153,6 +161,22 @@ class StageConfig(Section):
             )
         if self.sharding == "full":
             raise ValueError("quantize_frozen cannot be cut into pieces: take it out, or set sharding to none.")
+
+    @property
+    def num_language_rows(self) -> int:
+        """Last rows of a batch that begin with text without pictures."""
+        return 0 if self.language is None else self.language.layout(self.rows_per_batch, self.row_length)[0]
+
+    @property
+    def language_length(self) -> int:
+        """Tokens of such text in each of these rows."""
+        return 0 if self.language is None else self.language.layout(self.rows_per_batch, self.row_length)[1]
+
+    @property
+    def longest_sample(self) -> int:
+        """Most tokens of a sample: what an emptiest row has room for."""
+        is_everywhere = self.num_language_rows == self.rows_per_batch
+        return self.row_length - self.language_length if is_everywhere else self.row_length
 
     def to_dict(self) -> dict:
         """Plain values, as written to the run folder's `recipe.yaml`."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 
 from ...model.modeling_hovle import IGNORE_INDEX
+from .language import TextWindow
 from .samples import Sample, SampleMaker
 from .skips import Skip, SkipSampleError
 
@@ -46,6 +47,10 @@ class PackedBatch(TileBatch):
     """False at padding, bool, shape `(B, T)`."""
     attention_mask: torch.Tensor | None = None
     """Who may look at whom, bool, shape `(B, 1, T, T)`; None where positions tell: at earlier tokens of a sample."""
+    num_language_rows: int = 0
+    """Last rows that begin with text without pictures and targets, on which the language is held."""
+    language_length: int = 0
+    """Tokens of it in each of these rows."""
     position: "StreamPosition | None" = None
     """Where a resumed stream continues behind this batch."""
     num_drawn: int = 0
@@ -59,6 +64,10 @@ class PackedBatch(TileBatch):
     def is_supervised(self) -> torch.Tensor:
         """True where there is a token to predict, shape `(B, T)`."""
         return self.targets != IGNORE_INDEX
+
+    def language_part(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of the language text, shape `(rows, length, ...)`, out of those of all places, `(B, T, ...)`."""
+        return values[len(values) - self.num_language_rows :, : self.language_length]
 
     @property
     def num_tokens(self) -> int:
@@ -85,6 +94,8 @@ class BatchPlan:
     tokens: dict[str, torch.Tensor]
     """Shapes `(B, T)`: what `BatchLayout.fills` names."""
     places: list[Place]
+    num_language_rows: int = 0
+    language_length: int = 0
     position: "StreamPosition | None" = None
     num_drawn: int = 0
     num_split: int = 0
@@ -114,18 +125,31 @@ class BatchLayout:
             "subsegment_ids": 0,
         }
 
-    def lay_out(self, rows: Sequence[Sequence[Sample]], label_of: Callable[[int], str]) -> BatchPlan:
+    def lay_out(
+        self,
+        rows: Sequence[Sequence[Sample]],
+        label_of: Callable[[int], str],
+        windows: Sequence[TextWindow] = (),
+    ) -> BatchPlan:
         """Token tensors, and where each sample lies in them.
 
         Args:
             rows: Samples of each row, which fit in it.
             label_of: Says what the source of a stream index is called.
+            windows: Text of equal length with which as many of the last rows begin.
         """
         tokens = {name: torch.full((len(rows), self.row_length), fill) for name, fill in self.fills.items()}
         places = []
-        for row, samples in enumerate(rows):
-            end = 0
-            for number, sample in enumerate(samples):
+        texts = [None] * (len(rows) - len(windows)) + [*windows]
+        for row, (text, samples) in enumerate(zip(texts, rows, strict=True)):
+            end = num_documents = 0
+            if text is not None:
+                end = len(text.input_ids)
+                tokens["input_ids"][row, :end] = text.input_ids
+                tokens["position_ids"][row, :end] = text.position_ids
+                tokens["document_ids"][row, :end] = text.document_ids
+                num_documents = int(text.document_ids[-1]) + 1
+            for number, sample in enumerate(samples, num_documents):
                 start, end = end, end + sample.num_inputs
                 tokens["input_ids"][row, start:end] = sample.input_ids[sample.is_input]
                 tokens["targets"][row, start:end] = sample.targets[sample.is_input]
@@ -135,7 +159,8 @@ class BatchLayout:
                     tokens["subsegment_ids"][row, start:end] = sample.subsegment_ids[sample.is_input]
                 label = label_of(sample.index)
                 places.append(Place(label, sample.name, row, start, end, sample.pictures, sample.num_tiles))
-        return BatchPlan(tokens=tokens, places=places)
+        length = len(windows[0].input_ids) if windows else 0
+        return BatchPlan(tokens=tokens, places=places, num_language_rows=len(windows), language_length=length)
 
     def complete(self, plan: BatchPlan) -> PackedBatch:
         """Read the pixels of a plan; samples with a damaged picture are taken out of their rows."""
@@ -165,6 +190,8 @@ class BatchLayout:
             is_sample=is_sample,
             pixel_values=torch.cat(pixel_values),
             attention_mask=mask,
+            num_language_rows=plan.num_language_rows,
+            language_length=plan.language_length,
             names=names,
             picture_keys=picture_keys,
             position=plan.position,

@@ -9,6 +9,7 @@ Invariants, which tests hold:
 - Process `r` of `w` computes shards `r, r + w, ...`. The position of the data is the positions of all shards, so a run
   goes on with another number of processes as long as the number of shards stays: no sample is lost, none repeated.
 - A skipped sample leaves its index empty; no other one moves.
+- Windows of language text are counted apart: a shard takes windows `shard, shard + num_shards, ...` of theirs.
 """
 
 import collections
@@ -22,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..config import StageConfig
 from .batch import BatchLayout, BatchPlan, PackedBatch
+from .language import LanguageText, TextWindow
 from .mixture import Mixture, MixtureReader
 from .records import Records
 from .samples import ReplySamples, Sample, SampleMaker, was_split
@@ -38,6 +40,8 @@ class ShardPosition:
     """Index and part of the samples it has drawn but not packed."""
     streams: dict[int, dict] = field(default_factory=dict)
     """Source number -> state of a streamed source before the oldest pending sample."""
+    num_windows: int = 0
+    """Windows of language text it has drawn."""
 
 
 @dataclass(frozen=True)
@@ -59,26 +63,25 @@ class StreamPosition:
 
 
 def pack_rows(
-    window: list[Sample], num_rows: int, row_length: int, max_tiles: int | None = None
+    window: list[Sample], free: Sequence[int], max_tiles: int | None = None
 ) -> tuple[list[list[Sample]], list[Sample]]:
     """Pack whole samples into rows: the oldest first, so that none waits for ever, then the longest that fit.
 
     Args:
-        window: Samples in the order they were drawn, none longer than a row.
-        num_rows: Rows to fill.
-        row_length: Tokens of a row.
+        window: Samples in the order they were drawn, none longer than the emptiest row.
+        free: Tokens each row has room for.
         max_tiles: Tiles all rows may hold together; None for any number. No sample has more.
 
     Returns:
         The rows, and the samples that found no place, in their order.
     """
-    rows: list[list[Sample]] = [[] for _ in range(num_rows)]
-    free = [row_length] * num_rows
+    free = list(free)
+    rows: list[list[Sample]] = [[] for _ in free]
     free_tiles = float("inf") if max_tiles is None else max_tiles
     left = []
     for sample in [*window[:1], *sorted(window[1:], key=lambda item: -item.num_inputs)]:
         length, num_tiles = sample.num_inputs, sum(sample.num_tiles)
-        fitting = [row for row in range(num_rows) if free[row] >= length]
+        fitting = [row for row in range(len(rows)) if free[row] >= length]
         if not fitting or num_tiles > free_tiles:
             left.append(sample)
             continue
@@ -100,6 +103,7 @@ class Shard:
         config: Row count, row length and window.
         start: Where it continues.
         once: Whether it ends where a source would begin again.
+        language: Text with which some rows begin.
     """
 
     def __init__(
@@ -111,7 +115,11 @@ class Shard:
         config: StageConfig,
         start: ShardPosition,
         once: bool = False,
+        language: LanguageText | None = None,
     ):
+        self.number = number
+        self.num_windows = start.num_windows
+        self.language = language
         self.num_shards = num_shards
         self.mixture = mixture
         self.maker = maker
@@ -163,22 +171,31 @@ class Shard:
         """Where it continues after the last batch it gave."""
         pending = [[sample.index, sample.part] for sample in self.window]
         oldest = pending[0][0] if pending else self.next_index
-        return ShardPosition(self.next_index, pending, self.reader.states(oldest))
+        return ShardPosition(self.next_index, pending, self.reader.states(oldest), self.num_windows)
 
     def next_rows(self) -> list[list[Sample]]:
         """Draw until there is enough to choose from, and pack one batch; rows stay empty once it is over."""
         self._forget_counts()
         self.skips, self.lost = self.lost, []
         config = self.config
-        wanted = config.rows_per_batch * config.row_length
+        num_plain = config.rows_per_batch - config.num_language_rows
+        free = [config.row_length] * num_plain
+        free += [config.row_length - config.language_length] * config.num_language_rows
+        wanted = sum(free)
         while not self.is_over and (
             len(self.window) < config.packing_window or sum(item.num_inputs for item in self.window) < wanted
         ):
             self._draw()
-        rows, self.window = pack_rows(
-            self.window, config.rows_per_batch, config.row_length, config.max_tiles_per_batch
-        )
+        rows, self.window = pack_rows(self.window, free, config.max_tiles_per_batch)
         return rows
+
+    def next_windows(self) -> list[TextWindow]:
+        """Draw the language text of one batch."""
+        if self.language is None:
+            return []
+        drawn = range(self.num_windows, self.num_windows + self.config.num_language_rows)
+        self.num_windows = drawn.stop
+        return [self.language.window_at(self.number + count * self.num_shards) for count in drawn]
 
     def _draw(self) -> None:
         made, num_conversations = self._make(self.next_index)
@@ -205,7 +222,7 @@ class Shard:
             record = self.reader.record_at(index)
         except SkipSampleError as error:
             return [error], 1
-        made = self.maker.make_all(record, index, self.config.row_length, self.config.max_tiles_per_batch)
+        made = self.maker.make_all(record, index, self.config.longest_sample, self.config.max_tiles_per_batch)
         return made, record.num_conversations
 
     def label_of(self, index: int) -> str:
@@ -225,6 +242,7 @@ class PackedBatches(IterableDataset):
         world_size: Processes that share the shards.
         pad_token_id: Fills row ends.
         once: Whether a shard ends where a source would begin again; its last batch may hold skips only.
+        language: Text without pictures for the recipe's `language`; without it no row begins with any.
     """
 
     def __init__(
@@ -237,8 +255,12 @@ class PackedBatches(IterableDataset):
         world_size: int,
         pad_token_id: int,
         once: bool = False,
+        language: LanguageText | None = None,
     ):
         self.once = once
+        self.language = language
+        if language is None:  # then samples have the rows for themselves
+            config = dataclasses.replace(config, language=None)
         self.mixture = records if isinstance(records, Mixture) else Mixture([records], config.seed)
         self.maker = maker
         self.config = config
@@ -269,6 +291,7 @@ class PackedBatches(IterableDataset):
                 self.config,
                 self.start.shards.get(number, ShardPosition(number)),
                 self.once,
+                self.language,
             )
             for number in self.shard_numbers
         }
@@ -281,9 +304,10 @@ class PackedBatches(IterableDataset):
             if not (any(rows) or shard.skips):
                 continue
             turns.append(number)
+            windows = shard.next_windows()
             positions = {**positions, number: shard.position}
             yield dataclasses.replace(
-                self.layout.lay_out(rows, shard.label_of),
+                self.layout.lay_out(rows, shard.label_of, windows),
                 position=StreamPosition(positions),
                 num_drawn=shard.num_drawn,
                 num_split=shard.num_split,

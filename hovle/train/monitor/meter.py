@@ -38,8 +38,11 @@ class Meter:
         self.teacher_time = objective.teacher_time
         self.num_processes = num_processes
         num_rows, row_length = first_batch.input_ids.shape
-        row = first_row(first_batch, objective.model.config)
-        self.batch_flops = num_rows * count_flops(objective, row, autocast)
+        if first_batch.num_language_rows:  # then rows are not alike
+            self.batch_flops = count_flops(objective, first_batch, autocast)
+        else:
+            row = first_row(first_batch, objective.model.config)
+            self.batch_flops = num_rows * count_flops(objective, row, autocast)
         linear = largest_linear(objective.model.model.language_model.layers)
         self.gemm_peak = gemm_peak(num_rows * row_length, linear, dtype, first_batch.input_ids.device)
         self.start()

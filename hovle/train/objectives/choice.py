@@ -15,6 +15,7 @@ from ..data.mixture import Mixture
 from ..data.records import picture_sources
 from ..data.tiles import PixelNormalization, picture_key, read_tiles
 from ..data.transforms import limited_processor
+from ..model.bare_language_model import BareLanguageModel
 from .base import Objective
 from .distillation import DistillationObjective
 from .feature_cache import cached_targets
@@ -30,17 +31,21 @@ def make_objective(
     model: HoVLEForConditionalGeneration,
     image_processor: HoVLEImageProcessor,
     text_table: torch.Tensor,
+    dtype: torch.dtype,
 ) -> Objective:
-    """Build the objective a config names."""
+    """Build the objective a config names, over a model that is prepared for training in a number format."""
     normalize = PixelNormalization.of(image_processor)
     if config.objective.name == "next_token":
-        return NextTokenObjective(model, normalize)
+        if config.language is None:
+            return NextTokenObjective(model, normalize)
+        return NextTokenObjective(model, normalize, BareLanguageModel(model, dtype), config.language.weight)
     assert config.teacher is not None  # StageConfig wants one with this objective
     checkpoint = config.teacher.checkpoint
     checkpoint = checkpoint if checkpoint is None else resolve_asset(checkpoint)
     teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=checkpoint))
     student_layers = [match.student for match in config.teacher.layers]
-    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize)
+    weight = None if config.language is None else config.language.weight
+    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize, weight)
 
 
 def prepare_teacher(

@@ -27,6 +27,7 @@ class DistillationObjective(Objective):
         config: Image loss and weights of the terms.
         student_layers: Holistic layer that reproduces each of the teacher's layers, counted as in a list.
         normalize: Makes a batch's tiles the student's pixels; by default with ImageNet's statistics.
+        language_weight: Weight of the error on text without pictures; None where batches hold no such text.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class DistillationObjective(Objective):
         config: DistillationConfig,
         student_layers: Sequence[int] = (-1,),
         normalize: PixelNormalization | None = None,
+        language_weight: float | None = None,
     ):
         super().__init__()
         self.model = model
@@ -53,6 +55,8 @@ class DistillationObjective(Objective):
             "text_scale": config.scale_weight,
             "image_norm_ratio": 0.0,
         }
+        if language_weight is not None:
+            self.weights["text_error"] = language_weight
         hidden_size = text_table.shape[1]
         # Used in training only: compare vectors of different widths.
         self.projections = nn.ModuleList(
@@ -71,6 +75,7 @@ class DistillationObjective(Objective):
         num_matched = num_image * len(self.student_layers)
         once = dict.fromkeys(("image_scale", "image_norm_ratio"), num_image)
         counts = once | {"text_cosine": num_text, "text_scale": num_text}
+        counts["text_error"] = batch.language_part(batch.is_sample).sum()
         return {name: counts.get(name, num_matched) for name in self.weights}
 
     def forward(self, batch: PackedBatch) -> ObjectiveOutput:
@@ -95,6 +100,10 @@ class DistillationObjective(Objective):
             "text_scale": _log_norm_ratio(text, embeddings.float().norm(dim=-1)),
             "image_norm_ratio": norm_ratio(image, self.text_norm),
         }
+        if "text_error" in self.weights:
+            entering = batch.language_part(outputs.language_inputs_embeds)
+            ids = batch.language_part(batch.input_ids)
+            terms["text_error"] = _relative_error(entering, nn.functional.embedding(ids, self.text_table))
         return ObjectiveOutput(terms, self.counts(batch))
 
     def _image_terms(self, outputs: HolisticEmbeddingOutput, is_image: torch.Tensor, batch: PackedBatch) -> dict:
@@ -136,6 +145,12 @@ def check_student_layers(layers: Sequence[int], model: HoVLEForConditionalGenera
 
 def _cosine(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cosine_similarity(outputs.float(), targets.float(), dim=-1).sum()
+
+
+def _relative_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Sum over positions of the squared error over the squared length of the target: what a cosine hardly sees."""
+    squared_error = (outputs.float() - targets.float()).square().sum(dim=-1)
+    return (squared_error / targets.float().square().sum(dim=-1).clamp(min=1e-12)).sum()
 
 
 def mean_norm(text_table: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ class BenchmarkStep:
         mixture = open_mixture(config.data, config.seed)
         model, processor, _ = load_start(config)
         trainable = prepare_model(model, config, dtype, accelerator.device)
-        objective = make_objective(config, model, processor.image_processor, trainable.text_table)
+        objective = make_objective(config, model, processor.image_processor, trainable.text_table, dtype)
         keep_freed_memory(accelerator.device)
         self.step = TrainableStep(trainable, objective, config, accelerator, dtype).distribute()
         stream = iter(StageData(config, mixture, processor, accelerator).batches())

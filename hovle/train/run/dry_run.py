@@ -25,7 +25,17 @@ def describe(
         f"one batch       {samples} samples in {config.rows_per_batch} rows of {config.row_length} tokens, "
         f"{len(batch.pixel_values)} tiles, {float(batch.is_sample.float().mean()):.1%} filled, "
         f"{supervised} supervised tokens",
+        *describe_language(batch, config),
         f"whole run       {config.num_steps:,} steps of {config.gradient_accumulation_steps} batches",
         "first sample    " + processor.tokenizer.decode(batch.input_ids[0, :end]),
     ]
     return "\n".join(lines)
+
+
+def describe_language(batch: PackedBatch, config: StageConfig) -> list[str]:
+    """On how much of which text a stage holds the language; nothing where it does not."""
+    if config.language is None:
+        return []
+    num_tokens = batch.num_language_rows * batch.language_length
+    share = num_tokens / batch.is_sample.numel()
+    return [f"language        {config.language.source}: {num_tokens} tokens of a batch, {share:.1%} of its places"]

@@ -69,7 +69,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     dtype = agree_on_dtype(config, state, accelerator)
     trainable = prepare_model(model, config, dtype, accelerator.device)
     retention = TextRetention(config.retention, processor) if config.retention else None
-    objective = make_objective(config, model, processor.image_processor, trainable.text_table)
+    objective = make_objective(config, model, processor.image_processor, trainable.text_table, dtype)
     if state:
         load_trainable(objective, state.pop("trainable"))
     data = StageData(config, mixture, processor, accelerator, state)

@@ -8,6 +8,7 @@ from typing import Any
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
 from ..data.batch import PackedBatch
+from ..data.language import LanguageText, open_language
 from ..data.mixture import Mixture, open_mixture
 from ..data.packing import PackedBatches, StreamPosition, load_batches
 from ..data.skips import NO_FAULTS, SkipLedger, describe_skips
@@ -40,7 +41,17 @@ class StageData:
         self.accelerator = accelerator
         self.start = StreamPosition()
         self.skips = SkipLedger(config.max_skip_fraction)
+        self.language: LanguageText | None
+        self.held_out_language: LanguageText | None
+        self.language, self.held_out_language = open_language(config, processor) or (None, None)
+        self.language_fingerprint = self.language.fingerprint if self.language else None
         if state:
+            saved, found = state.get("language_fingerprint"), self.language_fingerprint
+            if saved != found:
+                raise ValueError(
+                    f"Cannot resume: the text of language.source changed (fingerprint {saved} -> {found}). Restore "
+                    "it, or start in a new output folder."
+                )
             self.start = StreamPosition.join([state["position"]])
             self.skips.load_state_dict(state["skips"])
 
@@ -51,7 +62,14 @@ class StageData:
     def batches(self, start: StreamPosition | None = None) -> PackedBatches:
         """Training batches of this process, from the beginning or from a position."""
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
-        return self._packed(self.mixture, self.config, start or StreamPosition(), rank=rank, world_size=world_size)
+        return self._packed(
+            self.mixture,
+            self.config,
+            start or StreamPosition(),
+            rank=rank,
+            world_size=world_size,
+            language=self.language,
+        )
 
     def training_batches(self) -> Iterator[PackedBatch]:
         """What training reads, from where an earlier run left it; skips are noted."""
@@ -69,7 +87,9 @@ class StageData:
         with fail_on_all_ranks():
             mixture = open_mixture([self.config.validation], self.config.seed)
             config = dataclasses.replace(self.config, gradient_accumulation_steps=1)
-            stream = self._packed(mixture, config, StreamPosition(), rank=0, world_size=1, once=True)
+            stream = self._packed(
+                mixture, config, StreamPosition(), rank=0, world_size=1, once=True, language=self.held_out_language
+            )
             batches = list(itertools.islice(stream, self.config.num_validation_batches))
             skips = SkipLedger(self.config.max_skip_fraction)
             for batch in batches:

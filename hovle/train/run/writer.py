@@ -67,6 +67,7 @@ class Writer:
             "dtype": dtype_name(self.step.dtype),
             "config": self.config.to_dict(),
             "data_fingerprint": self.data.mixture.fingerprint,
+            "language_fingerprint": self.data.language_fingerprint,
             "trainable": trainable_state(self.step.objective, self.is_main_process),
             "optimizer": optimizer_state(self.step.objective, self.step.optimizer),
             "rng": gather([rng_state()]),

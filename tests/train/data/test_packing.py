@@ -134,7 +134,7 @@ def test_a_larger_window_wastes_less(stream):
 
 
 def test_best_fit_leaves_the_shortest():
-    rows, left = pack_rows([sample_of(length, index) for index, length in enumerate([4, 3, 9, 6, 2])], 2, 10)
+    rows, left = pack_rows([sample_of(length, index) for index, length in enumerate([4, 3, 9, 6, 2])], [10, 10])
     assert [[sample.index for sample in row] for row in rows] == [[0, 3], [2]]
     assert [sample.index for sample in left] == [1, 4]
 

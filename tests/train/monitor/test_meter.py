@@ -1,6 +1,7 @@
 """What training measures about itself: operations, rates, gradients by part."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from hovle.train.config import DistillationConfig, LoraConfig
 from hovle.train.data.batch import TileBatch
 from hovle.train.model.adapters import add_lora
+from hovle.train.model.bare_language_model import BareLanguageModel
 from hovle.train.model.parameters import select_trainable
 from hovle.train.monitor import meter as meters
 from hovle.train.monitor.meter import Meter, count_flops, first_row, largest_linear
@@ -220,3 +222,20 @@ def test_adapters_and_the_training_only_projection_are_parts_of_their_own(parts,
     assert set(trained_parts(NextTokenObjective(model))) == {"stem", "lora"}
     parts_of = trained_parts(distillation(model, NoTeacher([48])))
     assert [tuple(item.shape) for item in parts_of["projections"]] == [(48, 64)]
+
+
+def test_the_bare_language_model_counts_where_rows_hold_text(parts, batches, next_token_config):
+    model = parts[0]
+    select_trainable(model, next_token_config())
+    [batch] = batches("chat")
+    held = dataclasses.replace(batch, num_language_rows=1, language_length=48)
+    objective = NextTokenObjective(model, bare=BareLanguageModel(model, torch.float32)).train()
+    counted = Meter(objective, held, FLOAT32, torch.float32, num_processes=1).batch_flops
+    alone = count_flops(NextTokenObjective(model).train(), batch, FLOAT32)
+    layers = sum(item.numel() for item in model.model.language_layers.parameters() if item.dim() > 1)
+    head = model.lm_head.weight.numel()
+    # The bare pass without gradient, and the head's second pass with one for its input.
+    expected = 2 * 48 * (layers + head) + 2 * 48 * head * 2
+    text_config = model.config.text_config
+    attention = 4 * 48 * 48 * text_config.hidden_size * len(model.model.language_layers)
+    assert counted - alone == expected + attention

@@ -1,0 +1,32 @@
+"""What holds a HoVLE to the bare language model while it learns to see."""
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from .section import Number, Positive, Section, section
+
+
+@section
+class LanguageConfig(Section):
+    """Text without pictures in every batch, on which the model is held to the bare language model.
+
+    What is held must be as wide as what is asked: text of one kind keeps the language of that kind best.
+    """
+
+    source: str
+    """UTF-8 text file; JSON lines of `{"messages": [...]}` or `{"text": "..."}`, as `hovle data replay` writes them; a
+    folder or file that `datasets` reads, with a column `text` or `messages`; or `python_docs`."""
+    share: Annotated[Number, Field(gt=0, le=0.5)] = 0.1
+    """Its tokens over all of a batch, as near as whole rows allow where it takes more than one. They are taken from
+    the batch's own rows: raise `rows_per_batch` where as many pictures as before shall be seen in a step."""
+    weight: Positive = 1.0
+    """Weight of what holds it: with next_token the mean KL divergence from the bare language model in nats per token
+    (`language_kl`); with distillation, where that does not run, the mean squared error of what would enter it over the
+    squared length of the text embedding (`text_error`), beside the cosine of all text."""
+
+    def layout(self, num_rows: int, row_length: int) -> tuple[int, int]:
+        """How many rows of a batch begin with text, and with how many tokens of it each."""
+        rows = max(1, math.floor(self.share * num_rows + 0.5))
+        return rows, min(row_length, round(self.share * num_rows * row_length / rows))

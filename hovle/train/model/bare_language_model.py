@@ -1,0 +1,92 @@
+"""The bare language model inside a HoVLE: its own layers, entered above the holistic ones with plain text.
+
+What the stage does not train serves as it is, quantised or not. What it trains is copied as the stage finds it, in the
+number format of the products. Adapters are left out while the bare model runs.
+"""
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...model.backbones import final_norm, scale_embeddings, scale_logits
+from ...model.decoder import run_section
+from ...model.holistic_sequence import SectionInputs
+from ...model.masks import causal_masks
+from ...model.modeling_hovle import HoVLEForConditionalGeneration
+
+
+class BareLanguageModel(nn.Module):
+    """Says what the language model would without holistic layers, as it is when this is made.
+
+    Args:
+        model: Prepared for training: what of it learns requires a gradient.
+        dtype: Number format in which copies are stored.
+    """
+
+    def __init__(self, model: HoVLEForConditionalGeneration, dtype: torch.dtype):
+        super().__init__()
+        learns = {name: part for name, part in _parts(model).items() if _learns(part)}
+        self.copies = _copy(nn.ModuleDict(learns)).to(dtype).requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(
+        self, model: HoVLEForConditionalGeneration, input_ids: torch.Tensor, position_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """Next-token logits of plain text.
+
+        Args:
+            model: The one it was made of.
+            input_ids: Text without pictures, shape `(B, T)`.
+            position_ids: 0 where a document begins, shape `(B, T)`.
+
+        Returns:
+            Shape `(B, T, V)`, without gradient.
+        """
+        base, config = model.model, model.config
+        parts: dict[str, Any] = {**_parts(model), **self.copies}
+        embeds = scale_embeddings(parts["table"](input_ids), config.text_config)
+        inputs = SectionInputs(embeds, causal_masks(config, embeds, None, position_ids, None), position_ids)
+        patterns, rotary_emb = config.split_layers(base.attention_types).language, base.language_model.rotary_emb
+        with _as_released(parts["layers"], base.training):
+            hidden_states = run_section(parts["layers"], patterns, rotary_emb, inputs, None, config)
+        return scale_logits(parts["head"](parts["norm"](hidden_states)), config.text_config)
+
+
+def _parts(model: HoVLEForConditionalGeneration) -> dict[str, nn.Module]:
+    base = model.model
+    return {
+        "table": base.get_input_embeddings(),
+        "layers": base.language_layers,
+        "norm": final_norm(base.language_model),
+        "head": model.lm_head,
+    }
+
+
+def _learns(part: nn.Module) -> bool:
+    """Whether weights of the language model itself change; adapters beside them do not count."""
+    return any(item.requires_grad for name, item in part.named_parameters() if ".lora_" not in name)
+
+
+def _copy(parts: nn.ModuleDict) -> nn.ModuleDict:
+    """A copy that shares the configs, by which the kind of attention is chosen later on."""
+    configs = [module.config for module in parts.modules() if hasattr(module, "config")]
+    return copy.deepcopy(parts, {id(config): config for config in configs})
+
+
+@contextlib.contextmanager
+def _as_released(layers: nn.Module, was_training: bool) -> Iterator[None]:
+    """Run layers without dropout, checkpoints and adapters."""
+    adapted: list[Any] = [module for module in layers.modules() if hasattr(module, "_disable_adapters")]
+    layers.eval()
+    for module in adapted:  # peft's own switch would also freeze the adapters, which sharding must not see
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        layers.train(was_training)
+        for module in adapted:
+            module._disable_adapters = False

@@ -1,0 +1,284 @@
+"""The language term: distance from the bare language model on text without pictures."""
+
+import contextlib
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hovle import HoVLEForConditionalGeneration
+from hovle.train.config import DistillationConfig, StageConfig
+from hovle.train.data.batch import PackedBatch, TileBatch
+from hovle.train.model.bare_language_model import BareLanguageModel
+from hovle.train.objectives.distillation import DistillationObjective
+from hovle.train.objectives.next_token import NextTokenObjective
+from hovle.train.objectives.teachers import Targets
+from hovle.train.step.assembly import TrainableModel, TrainableStep, prepare_model
+from hovle.train.step.train_step import train_step
+
+CPU = torch.device("cpu")
+
+
+def prepared(model: HoVLEForConditionalGeneration, config: StageConfig) -> TrainableModel:
+    return prepare_model(model, config, torch.float32, CPU)
+
+
+def objective_of(trainable: TrainableModel, weight: float = 1.0) -> NextTokenObjective:
+    bare = BareLanguageModel(trainable.model, torch.float32)
+    return NextTokenObjective(trainable.model, bare=bare, language_weight=weight).train()
+
+
+def with_text(batch: PackedBatch, rows: int = 1, length: int = 60) -> PackedBatch:
+    """The batch with one or two documents of random text in front of its last rows' samples, which are gone."""
+    ids = torch.randint(20, 400, (rows, length), generator=torch.Generator().manual_seed(5))
+    values = {name: getattr(batch, name).clone() for name in ("input_ids", "targets", "position_ids", "is_sample")}
+    plain = len(batch.input_ids) - rows
+    values["input_ids"][plain:], values["targets"][plain:], values["is_sample"][plain:] = 0, -100, False
+    values["input_ids"][plain:, :length], values["is_sample"][plain:, :length] = ids, True
+    ends = torch.cat([torch.arange(length // 3), torch.arange(length - length // 3)])
+    values["position_ids"][plain:, :length] = ends
+    values["position_ids"][plain:, length:] = torch.arange(batch.input_ids.shape[1] - length)
+    tiles = int((values["input_ids"] == batch_image_token(batch)).sum()) // tokens_per_tile(batch)
+    return PackedBatch(
+        **values,
+        pixel_values=batch.pixel_values[:tiles],
+        num_language_rows=rows,
+        language_length=length,
+        names=batch.names,
+    )
+
+
+def batch_image_token(batch: PackedBatch) -> int:
+    """The most frequent id of the pictures' places."""
+    return int(batch.input_ids.flatten().bincount()[1:].argmax()) + 1
+
+
+def tokens_per_tile(batch: PackedBatch) -> int:
+    return int((batch.input_ids == batch_image_token(batch)).sum()) // len(batch.pixel_values)
+
+
+@pytest.fixture
+def batch(batches) -> PackedBatch:
+    [batch] = batches("chat")
+    return with_text(batch)
+
+
+def terms_of(objective: NextTokenObjective, batch: PackedBatch) -> dict[str, torch.Tensor]:
+    return objective(batch).terms
+
+
+def test_a_new_model_is_no_distance_from_the_bare_one(language_models, next_token_config, batch):
+    model = HoVLEForConditionalGeneration.from_language_model(
+        language_models["tied"], 2, dtype=torch.float32, image_size=56
+    )
+    objective = objective_of(prepared(model, next_token_config()))
+    output = objective(batch)
+    assert int(output.counts["language_kl"]) == 60
+    assert abs(float(output.terms["language_kl"].detach())) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied"])
+def test_the_distance_is_that_from_the_original_language_model(
+    language_models, checkpoints, next_token_config, batch, kind
+):
+    model = HoVLEForConditionalGeneration.from_pretrained(checkpoints[kind], dtype=torch.float32)
+    objective = objective_of(prepared(model, next_token_config()))
+    found = terms_of(objective, batch)["language_kl"]
+    original = AutoModelForCausalLM.from_pretrained(language_models[kind], dtype=torch.float32)
+    ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
+    with torch.no_grad():
+        rows = model.config.text_config.vocab_size
+        original.resize_token_embeddings(rows)
+        original.lm_head.weight.copy_(model.lm_head.weight)  # the rows of picture tokens are new
+        expected = original(ids, position_ids=positions, use_cache=False).logits.log_softmax(-1)
+        ours = model(ids, position_ids=positions, use_cache=False).logits.log_softmax(-1)
+        reference = (expected.exp() * (expected - ours)).sum()
+    assert float(reference) > 1
+    torch.testing.assert_close(found.detach(), reference, rtol=1e-4, atol=1e-4)
+
+
+def test_the_gradient_goes_into_what_learns_and_nowhere_else(parts, next_token_config, batch):
+    trainable = prepared(parts[0], next_token_config())
+    terms_of(objective_of(trainable), batch)["language_kl"].backward()
+    reached = {name for name, item in trainable.model.named_parameters() if item.grad is not None and item.grad.any()}
+    assert reached
+    assert all(".layers.0." in name or ".layers.1." in name for name in reached)
+
+
+def test_the_other_terms_are_those_without_text(parts, next_token_config, batches):
+    trainable = prepared(parts[0], next_token_config())
+    [batch] = batches("chat")
+    held, free = objective_of(trainable), NextTokenObjective(trainable.model)
+    batch = with_text(batch)
+    for name, value in terms_of(free, batch).items():
+        assert torch.equal(value, terms_of(held, batch)[name])
+    assert "language_kl" not in free.weights
+
+
+def test_the_weight_is_the_recipes(parts, next_token_config):
+    trainable = prepared(parts[0], next_token_config())
+    assert objective_of(trainable, 2.5).weights["language_kl"] == 2.5
+
+
+def test_a_frozen_language_model_is_not_copied(parts, next_token_config):
+    bare = BareLanguageModel(prepared(parts[0], next_token_config()).model, torch.float32)
+    assert not list(bare.parameters())
+
+
+@pytest.mark.parametrize("trainable", ["[language_model]", "[stem, holistic_layers, language_model]"])
+def test_a_language_model_that_learns_is_held_to_a_copy_of_its_start(parts, next_token_config, batch, trainable):
+    prepared_model = prepared(parts[0], next_token_config(f"trainable={trainable}"))
+    model, objective = prepared_model.model, objective_of(prepared_model)
+    assert not any(item.requires_grad for item in objective.bare.parameters())
+    ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
+    before = objective.bare(model, ids, positions)
+    with torch.no_grad():
+        for part in [*model.model.language_layers, model.model.language_model.norm, model.lm_head]:
+            for parameter in part.parameters():
+                parameter.mul_(1.3)
+    assert torch.equal(objective.bare(model, ids, positions), before)
+    assert float(terms_of(objective, batch)["language_kl"].detach()) > 1
+
+
+def test_copies_are_stored_in_the_number_format_of_the_products(parts, next_token_config):
+    model = prepare_model(parts[0], next_token_config("trainable=[language_model]"), torch.bfloat16, CPU).model
+    bare = BareLanguageModel(model, torch.bfloat16)
+    assert {item.dtype for item in bare.parameters()} == {torch.bfloat16}
+    layers = sum(item.numel() for item in model.model.language_layers.parameters())
+    table = model.lm_head.weight.numel()
+    assert sum(item.numel() for item in bare.parameters()) == layers + table + 64  # tied: one table
+
+
+def test_only_a_text_table_that_learns_is_copied(checkpoints, next_token_config):
+    model = HoVLEForConditionalGeneration.from_pretrained(checkpoints["untied"], dtype=torch.float32)
+    config = next_token_config(f"model.checkpoint={checkpoints['untied']}", "trainable=[text_embeddings]")
+    bare = BareLanguageModel(prepared(model, config).model, torch.float32)
+    assert [tuple(item.shape) for item in bare.parameters()] == [tuple(model.get_input_embeddings().weight.shape)]
+
+
+# peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_left_out_of_the_bare_model_only(parts, next_token_config, batch):
+    pytest.importorskip("peft")
+    trainable = prepared(parts[0], next_token_config("trainable=[]", "lora.rank=2"))
+    objective = objective_of(trainable)
+    ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
+    before = objective.bare(trainable.model, ids, positions)
+    assert not list(objective.bare.parameters())
+    untouched = terms_of(objective, batch)["language_kl"].detach()
+    adapters = {name: item for name, item in trainable.model.named_parameters() if ".lora_" in name}
+    with torch.no_grad():
+        for item in adapters.values():
+            item.normal_()
+    assert torch.equal(objective.bare(trainable.model, ids, positions), before)
+    assert all(item.requires_grad for item in adapters.values())
+    moved = terms_of(objective, batch)["language_kl"]
+    assert float(moved.detach()) != pytest.approx(float(untouched), rel=1e-2)
+    moved.backward()
+    assert all(item.grad is not None for item in adapters.values())
+
+
+def test_the_bare_model_has_no_dropout(parts, next_token_config, batch):
+    model = prepared(parts[0], next_token_config()).model.train()
+    for layer in model.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    bare = BareLanguageModel(model, torch.float32)
+    ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
+    assert torch.equal(bare(model, ids, positions), bare(model, ids, positions))
+    assert all(layer.training for layer in model.model.language_layers)
+
+
+def test_cutting_a_step_does_not_change_it(parts, next_token_config, batches):
+    """Counts join what micro-batches, and so processes, hold: rows of text and rows without."""
+    [batch] = batches("chat")
+    whole = with_text(batch)
+    plain = int((whole.input_ids[0] == batch_image_token(batch)).sum()) // tokens_per_tile(batch)
+    names = ("input_ids", "targets", "position_ids", "is_sample")
+    first = PackedBatch(**{name: getattr(whole, name)[:1] for name in names}, pixel_values=whole.pixel_values[:plain])
+    second = PackedBatch(
+        **{name: getattr(whole, name)[1:] for name in names},
+        pixel_values=whole.pixel_values[plain:],
+        num_language_rows=1,
+        language_length=60,
+    )
+    trainable = prepared(parts[0], next_token_config())
+    results = []
+    for micro_batches in ([whole], [first, second]):
+        objective = objective_of(trainable)
+        optimizer = torch.optim.SGD([item for item in objective.parameters() if item.requires_grad], lr=0.0)
+        results.append(train_step(objective, optimizer, micro_batches, 1.0, contextlib.nullcontext()))
+    for name, value in results[0].terms.items():
+        assert results[1].terms[name] == pytest.approx(value, rel=1e-4)
+    assert results[1].gradient_norm == pytest.approx(results[0].gradient_norm, rel=1e-4)
+
+
+def test_the_term_pulls_the_model_back_to_the_bare_one(parts, next_token_config, batch, one_process):
+    config = next_token_config("trainable=[holistic_layers]", "learning_rate=3e-3", "num_steps=30")
+    trainable = prepared(parts[0], config)
+    step = TrainableStep(trainable, objective_of(trainable, 10.0), config, one_process, torch.float32).distribute()
+    distances = [step.step(number, [batch]).terms["language_kl"] for number in range(25)]
+    assert distances[-1] < 0.5 * distances[0]
+
+
+def test_compiled_layers_give_the_same_distance(parts, next_token_config, batch):
+    trainable = prepared(parts[0], next_token_config())
+    graphs: list[bool] = []
+
+    def note(graph, inputs):
+        graphs.append(torch.is_grad_enabled())
+        return graph.forward
+
+    with torch.no_grad():
+        expected = terms_of(objective_of(trainable), batch)["language_kl"]
+        for layer in trainable.model.model.language_model.layers:
+            layer.compile(backend=note)
+        found = terms_of(objective_of(trainable), batch)["language_kl"]
+    assert graphs
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+
+class NoTeacher(Targets):
+    def raw_targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
+        return torch.ones(len(batch.pixel_values), grid_size**2, 64)
+
+
+def distillation_of(model: HoVLEForConditionalGeneration, weight: float | None) -> DistillationObjective:
+    table = model.model.input_embedding_matrix()
+    return DistillationObjective(model, NoTeacher([64]), table, DistillationConfig(), language_weight=weight)
+
+
+def test_in_distillation_text_is_pulled_to_its_embeddings(parts, batch):
+    model, _ = parts
+    output = distillation_of(model, 2.0)(batch)
+    ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
+    entering = model.model.get_holistic_embeddings(input_ids=ids, position_ids=positions).language_inputs_embeds
+    targets = model.get_input_embeddings()(ids)
+    expected = ((entering - targets).norm(dim=-1) / targets.norm(dim=-1)).square().sum()
+    assert float(expected.detach()) > 1
+    torch.testing.assert_close(output.terms["text_error"], expected, rtol=1e-4, atol=1e-4)
+    assert int(output.counts["text_error"]) == 60
+    plain = distillation_of(model, None)(batch)
+    assert "text_error" not in plain.terms
+    for name, value in plain.terms.items():
+        assert torch.equal(value, output.terms[name])
+    assert int(plain.counts["text_cosine"]) == int((batch.is_sample & (batch.input_ids != 0)).sum()) - int(
+        (batch.input_ids == model.config.image_token_id).sum()
+    )
+
+
+def test_the_error_sees_a_length_that_the_cosine_does_not(parts, batch):
+    model, _ = parts
+    objective = distillation_of(model, 1.0)
+    with torch.no_grad():
+        for layer in model.model.embedding_layers:
+            for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
+                weight.zero_()
+        exact = objective(batch).terms
+        objective.text_table.mul_(0.5)
+        halved = objective(batch).terms
+    assert float(exact["text_error"]) == 0
+    assert float(halved["text_error"]) == pytest.approx(60, rel=1e-4)
+    torch.testing.assert_close(halved["text_cosine"], exact["text_cosine"], rtol=1e-5, atol=1e-4)
