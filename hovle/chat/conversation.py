@@ -1,8 +1,5 @@
 """A conversation with a model about pictures."""
 
-import base64
-import io
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -10,13 +7,14 @@ from typing import Any
 
 import jinja2
 import torch
-from PIL import Image
-from transformers import BatchFeature, TextStreamer
+from transformers import BatchFeature
 
 from ..files.model_folder import refuse_missing_folder, refuse_missing_processor
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.pictures import load_picture
 from ..model.processing_hovle import HoVLEProcessor
+from .saved import origin, write_messages
+from .streaming import AnswerPrinter
 
 
 class Conversation:
@@ -81,7 +79,7 @@ class Conversation:
 
         They are shown with the next question.
         """
-        self.images += [{"type": "image", "image": load_picture(source), **_origin(source)} for source in sources]
+        self.images += [{"type": "image", "image": load_picture(source), **origin(source)} for source in sources]
 
     def answer(self, question: str, stream: bool = False) -> str:
         """Ask a question after all that was said before; `stream` prints the answer as it comes.
@@ -119,14 +117,7 @@ class Conversation:
         """
         if not self.messages:
             raise ValueError("Nothing was said yet; there is nothing to save.")
-        text = json.dumps(
-            [_saved(message) for message in [*self.system, *self.messages]], ensure_ascii=False, indent=1
-        )
-        try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(text + "\n")
-        except FileExistsError:
-            raise ValueError(f"{os.fspath(path)} exists; name another file.") from None
+        write_messages([*self.system, *self.messages], path)
 
     def _encode(self, messages: list[dict]) -> BatchFeature:
         try:
@@ -178,45 +169,5 @@ class Conversation:
             )
 
 
-class AnswerPrinter(TextStreamer):
-    """Prints an answer as it comes, and keeps its ids for the case that it is interrupted."""
-
-    def __init__(self, tokenizer):
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.ids: list[int] = []
-
-    def put(self, value: torch.Tensor) -> None:
-        """Take the prompt first, which is not printed, then token after token; shape `(1, T)` or `(1,)`."""
-        if not self.next_tokens_are_prompt:
-            self.ids += value.flatten().tolist()
-        super().put(value)
-
-
 def _message(role: str, text: str, pictures: Sequence[dict] = ()) -> dict:
     return {"role": role, "content": [*pictures, {"type": "text", "text": text}]}
-
-
-def _origin(source: Any) -> dict:
-    """Where a picture can be read again, as an item of a message names it; empty for one that is no name."""
-    if isinstance(source, str) and ("://" in source[:32] or source[:32].lstrip()[:5].lower() == "data:"):
-        return {"url": source.strip()}
-    if isinstance(source, str | os.PathLike) and os.path.exists(source):
-        return {"path": os.path.abspath(source)}
-    return {}
-
-
-def _saved(message: dict) -> dict:
-    """A message with its pictures by name, or as PNG in base64."""
-    items = []
-    for item in message["content"]:
-        rest = {key: value for key, value in item.items() if key != "image"}
-        if rest.keys() == {"type"}:
-            rest["base64"] = _png(item["image"])
-        items.append(rest)
-    return {**message, "content": items}
-
-
-def _png(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return base64.b64encode(file.getvalue()).decode()

@@ -89,7 +89,7 @@ def plan_tiles(
     Raises:
         ValueError: When a tile does not divide into whole tokens, or the budget is too small.
     """
-    tile_size = image_processor.size["height"]
+    tile_size = image_processor.tile_size
     tokens_per_tile = count_tile_tokens(tile_size, pixels_per_token_side)
     limits: list[int] = [image_processor.max_patches] * len(image_sizes)
     if max_image_tokens is not None:

@@ -11,6 +11,7 @@ Two ways in:
   `<IMG_CONTEXT>` stands for one picture. Do not put a stranger's words into such a string.
 """
 
+import inspect
 import itertools
 import re
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,7 @@ from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, check_unicode, 
 from .configuration_hovle import HoVLEConfig, count_tile_tokens
 from .image_processing_hovle import HoVLEImageProcessor
 from .language_model import IMAGE_TOKENS, add_image_tokens, load_tokenizer
+from .loading_arguments import LOADING, OF_MODELS, refuse_unknown_of_tokenizer
 from .pictures import Kind, load_picture
 
 TEXT_DEFAULTS = {"padding_side": "left", "add_special_tokens": False, "return_token_type_ids": False}
@@ -102,7 +104,7 @@ class HoVLEProcessor(ProcessorMixin):
         self.pixels_per_token_side = self._side_from(pixels_per_token_side, image_seq_length)
 
     def _side_from(self, pixels_per_token_side: int | None, image_seq_length: int | None) -> int:
-        tile_size = self.image_processor.size["height"]
+        tile_size = self.image_processor.tile_size
         if image_seq_length is None:
             return pixels_per_token_side or 28
         side = max(tile_size // max(round(image_seq_length**0.5), 1), 1)
@@ -150,6 +152,7 @@ class HoVLEProcessor(ProcessorMixin):
             tokenizer = name_or_path
         else:
             tokenizer = load_tokenizer(name_or_path, **kwargs)
+            refuse_unknown_of_tokenizer(kwargs, tokenizer, "HoVLEProcessor.from_language_model")
         add_image_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -167,25 +170,35 @@ class HoVLEProcessor(ProcessorMixin):
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
         """Load both parts by name; through `AutoImageProcessor`, transformers 5.16 would ask for torchvision."""
-        return [
-            HoVLEImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
-        ]
+        of_images = {*HoVLEImageProcessor.valid_kwargs.__annotations__}
+        own = {*inspect.signature(cls.__init__).parameters, *RENAMED} - {"chat_template"}
+        of_both = {name: value for name, value in kwargs.items() if name in LOADING or name.startswith("_")}
+        images_kwargs = {name: value for name, value in kwargs.items() if name in of_images}
+        text_kwargs = {name: value for name, value in kwargs.items() if name not in of_images | own | OF_MODELS}
+        of_both.pop("return_unused_kwargs", None)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **{**text_kwargs, **of_both})
+        if not kwargs.get("return_unused_kwargs"):
+            refuse_unknown_of_tokenizer(text_kwargs, tokenizer, cls.__name__)
+        image_processor = HoVLEImageProcessor.from_pretrained(
+            pretrained_model_name_or_path, **{**images_kwargs, **of_both}
+        )
+        return [image_processor, tokenizer]
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         """Build from a saved dictionary, which may be of a version with other names."""
         refuse_renamed(kwargs)
-        return super().from_args_and_dict(
-            args, {RENAMED.get(name, name): value for name, value in processor_dict.items()}, **kwargs
-        )
+        saved = {RENAMED.get(name, name): value for name, value in processor_dict.items()}
+        if saved.get("pixels_per_token_side") is not None:
+            saved.pop("image_seq_length", None)  # follows from the tile size, which may be another one now
+        return super().from_args_and_dict(args, saved, **kwargs)
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
     @property
     def image_seq_length(self) -> int:
         """Tokens of one tile of the default size."""
-        return self.tokens_per_tile(self.image_processor.size["height"])
+        return self.tokens_per_tile(self.image_processor.tile_size)
 
     def tokens_per_tile(self, tile_size: int) -> int:
         """Count the tokens of a square tile with this side in pixels; sizes that leave a rest raise `ValueError`."""
