@@ -18,10 +18,13 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorKwargs,
     GotOcr2ImageProcessorPil,
 )
+from transformers.utils import logging
 
 from .loading_arguments import IN_FILES, LOADING, OF_MODELS, refuse_unknown
 from .pictures import load_picture
-from .tiling import TileGrid
+from .tiling import SQUEEZED, TileGrid
+
+logger = logging.get_logger(__name__)
 
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False, "data_format": "channels_first"}
 """Arguments of other image processors that have no meaning for tiles, with the only value they may have."""
@@ -222,6 +225,12 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         """Cut a picture into tiles in reading order, the thumbnail last; each uint8, shape `(3, s, s)`."""
         side = patch_size.height
         grid = TileGrid.closest(image.height, image.width, side, min_patches, max_patches)
+        if min(grid.shares(image.height, image.width, side)) < SQUEEZED:
+            logger.warning_once(
+                "A picture is squeezed to less than a quarter of its height or width, so small print in it is lost: "
+                "give it more tiles (max_tiles), or cut it into several pictures. `hovle tiles PICTURE` shows how "
+                "pictures are cut. This is said once."
+            )
         return grid.cut(lambda height, width: self.resize(image, SizeDict(height=height, width=width), resample), side)
 
     def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:  # type: ignore[override]

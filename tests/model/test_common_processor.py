@@ -4,6 +4,7 @@ Checks that `test_processing_hovle.py` and `test_image_processing_hovle.py` make
 """
 
 import copy
+import io
 import json
 
 import numpy as np
@@ -389,3 +390,17 @@ def test_arguments_that_are_looked_at_are_taken_while_loading(processor, tmp_pat
         assert (loaded.tokenizer.model_max_length, loaded.tokenizer.pad_token) == (77, "<|im_end|>")
         loaded.save_pretrained(tmp_path / "saved")
         assert "max_tiles" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+
+
+def test_pictures_as_datasets_gives_them_are_read_on_every_way_in(processor):
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    item = {"bytes": buffer.getvalue(), "path": "elsewhere/a.png"}
+    expected = processor(images=picture(), text=MARK, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(images=[item], text=MARK, return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(processor.image_processor(item, return_tensors="pt")["pixel_values"], expected)
+    for content in ({"type": "image", "image": item}, {"type": "image", **item}):
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": [content]}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        assert torch.equal(batch["pixel_values"], expected)
