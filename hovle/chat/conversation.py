@@ -1,17 +1,20 @@
 """A conversation with a model about pictures."""
 
+import math
 import os
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
 import torch
-from PIL import Image
-from transformers import TextStreamer
+from transformers import BatchFeature
 
 from ..files.model_folder import refuse_missing_folder, refuse_missing_processor
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.pictures import load_picture
 from ..model.processing_hovle import HoVLEProcessor
+from .saved import origin, write_messages
+from .streaming import AnswerPrinter
 
 
 class Conversation:
@@ -25,6 +28,16 @@ class Conversation:
         label_images: Number the pictures, so that questions can name them: Image-1, Image-2, ...
         images: Pictures for the first question, as `load_picture` reads them; before the model, which takes long to
             load.
+        system: What the model is told before the conversation begins.
+        temperature: 0 for the likeliest token each time, above it for a random choice by probability.
+
+    Attributes:
+        messages: What was said so far, without `system`.
+        images: Items of pictures for the next question.
+        stopped_by: What the last answer reached before the model said it was done; None where it said so.
+
+    Raises:
+        ValueError: For what is no model, a temperature that is none, and a `system` that the model is not shown.
     """
 
     def __init__(
@@ -35,7 +48,11 @@ class Conversation:
         max_image_tokens: int | None = None,
         label_images: bool = False,
         images: Sequence[Any] = (),
+        system: str | None = None,
+        temperature: float = 0.0,
     ):
+        if not 0 <= temperature < math.inf:
+            raise ValueError(f"temperature must be 0 (no chance) or a finite number above it, got {temperature}.")
         self.restart()
         self.add_images(images)
         refuse_missing_folder(model)
@@ -47,39 +64,110 @@ class Conversation:
         limits = {"max_tiles": max_tiles, "max_image_tokens": max_image_tokens}
         self.image_kwargs = {name: limit for name, limit in limits.items() if limit is not None}
         self.label_images = label_images
+        self.system = [] if system is None else [_message("system", system)]
+        self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        self._refuse_hidden_system(system)
 
     def restart(self) -> None:
         """Forget what was said and shown."""
         self.messages: list[dict] = []
-        self.images: list[Image.Image] = []
+        self.images: list[dict] = []
+        self.stopped_by: str | None = None
 
     def add_images(self, sources: Sequence[Any]) -> None:
         """Load pictures now, so that a broken one is refused at once and none is loaded again in a later turn.
 
         They are shown with the next question.
         """
-        self.images += [load_picture(source) for source in sources]
+        self.images += [{"type": "image", "image": load_picture(source), **origin(source)} for source in sources]
 
     def answer(self, question: str, stream: bool = False) -> str:
-        """Ask a question after all that was said before; `stream` prints the answer as it comes."""
-        content = [{"type": "image", "image": image} for image in self.images]
-        messages = [*self.messages, {"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-        inputs = self.processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs=self.image_kwargs,
-            label_images=self.label_images,
-        ).to(self.model.device, self.model.dtype)
-        streamer = None
-        if stream:
-            streamer = TextStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        generated = self.model.generate(
-            **inputs, max_new_tokens=self.max_new_tokens, do_sample=False, streamer=streamer
-        )
-        reply = self.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        """Ask a question after all that was said before; `stream` prints the answer as it comes.
+
+        An interrupt (Ctrl+C) ends an answer that streams; as far as it came, it is part of the conversation.
+
+        Raises:
+            ValueError: When the model has no position left for an answer, or its template refuses the messages.
+        """
+        self.stopped_by = None
+        asked = _message("user", question, self.images)
+        inputs = self._encode([*self.messages, asked])
+        num_said, num_new = inputs["input_ids"].shape[1], self._count_new(inputs["input_ids"].shape[1])
+        streamer = AnswerPrinter(self.processor.tokenizer) if stream else None
+        try:
+            generated = self.model.generate(**inputs, **self.sampling, max_new_tokens=num_new, streamer=streamer)
+        except KeyboardInterrupt:
+            if streamer is not None and streamer.ids:
+                streamer.end()  # prints what waits for the end of a word
+                self._keep(asked, streamer.ids)
+            raise
+        ids = generated[0, num_said:].tolist()
+        if len(ids) == num_new and ids[-1] not in self._end_ids:
+            is_wanted = num_new == self.max_new_tokens
+            self.stopped_by = f"{'max_new_tokens' if is_wanted else 'the end of its positions'} ({num_new:,} tokens)"
+        return self._keep(asked, ids)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write what was said as JSON, a list of messages that `apply_chat_template` reads.
+
+        A picture stands there by its path or URL; one that was given otherwise stands there itself, in base64.
+
+        Raises:
+            ValueError: When nothing was said, or there is such a file.
+        """
+        if not self.messages:
+            raise ValueError("Nothing was said yet; there is nothing to save.")
+        write_messages([*self.system, *self.messages], path)
+
+    def _encode(self, messages: list[dict]) -> BatchFeature:
+        try:
+            return self.processor.apply_chat_template(
+                [*self.system, *messages],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+                processor_kwargs=self.image_kwargs,
+                label_images=self.label_images,
+            ).to(self.model.device, self.model.dtype)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The model's chat template refuses the messages: {error}") from error
+
+    def _count_new(self, num_said: int) -> int:
+        """Tokens the answer may take after a prompt of `num_said`: beyond its positions, a model writes nonsense."""
+        positions = self.model.config.get_text_config().max_position_embeddings
+        if num_said >= positions:
+            raise ValueError(
+                f"The conversation takes {num_said:,} tokens with this question; the model has {positions:,} "
+                "positions for all that is said. Start over (/new), or show fewer or smaller pictures "
+                "(--max-image-tokens, --max-tiles)."
+            )
+        return min(self.max_new_tokens, positions - num_said)
+
+    @property
+    def _end_ids(self) -> list[int]:
+        ends = self.model.generation_config.eos_token_id
+        return ends if isinstance(ends, list) else [ends]
+
+    def _keep(self, asked: dict, ids: list[int]) -> str:
+        """Add a question and its answer to what was said; return the answer."""
+        reply = self.processor.decode(ids, skip_special_tokens=True).strip()
         self.images = []
-        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": reply}]}]
+        self.messages = [*self.messages, asked, _message("assistant", reply)]
         return reply
+
+    def _refuse_hidden_system(self, system: str | None) -> None:
+        if system is None:
+            return
+        try:
+            prompt = self.processor.apply_chat_template([*self.system, _message("user", "?")])
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The model's chat template takes no system message ({error}); leave it out.") from error
+        if system.strip() not in prompt:
+            raise ValueError(
+                "The model's chat template does not show system messages: put what it should know into the question."
+            )
+
+
+def _message(role: str, text: str, pictures: Sequence[dict] = ()) -> dict:
+    return {"role": role, "content": [*pictures, {"type": "text", "text": text}]}

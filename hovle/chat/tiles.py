@@ -21,7 +21,7 @@ from ..model.configuration_hovle import HoVLEConfig, count_tile_tokens
 from ..model.image_processing_hovle import HoVLEImageProcessor
 from ..model.pictures import load_picture
 from ..model.processing_hovle import HoVLEProcessor
-from ..model.tiling import TileGrid
+from ..model.tiling import SQUEEZED, TileGrid
 
 PICTURE_SIDE = 960
 """Longer side of the picture in the drawing, in pixels."""
@@ -45,6 +45,9 @@ class TilePlan:
 
     tokens_per_tile: int
 
+    shares: tuple[float, float]
+    """The part of the picture's height and width in pixels that is left."""
+
     @property
     def num_tokens(self) -> int:
         """Tokens in the prompt, `<img>` and `</img>` included."""
@@ -57,6 +60,7 @@ class TilePlan:
             f"tiles            {self.grid.num_tiles}",
             f"tokens per tile  {self.tokens_per_tile}",
             f"tokens in all    {self.num_tokens:,} (with <img> and </img>)",
+            f"what is left     {self._left_in_words()}",
         ]
 
     def captions(self) -> list[str]:
@@ -64,7 +68,14 @@ class TilePlan:
         return [
             self._grid_in_words(),
             f"{self.grid.num_tiles} x {self.tokens_per_tile} + 2 = {self.num_tokens:,} tokens",
+            *([f"left: {self._left_in_words()}"] if min(self.shares) < SQUEEZED else []),
         ]
+
+    def _left_in_words(self) -> str:
+        """How much of the picture's pixels the tiles keep, along both sides."""
+        height, width = self.shares
+        words = f"{width:.0%} of its width, {height:.0%} of its height"
+        return words + (": small print is lost" if min(self.shares) < SQUEEZED else "")
 
     def _grid_in_words(self) -> str:
         if not self.grid.has_thumbnail:
@@ -89,7 +100,7 @@ def plan_tiles(
     Raises:
         ValueError: When a tile does not divide into whole tokens, or the budget is too small.
     """
-    tile_size = image_processor.size["height"]
+    tile_size = image_processor.tile_size
     tokens_per_tile = count_tile_tokens(tile_size, pixels_per_token_side)
     limits: list[int] = [image_processor.max_patches] * len(image_sizes)
     if max_image_tokens is not None:
@@ -98,7 +109,10 @@ def plan_tiles(
         image_processor.choose_grid(*size, {"max_tiles": limit})
         for size, limit in zip(image_sizes, limits, strict=True)
     ]
-    return [TilePlan(grid=grid, tile_size=tile_size, tokens_per_tile=tokens_per_tile) for grid in grids]
+    return [
+        TilePlan(grid=grid, tile_size=tile_size, tokens_per_tile=tokens_per_tile, shares=grid.shares(*size, tile_size))
+        for grid, size in zip(grids, image_sizes, strict=True)
+    ]
 
 
 def draw_tiles(picture: Image.Image, plan: TilePlan, title: str) -> Image.Image:

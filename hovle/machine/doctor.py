@@ -31,6 +31,7 @@ OPTIONAL = {
     "lmms_eval": ("hovle[eval]", "hovle eval benchmarks"),
     "Levenshtein": ("hovle[eval]", "hovle eval benchmarks"),
     "simplejpeg": ("hovle[vision]", "faster JPEG files, and seeing damage in them that Pillow hides"),
+    "pillow_heif": ("hovle[heic]", "HEIC pictures, as phones take them"),
     "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
 }
 """Package -> (what pip installs it with, what it is for)."""

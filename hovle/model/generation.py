@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -21,6 +21,14 @@ class HoVLEGenerationMixin(GenerationMixin):
 
     config: Any
     model: Any
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, pixel_values: torch.Tensor | None = None, **kwargs):
+        # A pipeline joins its prompts' outputs: no tiles at all are a tensor of none there, and an argument for each
+        # prompt is a list.
+        if pixel_values is not None and len(pixel_values):
+            kwargs["pixel_values"] = pixel_values
+        return super().generate(*args, **{name: _once(name, value) for name, value in kwargs.items()})
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         # Every copy of a prompt needs all its tiles, in order. The base class would repeat tile after tile, or take
@@ -155,6 +163,20 @@ class HoVLEGenerationMixin(GenerationMixin):
             kept = {key: value for key, value in kwargs["model_kwargs"].items() if key not in dropped}
             kwargs["model_kwargs"] = kept
         return super()._get_candidate_generator(generation_config, *args, **kwargs)
+
+
+def _once(name: str, value: Any) -> Any:
+    """An argument of `generate`, of which a pipeline gives one for each prompt, all the same."""
+    is_listed = (
+        isinstance(value, list) and len(value) > 0 and all(isinstance(one, bool | int | float) for one in value)
+    )
+    if name in SINGLE and is_listed and len(set(value)) == 1:
+        return value[0]
+    return value
+
+
+SINGLE = {name for name in vars(GenerationConfig()) if not name.endswith(("_id", "_ids", "_tokens"))}
+"""Arguments of `generate` that are one number; ids and tokens may be lists."""
 
 
 def _has_pictures(model_kwargs: dict) -> bool:

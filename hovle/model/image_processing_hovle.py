@@ -6,6 +6,7 @@ transformers' GotOcr2 processor has the same rule. Its Pillow variant is the bas
 what the released model saw, torchvision's differs by a grey level, and pixels do not change with what is installed.
 """
 
+import copy
 import itertools
 from collections.abc import Sequence
 
@@ -17,9 +18,13 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
     GotOcr2ImageProcessorKwargs,
     GotOcr2ImageProcessorPil,
 )
+from transformers.utils import logging
 
+from .loading_arguments import IN_FILES, LOADING, OF_MODELS, refuse_unknown
 from .pictures import load_picture
-from .tiling import TileGrid
+from .tiling import SQUEEZED, TileGrid
+
+logger = logging.get_logger(__name__)
 
 FIXED = {"do_resize": True, "do_center_crop": False, "do_pad": False, "data_format": "channels_first"}
 """Arguments of other image processors that have no meaning for tiles, with the only value they may have."""
@@ -64,9 +69,53 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
     crop_to_patches = True
 
     def __init__(self, **kwargs):
+        refuse_unknown(kwargs, {*self.valid_kwargs.__annotations__, *IN_FILES}, type(self).__name__)
         # Kept under the base class's names only: an attribute `tile_size` would overrule a later `size`.
         super().__init__(**_base_names(kwargs))
         self._standardize_kwargs(**{name: getattr(self, name) for name in CHECKED})
+
+    def _set_attributes(self, **kwargs) -> None:
+        """Keep every setting under one name, as the base class does, but for our other names of the same."""
+        names = [name for name in self.valid_kwargs.__annotations__ if name not in OTHER_NAMES]
+        given = {name: kwargs[name] if kwargs.get(name) is not None else getattr(self, name, None) for name in names}
+        for name, value in self._standardize_kwargs(**copy.deepcopy(given)).items():
+            setattr(self, name, value)
+        self._valid_kwargs_names = names
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):
+        """Load from a folder or the Hub; settings given beside it replace the saved ones, unknown ones are refused."""
+        known = {*cls.valid_kwargs.__annotations__, *LOADING, *OF_MODELS}
+        if not kwargs.get("return_unused_kwargs"):
+            refuse_unknown(kwargs, known, cls.__name__)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @property
+    def tile_size(self) -> int:
+        """Side of a tile in pixels; another name of `size`."""
+        return self.grid_settings()["size"].height
+
+    @tile_size.setter
+    def tile_size(self, side: int) -> None:
+        self.size = {"height": side, "width": side}
+
+    @property
+    def min_tiles(self) -> int:
+        """Fewest tiles of the grid; another name of `min_patches`."""
+        return self.min_patches
+
+    @min_tiles.setter
+    def min_tiles(self, fewest: int) -> None:
+        self.min_patches = fewest
+
+    @property
+    def max_tiles(self) -> int:
+        """Most tiles of the grid, the thumbnail not counted; another name of `max_patches`."""
+        return self.max_patches
+
+    @max_tiles.setter
+    def max_tiles(self, most: int) -> None:
+        self.max_patches = most
 
     def fetch_images(self, image_url_or_urls):
         """Load pictures, in the nesting they came in, as upright RGB; an error tells the picture's number."""
@@ -131,7 +180,7 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
 
     def _standardize_kwargs(self, **kwargs) -> dict:  # type: ignore[override]
         """Translate our names into the base class's and refuse numbers that allow no grid."""
-        kwargs = super()._standardize_kwargs(**_base_names(kwargs))
+        kwargs = super()._standardize_kwargs(**{**_base_names(kwargs), "default_to_square": True})
         _check_numbers(kwargs)
         size = kwargs["size"]
         if size.height is None or size.height != size.width:
@@ -176,6 +225,12 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         """Cut a picture into tiles in reading order, the thumbnail last; each uint8, shape `(3, s, s)`."""
         side = patch_size.height
         grid = TileGrid.closest(image.height, image.width, side, min_patches, max_patches)
+        if min(grid.shares(image.height, image.width, side)) < SQUEEZED:
+            logger.warning_once(
+                "A picture is squeezed to less than a quarter of its height or width, so small print in it is lost: "
+                "give it more tiles (max_tiles), or cut it into several pictures. `hovle tiles PICTURE` shows how "
+                "pictures are cut. This is said once."
+            )
         return grid.cut(lambda height, width: self.resize(image, SizeDict(height=height, width=width), resample), side)
 
     def normalize(self, image: np.ndarray, mean, std, **kwargs) -> np.ndarray:  # type: ignore[override]
@@ -211,9 +266,12 @@ def _check_numbers(kwargs: dict) -> None:
             raise ValueError(f"{name} must be {wanted}, got {kwargs[name]!r:.80}.")
 
 
+OTHER_NAMES = ("tile_size", "min_tiles", "max_tiles")
+
+
 def _base_names(kwargs: dict) -> dict:
     """Replace `tile_size`, `min_tiles` and `max_tiles` by the base class's names for them."""
-    tile_size, min_tiles, max_tiles = (kwargs.pop(name, None) for name in ("tile_size", "min_tiles", "max_tiles"))
+    tile_size, min_tiles, max_tiles = (kwargs.pop(name, None) for name in OTHER_NAMES)
     if tile_size is not None:
         if tile_size < 1:
             raise ValueError(f"tile_size must be at least 1 pixel, got {tile_size}.")

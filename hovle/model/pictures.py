@@ -37,10 +37,14 @@ from .pictures_colour import (
     to_upright_rgb,
 )
 from .pictures_damage import checked, refusing_truncated_files
+from .pictures_heic import advice as heic_advice
+from .pictures_heic import colour_codes as heic_colour_codes
+from .pictures_heic import register_opener
+from .pictures_objects import is_closed, undecoded
 from .pictures_png import SIGNATURE as PNG_SIGNATURE
 from .pictures_png import examine as examine_png
 from .pictures_png import tells_orientation_late
-from .pictures_unsupported import BEGINNING, document_kind
+from .pictures_unsupported import BEGINNING, HEIC, document_kind
 
 MAX_PIXELS = 178_956_970
 """Largest picture that is decoded, read from its header; the size from which Pillow itself refuses."""
@@ -54,8 +58,8 @@ MAX_SECONDS = 10.0
 MAX_REDIRECTS = 5
 """Redirects followed by one download."""
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA")
-"""Formats that are read. Others Pillow knows (EPS runs an external program) are refused."""
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO", "TGA", "HEIF")
+"""Formats that are read, HEIF with an extra. Others Pillow knows (EPS runs an external program) are refused."""
 
 Kind = Literal["url", "path", "base64"]
 """How a string is to be read."""
@@ -66,9 +70,10 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
 
     Args:
         source: A Pillow image, which comes back as it is where it is upright RGB already; a path; a URL (http or
-            https); base64 text, bare or as a `data:` URL; the bytes of a picture file or an open binary file; a numpy
-            array or torch tensor. Arrays hold `(H, W)`, `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels: uint8 in
-            0..255, uint16 in 0..65535, bool, or float in 0..1.
+            https); base64 text, bare or as a `data:` URL; the bytes of a picture file or an open binary file;
+            `{"bytes": ..., "path": ...}` as `datasets` gives it; a numpy array or torch tensor. Arrays hold `(H, W)`,
+            `(H, W, C)` or `(C, H, W)` with 1, 3 or 4 channels: uint8 in 0..255, uint16 in 0..65535, bool, or float in
+            0..1.
         name: What an error calls the picture, for instance "picture 2 of the request".
         kind: Read a string only as `"url"`, `"path"` or `"base64"`; by default it is whatever it looks like.
 
@@ -88,8 +93,9 @@ def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = No
 
 def _load(source: Any, kind: Kind | None) -> Image.Image:
     if isinstance(source, Image.Image):
-        with refusing_truncated_files():  # it may be a file whose pixels are still to be read
-            return to_upright_rgb(_check_size(source))
+        return _from_pillow(source)
+    if isinstance(source, dict):
+        return _load(*undecoded(source))
     if isinstance(source, np.ndarray | torch.Tensor):
         return to_upright_rgb(_check_size(_from_array(source)))
     if kind == "path" or (kind is None and isinstance(source, os.PathLike)):
@@ -99,11 +105,26 @@ def _load(source: Any, kind: Kind | None) -> Image.Image:
     if isinstance(source, bytes | bytearray | memoryview):
         return PictureFile(bytes(source)).picture()
     if hasattr(source, "read"):
-        return PictureFile(source.read()).picture()
+        data = source.read()
+        if not isinstance(data, bytes):
+            raise PictureError(f'its file gives {type(data).__name__}, no bytes: open it with mode "rb".')
+        return PictureFile(data).picture()
     raise PictureError(
         "a picture must be a Pillow image, path, URL, base64 text, bytes, numpy array or torch tensor, "
         f"got {type(source).__name__}."
     )
+
+
+def _from_pillow(image: Image.Image) -> Image.Image:
+    with refusing_truncated_files():  # it may be a file whose pixels are still to be read
+        try:
+            return to_upright_rgb(_check_size(image))
+        except (AssertionError, *DECODING_ERRORS) as error:
+            if not is_closed(image):
+                raise
+            raise PictureError(
+                "its file was closed before its pixels were read: open it again, or call its load() before closing."
+            ) from error
 
 
 def picture_size(source: str | os.PathLike | bytes) -> tuple[int, int]:
@@ -164,6 +185,8 @@ def _label(source: Any, name: str | None, kind: Kind | None) -> str:
         where = source if len(source) <= 300 else None  # longer is base64, not a name
     elif isinstance(source, Image.Image):
         where = getattr(source, "filename", None)
+    elif isinstance(source, dict) and isinstance(source.get("path"), str | os.PathLike):
+        where = os.fspath(source["path"])
     if isinstance(where, bytes):
         where = os.fsdecode(where)
     if name and where:
@@ -183,7 +206,7 @@ def _naming(label: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    text = str(error)
+    text = str(error).strip()
     if isinstance(error, Image.DecompressionBombError):
         return f"more than {MAX_PIXELS / 1e6:.0f} megapixels: {text}"
     if isinstance(error, UnidentifiedImageError):
@@ -345,7 +368,12 @@ def _open_image(file: io.BytesIO | str | os.PathLike) -> Image.Image:
             else:
                 with open(file, "rb") as opened:
                     beginning = opened.read(BEGINNING)
-            if kind := document_kind(beginning):
+            kind = document_kind(beginning)
+            if kind == HEIC:
+                if register_opener():
+                    return _open_image(file)
+                kind = f"{HEIC}, {heic_advice()}"
+            if kind:
                 raise PictureError(f"is {kind}.") from None
             raise
 
@@ -369,6 +397,8 @@ class PictureFile:
             self.primaries, self.transfer = png.primaries, png.transfer
             if png.profile:
                 self.image.info["icc_profile"] = png.profile
+        if self.image.format == "HEIF":
+            self.primaries, self.transfer = heic_colour_codes(self.image, UNKNOWN)
         if self.image.format == "AVIF":
             self.primaries, self.transfer = _avif_codes(data)
 

@@ -11,36 +11,37 @@ Two ways in:
   `<IMG_CONTEXT>` stands for one picture. Do not put a stranger's words into such a string.
 """
 
-import itertools
+import inspect
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessorMixin, TextKwargs
 
+from .chat_pictures import check_nesting, flatten_pictures, pictures_of, with_labels
 from .chat_rendering import ChatRenderer, Prompt, SpecialTokens, check_unicode, tool_schemas, unused_characters
 from .configuration_hovle import HoVLEConfig, count_tile_tokens
 from .image_processing_hovle import HoVLEImageProcessor
 from .language_model import IMAGE_TOKENS, add_image_tokens, load_tokenizer
-from .pictures import Kind, load_picture
+from .loading_arguments import LOADING, OF_MODELS, refuse_unknown_of_tokenizer
 
 TEXT_DEFAULTS = {"padding_side": "left", "add_special_tokens": False, "return_token_type_ids": False}
 """Arguments of the tokenizer where the caller says nothing. A chat template writes the special tokens itself, so none
 are added; right padding would make a batch generate from padding."""
 
-PICTURE_KEYS: dict[str, Kind | None] = {"image": None, "url": "url", "path": "path", "base64": "base64"}
-"""Where an item `{"type": "image", ...}` of a message may carry its picture, and how a string there is read."""
-
 WITHOUT_MEANING = {
     "load_audio_from_video",
     "enable_thinking",  # a variable of templates that can think
-    *vars(GenerationConfig()),  # pipelines pass to the processor what is meant for `generate`
 }
-"""Arguments that servers, pipelines and harnesses pass to every model; where nothing takes them, they are dropped."""
+"""Arguments that servers and harnesses pass to every model; where nothing takes them, they are dropped."""
+
+OF_GENERATE = {name for name in vars(GenerationConfig()) if not name.startswith("_")} - {"transformers_version"}
+"""Arguments that pipelines give to the processor though `generate` is to have them; they are among its outputs."""
 
 RENAMED = {"label_pictures": "label_images", "text_after_picture": "text_after_image"}
 """Arguments by the names they had in version 0.1.0, and by today's."""
@@ -66,6 +67,9 @@ class HoVLEProcessor(ProcessorMixin):
         text_after_image: What a chat writes after each picture unless the message goes on with it; the released
             models saw a line break.
     """
+
+    in_pipeline = False
+    """Whether a pipeline loaded it, which joins prompts in batches and needs the same outputs for each."""
 
     def __init__(
         self,
@@ -102,7 +106,7 @@ class HoVLEProcessor(ProcessorMixin):
         self.pixels_per_token_side = self._side_from(pixels_per_token_side, image_seq_length)
 
     def _side_from(self, pixels_per_token_side: int | None, image_seq_length: int | None) -> int:
-        tile_size = self.image_processor.size["height"]
+        tile_size = self.image_processor.tile_size
         if image_seq_length is None:
             return pixels_per_token_side or 28
         side = max(tile_size // max(round(image_seq_length**0.5), 1), 1)
@@ -150,6 +154,7 @@ class HoVLEProcessor(ProcessorMixin):
             tokenizer = name_or_path
         else:
             tokenizer = load_tokenizer(name_or_path, **kwargs)
+            refuse_unknown_of_tokenizer(kwargs, tokenizer, "HoVLEProcessor.from_language_model")
         add_image_tokens(tokenizer)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -165,27 +170,45 @@ class HoVLEProcessor(ProcessorMixin):
         return processor
 
     @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """Load from a folder or the Hub; settings given beside it replace the saved ones, unknown ones are refused."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        if kwargs.get("_from_pipeline") is not None:
+            (loaded[0] if isinstance(loaded, tuple) else loaded).in_pipeline = True
+        return loaded
+
+    @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs) -> list:
         """Load both parts by name; through `AutoImageProcessor`, transformers 5.16 would ask for torchvision."""
-        return [
-            HoVLEImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs),
-            AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs),
-        ]
+        of_images = {*HoVLEImageProcessor.valid_kwargs.__annotations__}
+        own = {*inspect.signature(cls.__init__).parameters, *RENAMED} - {"chat_template"}
+        of_both = {name: value for name, value in kwargs.items() if name in LOADING or name.startswith("_")}
+        images_kwargs = {name: value for name, value in kwargs.items() if name in of_images}
+        text_kwargs = {name: value for name, value in kwargs.items() if name not in of_images | own | OF_MODELS}
+        of_both.pop("return_unused_kwargs", None)
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **{**text_kwargs, **of_both})
+        if not kwargs.get("return_unused_kwargs"):
+            refuse_unknown_of_tokenizer(text_kwargs, tokenizer, cls.__name__)
+        image_processor = HoVLEImageProcessor.from_pretrained(
+            pretrained_model_name_or_path, **{**images_kwargs, **of_both}
+        )
+        return [image_processor, tokenizer]
 
     @classmethod
     def from_args_and_dict(cls, args, processor_dict: dict[str, Any], **kwargs):
         """Build from a saved dictionary, which may be of a version with other names."""
         refuse_renamed(kwargs)
-        return super().from_args_and_dict(
-            args, {RENAMED.get(name, name): value for name, value in processor_dict.items()}, **kwargs
-        )
+        saved = {RENAMED.get(name, name): value for name, value in processor_dict.items()}
+        if saved.get("pixels_per_token_side") is not None:
+            saved.pop("image_seq_length", None)  # follows from the tile size, which may be another one now
+        return super().from_args_and_dict(args, saved, **kwargs)
 
     # --- sizes -------------------------------------------------------------------------------------------------------
 
     @property
     def image_seq_length(self) -> int:
         """Tokens of one tile of the default size."""
-        return self.tokens_per_tile(self.image_processor.size["height"])
+        return self.tokens_per_tile(self.image_processor.tile_size)
 
     def tokens_per_tile(self, tile_size: int) -> int:
         """Count the tokens of a square tile with this side in pixels; sizes that leave a rest raise `ValueError`."""
@@ -193,7 +216,22 @@ class HoVLEProcessor(ProcessorMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """Serialise; `image_seq_length` is written for readers of the file."""
-        return {**super().to_dict(), "image_seq_length": self.image_seq_length}
+        saved = {name: value for name, value in super().to_dict().items() if name != "in_pipeline"}
+        return {**saved, "image_seq_length": self.image_seq_length}
+
+    def _take_for_generate(self, *given: dict, template: str = "") -> dict:
+        """Take out of a call's arguments what `generate` is to have of them."""
+        names = {name for arguments in given for name in OF_GENERATE & arguments.keys()} - self._known_kwargs
+        names = {name for name in names if not _is_variable(name, template)}
+        return {name: arguments.pop(name) for arguments in given for name in names & arguments.keys()}
+
+    def _completed(self, batch: BatchFeature, for_generate: dict) -> BatchFeature:
+        """Add what `generate` is to have and, in a pipeline, that there are no tiles where there are none."""
+        batch.update({name: value for name, value in for_generate.items() if value is not None})
+        if self.in_pipeline and "pixel_values" not in batch:
+            side = self.image_processor.tile_size
+            batch["pixel_values"] = torch.empty(0, 3, side, side)
+        return batch
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Count placeholders and tiles of pictures from their sizes alone.
@@ -236,7 +274,8 @@ class HoVLEProcessor(ProcessorMixin):
     def _refuse_unknown(self, kwargs: dict, template: str = "") -> None:
         """Raise for arguments that neither the processor nor its parts nor the chat template would look at."""
         nested = [kwargs.get(name) or {} for name in ("common_kwargs", "text_kwargs", "images_kwargs")]
-        names = {name for arguments in (kwargs, *nested) for name in arguments} - self._known_kwargs - WITHOUT_MEANING
+        names = {name for arguments in (kwargs, *nested) for name in arguments} - self._known_kwargs
+        names -= WITHOUT_MEANING | OF_GENERATE
         unknown = sorted(name for name in names if not _is_variable(name, template))
         if unknown:
             raise ValueError(
@@ -328,19 +367,20 @@ class HoVLEProcessor(ProcessorMixin):
                 raise ValueError("text is an empty list; give at least one prompt.")
             for prompt in text:
                 check_unicode(prompt)
-        pictures = _flatten_pictures(images)
+        pictures = flatten_pictures(images)
         if text is not None:
             self._check_picture_counts(text, images, len(pictures))
         if max_image_tokens is not None and pictures:
             counts = [len(pictures)] if text is None else [prompt.count(self.image_token) for prompt in text]
             pictures, kwargs["tile_limits"] = self._load_within_budget(pictures, counts, max_image_tokens, kwargs)
         kwargs = _with_text_defaults(kwargs)
-        return super().__call__(images=pictures or None, text=text, **kwargs)
+        for_generate = self._take_for_generate(kwargs)
+        return self._completed(super().__call__(images=pictures or None, text=text, **kwargs), for_generate)
 
     def _check_picture_counts(self, text: list[str], images: Any, num_pictures: int) -> None:
         """Compare marks and pictures, prompt by prompt where the pictures come that way."""
         num_marks = [prompt.count(self.image_token) for prompt in text]
-        _check_nesting(num_marks, images)
+        check_nesting(num_marks, images)
         if sum(num_marks) != num_pictures:
             raise ValueError(
                 f"The prompts mark {sum(num_marks)} pictures with {self.image_token} but {num_pictures} are given."
@@ -388,7 +428,8 @@ class HoVLEProcessor(ProcessorMixin):
         Args:
             conversation: A list of messages, or a list of such lists. `content` is a string or a list of items:
                 `{"type": "text", "text": ...}` and `{"type": "image", KEY: ...}` with KEY `image` (anything
-                `load_picture` reads), `url` (http, https or `data:`), `path` or `base64`; OpenAI's `image_url` too.
+                `load_picture` reads), `bytes`, `url` (http, https or `data:`), `path` or `base64`; OpenAI's
+                `image_url` too.
                 A picture stands in the prompt exactly where its item stands, followed by `text_after_image`.
             chat_template: Another template, or the name of one of several.
             tools: As in `tokenizer.apply_chat_template`.
@@ -419,11 +460,13 @@ class HoVLEProcessor(ProcessorMixin):
             )
         refuse_renamed([*kwargs, *(processor_kwargs or {})])
         template = self._resolve_template(chat_template, tools)
+        processor_kwargs = dict(processor_kwargs or {})
+        for_generate = self._take_for_generate(kwargs, processor_kwargs, template=template)
         call_kwargs, template_kwargs = self._split_chat_kwargs(template, kwargs)
-        call_kwargs = {**call_kwargs, **(processor_kwargs or {})}
+        call_kwargs = {**call_kwargs, **processor_kwargs}
         chats, is_batched = _as_batch(conversation)
         if call_kwargs.pop("label_images", label_images):
-            chats = [_with_labels(chat) for chat in chats]
+            chats = [with_labels(chat) for chat in chats]
         prompts = self._render(
             template,
             chats,
@@ -438,13 +481,13 @@ class HoVLEProcessor(ProcessorMixin):
             return texts if is_batched else texts[0]
         if return_tensors not in (None, "auto"):
             call_kwargs["return_tensors"] = return_tensors
-        pictures = _pictures_of(prompts, call_kwargs.pop("images", None))
+        pictures = pictures_of(prompts, call_kwargs.pop("images", None))
         if all(prompt.is_plain for prompt in prompts):
             texts = [prompt.text(self.image_token) for prompt in prompts]
             batch = self(images=pictures or None, text=texts, **call_kwargs)
         else:
             batch = self._encode_pieces_batch(prompts, pictures, **call_kwargs)
-        return batch if return_dict else batch["input_ids"]
+        return self._completed(batch, for_generate) if return_dict else batch["input_ids"]
 
     def _render(self, template: str, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs):
         """Render chats with characters for breaking up and marking that none of their strings contains."""
@@ -604,93 +647,6 @@ def _as_batch(conversation: Any) -> tuple[list[list[dict]], bool]:
             if not isinstance(message, dict):
                 raise ValueError(f'A message must be {{"role": ..., "content": ...}}, got {message!r:.80}.')
     return [list(chat) for chat in chats], is_batched
-
-
-def _with_labels(chat: list[dict]) -> list[dict]:
-    """Number the pictures of a conversation in its text."""
-    numbers = itertools.count(1)
-    labelled = []
-    for message in chat:
-        content = message.get("content")
-        if isinstance(content, list | tuple):
-            items: list = []
-            for item in content:
-                if isinstance(item, dict) and item.get("type") in ("image", "image_url"):
-                    label = {"type": "text", "text": f"Image-{next(numbers)}: "}
-                    items += [label, item, {"type": "text", "text": "\n"}]
-                else:
-                    items.append(item)
-            message = {**message, "content": items}
-        labelled.append(message)
-    return labelled
-
-
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, list | tuple) or getattr(value, "ndim", None) == 4
-
-
-def _flatten_pictures(images: Any) -> list:
-    """List pictures in order; lists and 4-dimensional arrays hold several."""
-    if images is None:
-        return []
-    if _is_sequence(images):
-        return [picture for part in images for picture in _flatten_pictures(part)]
-    return [images]
-
-
-def _check_nesting(num_expected: list[int], images: Any) -> None:
-    """Raise when pictures come in one list per prompt and a list holds other than its prompt's number."""
-    if not isinstance(images, list | tuple) or len(images) != len(num_expected) or not all(map(_is_sequence, images)):
-        return
-    for number, (expected, given) in enumerate(zip(num_expected, images, strict=True), start=1):
-        if expected != len(_flatten_pictures(given)):
-            raise ValueError(
-                f"Prompt {number} marks {expected} pictures but {len(_flatten_pictures(given))} are given for it."
-            )
-
-
-def _pictures_of(prompts: list[Prompt], images: Any) -> list:
-    """Collect the pictures of all chats in prompt order, from their items or, if these carry none, from `images`.
-
-    `images` come in the order of the items, which a template may change.
-    """
-    items = [item for prompt in prompts for item in prompt.pictures]
-    carried = [_picture_of(item) for item in items]
-    if images is not None:
-        _check_nesting([len(prompt.pictures) for prompt in prompts], images)
-        given = _flatten_pictures(images)
-        if any(source is not None for source in carried) or len(given) != len(items):
-            num_carried = sum(source is not None for source in carried)
-            raise ValueError(
-                f"The messages hold {len(items)} picture items, {num_carried} of them with a picture, and "
-                f"{len(given)} pictures are given besides. Give each picture once."
-            )
-        rest = iter(given)
-        of_prompts = [[next(rest) for _ in prompt.pictures] for prompt in prompts]
-        return [own[place] for prompt, own in zip(prompts, of_prompts, strict=True) for place in prompt.picture_order]
-    missing = sum(source is None for source in carried)
-    if missing:
-        raise ValueError(
-            f"The messages hold {len(items)} picture items but only {len(items) - missing} pictures: an item needs "
-            f"one of the keys {', '.join(PICTURE_KEYS)}."
-        )
-    pictures = []
-    for number, (kind, source) in enumerate(filter(None, carried), start=1):
-        pictures.append(load_picture(source, f"picture {number} of the request", kind=kind))
-    return pictures
-
-
-def _picture_of(item: dict) -> tuple[Kind | None, Any] | None:
-    """Take the picture out of an item, with how to read it if it is a string; a URL that is None is an error."""
-    if item["type"] == "image_url":
-        url = item.get("image_url")
-        item = {"url": url.get("url") if isinstance(url, dict) else url}
-    for key, kind in PICTURE_KEYS.items():
-        if item.get(key) is not None:
-            return kind, item[key]
-    if "url" in item:  # a stranger's item must not be filled with one of the pictures given beside the messages
-        raise ValueError("A picture item has the url None; give an address, or leave the key out.")
-    return None
 
 
 def _with_text_defaults(kwargs: dict) -> dict:

@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
+SQUEEZED = 0.25
+"""A picture of which less than this part of its height or width is left has lost its small print."""
+
 
 class TileGrid(NamedTuple):
     """How many tiles go across and down; where that is more than one, the whole picture follows as the thumbnail."""
@@ -31,6 +34,10 @@ class TileGrid(NamedTuple):
     def num_tiles(self) -> int:
         """Tiles, the thumbnail included."""
         return self.columns * self.rows + self.has_thumbnail
+
+    def shares(self, height: int, width: int, tile_size: int) -> tuple[float, float]:
+        """The part of a picture's height and width in pixels that is left on the canvas, 1 at most."""
+        return min(1.0, self.rows * tile_size / height), min(1.0, self.columns * tile_size / width)
 
     def boxes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Left, top, right and bottom of each tile on a canvas of this size, in reading order."""

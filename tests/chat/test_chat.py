@@ -1,6 +1,8 @@
 """`hovle chat`."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -83,14 +85,14 @@ def test_a_broken_picture_does_not_end_a_conversation(model_folder, pictures, mo
     assert next(lines, None) is None
 
 
-def converse(model_folder, monkeypatch, lines: list[str]) -> Conversation:
+def converse(model_folder, monkeypatch, lines: list[str], max_new_tokens: int = 1) -> Conversation:
     """Hold a conversation of these lines."""
     rest = iter(lines)
     held = []
     real = Conversation.__init__
     monkeypatch.setattr("builtins.input", lambda prompt: next(rest))
     monkeypatch.setattr(Conversation, "__init__", lambda self, *args: held.append(self) or real(self, *args))
-    assert cli.main(["chat", "--model", str(model_folder), "--max-new-tokens", "1"]) == 0
+    assert cli.main(["chat", "--model", str(model_folder), "--max-new-tokens", str(max_new_tokens)]) == 0
     return held[0]
 
 
@@ -121,6 +123,63 @@ def test_paths_may_be_quoted_and_start_at_home(model_folder, pictures, monkeypat
     spaced = pictures[0].rename(pictures[0].with_name("a b.png"))
     lines = [f'/image "{spaced}"', f"/image '{spaced}'", f"/image {spaced}", "/image ~/a b.png", "/quit"]
     assert len(converse(model_folder, monkeypatch, lines).images) == 4
+
+
+DROPPED = [
+    r"{folder}/a\ b.png",
+    "'{folder}/a b.png'",
+    '"{folder}/a b.png"',
+    "file://{folder}/a%20b.png",
+    "{folder}/a b.png",
+    "~/a b.png",
+    "a.png",
+    r"{folder}/a\ b.png a.png",
+    "'{folder}/it'\\''s.png'",
+]
+ASKED = [r"{folder}/a\ b.png what is it?", "'{folder}/it'\\''s.png' what's it?"]
+
+
+@pytest.mark.parametrize(
+    "line", [*DROPPED, *(f"/image {line}" for line in DROPPED), *ASKED], ids=lambda line: line.replace("/", "|")
+)
+def test_a_picture_dropped_on_the_terminal_is_shown_with_the_next_question(model_folder, pictures, monkeypatch, line):
+    folder = pictures[0].parent
+    monkeypatch.setenv("HOME", str(folder))
+    monkeypatch.chdir(folder)
+    for name in ("a b.png", "it's.png"):
+        (folder / name).write_bytes(pictures[0].read_bytes())
+    held = converse(model_folder, monkeypatch, [line.format(folder=folder), "/quit"])
+    if line in ASKED:
+        (*shown, text), _ = (message["content"] for message in held.messages)
+        assert [item["type"] for item in shown] == ["image"]
+        assert text["text"].startswith("what")
+    else:
+        assert held.messages == []
+        assert len(held.images) == 1 + (line.count(".png") > 1)
+
+
+@pytest.mark.parametrize("line", ["a.png is a name, no?", "what is a.png?", " ./a.png", "and/or", "it's b.jpg"])
+def test_a_question_that_names_a_file_stays_a_question(model_folder, monkeypatch, tmp_path, line):
+    monkeypatch.chdir(tmp_path)
+    held = converse(model_folder, monkeypatch, [line, "/quit"])
+    assert held.messages[0]["content"] == [{"type": "text", "text": line.strip()}]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("/nowhere/gone.png", "/nowhere/gone.png: no such file"),
+        ("file:///nowhere/gone%20now.png", "/nowhere/gone now.png: no such file"),
+        ("file://far/gone.png", "only those of this machine"),
+        ("/image my gone.png", "my gone.png: no such file"),
+        ("/save", "/save: expected the name of a new file"),
+        ("/save x.json", "Nothing was said yet"),
+        ("x\0y.png", ""),
+    ],
+)
+def test_a_dropped_file_that_is_not_there_is_named(model_folder, monkeypatch, capsys, line, reason):
+    converse(model_folder, monkeypatch, [line, "/quit"])
+    assert reason in capsys.readouterr().out
 
 
 def test_bytes_of_another_encoding_do_not_end_a_conversation(model_folder):
@@ -170,3 +229,156 @@ def test_a_missing_folder_is_named_at_once_and_no_hub_is_asked(name, tmp_path, m
     monkeypatch.setattr(HoVLEProcessor, "from_pretrained", lambda *_, **__: pytest.fail("the Hub would be asked"))
     assert cli.main(["chat", "--model", name, "-q", "?"]) == 1
     assert f"No model in {name}, as there is no such folder: expected a folder" in capsys.readouterr().err
+
+
+def narrow(folder, positions: int) -> None:
+    """Leave the model of a folder so many positions."""
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = positions
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_a_conversation_beyond_the_positions_of_the_model_is_refused_until_a_new_one(model_folder, pictures):
+    narrow(model_folder, 40)
+    conversation = Conversation(model_folder, max_new_tokens=4, images=pictures)
+    with pytest.raises(ValueError, match=r"takes \d+ tokens .* has 40 positions .*/new.*--max-image-tokens"):
+        conversation.answer("what is the difference between these two pictures, please?")
+    assert conversation.messages == []
+    conversation.restart()
+    conversation.answer("hi")
+    with pytest.raises(ValueError, match="has 40 positions"):
+        [conversation.answer("hi") for _ in range(20)]
+    assert 0 < len(conversation.messages) < 20
+
+
+def test_an_answer_ends_at_the_last_position_and_says_so(model_folder, capsys):
+    conversation = Conversation(model_folder, max_new_tokens=3)
+    num_said = conversation._encode([{"role": "user", "content": "hi"}])["input_ids"].shape[1]
+    narrow(model_folder, num_said + 5)
+    assert cli.main(["chat", "--model", str(model_folder), "-q", "hi"]) == 0
+    assert "cut: it reached the end of its positions (5 tokens)" in capsys.readouterr().err
+    assert cli.main(["chat", "--model", str(model_folder), "-q", "hi", "--max-new-tokens", "5"]) == 0
+    assert "cut: it reached max_new_tokens (5 tokens)" in capsys.readouterr().err
+
+
+def test_an_answer_that_the_model_ends_is_not_called_cut(model_folder, capsys, monkeypatch):
+    end = [torch.tensor([[2]])]
+    monkeypatch.setattr(
+        HoVLEForConditionalGeneration,
+        "generate",
+        lambda self, input_ids, **kwargs: torch.cat([input_ids, *end], dim=1),
+    )
+    assert cli.main(["chat", "--model", str(model_folder), "-q", "hi", "--max-new-tokens", "1"]) == 0
+    assert "cut" not in capsys.readouterr().err
+
+
+class InterruptAfter:
+    """Makes the answer "aaa..." and sends the interrupt of Ctrl+C to this process when it has so many letters."""
+
+    def __init__(self, num_tokens: int, letter_id: int):
+        self.left, self.letter_id = num_tokens, letter_id
+
+    def __call__(self, input_ids, scores):
+        if not self.left:
+            signal.raise_signal(signal.SIGINT)
+        self.left -= 1
+        scores[:, self.letter_id] = 1e4
+        return scores
+
+
+@pytest.mark.parametrize("num_tokens", [0, 3])
+def test_an_interrupt_ends_the_answer_and_not_the_conversation(
+    model_folder, pictures, monkeypatch, capsys, num_tokens
+):
+    real = HoVLEForConditionalGeneration.generate
+    letter_id = HoVLEProcessor.from_pretrained(model_folder).tokenizer.convert_tokens_to_ids("a")
+    processors = [None, [InterruptAfter(num_tokens, letter_id)], None]
+
+    def generate(self, **kwargs):
+        return real(self, **kwargs, logits_processor=processors.pop(0))
+
+    monkeypatch.setattr(HoVLEForConditionalGeneration, "generate", generate)
+    held = converse(model_folder, monkeypatch, ["first", f"/image {pictures[0]}", "second", "third", "/quit"], 5)
+    assert "! stopped; the conversation goes on" in capsys.readouterr().out
+    questions = [message["content"][-1]["text"] for message in held.messages[::2]]
+    assert questions == (["first", "second", "third"] if num_tokens else ["first", "third"])
+    asked = held.messages[2]["content"]
+    assert asked[0]["type"] == "image"  # an unanswered question leaves its picture for the next
+    if num_tokens:
+        assert held.messages[3]["content"][0]["text"] == "aaa"
+
+
+def test_a_system_message_comes_before_every_turn(model_folder, monkeypatch):
+    prompts = []
+    monkeypatch.setattr(
+        HoVLEForConditionalGeneration,
+        "generate",
+        lambda self, input_ids, **_: prompts.append(input_ids[0]) or input_ids,
+    )
+    conversation = Conversation(model_folder, system="Be short.")
+    conversation.answer("hi")
+    conversation.restart()
+    conversation.answer("hi")
+    texts = [conversation.processor.decode(ids) for ids in prompts]
+    assert all(text.startswith("<|im_start|>system\nBe short.<|im_end|>") for text in texts)
+
+
+HIDES = "{% for message in messages if message.role != 'system' %}{{ message.content }}{% endfor %}"
+REFUSES = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}" + HIDES
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"), [(HIDES, "does not show system messages"), (REFUSES, "no system here")]
+)
+def test_a_system_message_that_the_model_is_not_shown_is_refused(model_folder, capsys, template, reason):
+    (model_folder / "chat_template.jinja").write_text(template)
+    assert cli.main(["chat", "--model", str(model_folder), "--system", "Be short.", "-q", "hi"]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_a_template_that_refuses_a_turn_does_not_end_the_conversation(model_folder, monkeypatch, capsys):
+    template = "{% for message in messages %}{{ message.content }}{% endfor %}{% if messages|length > 1 %}"
+    (model_folder / "chat_template.jinja").write_text(template + "{{ raise_exception('one turn only') }}{% endif %}")
+    held = converse(model_folder, monkeypatch, ["hi", "hi", "/new", "hi", "/quit"])
+    assert "refuses the messages: one turn only" in capsys.readouterr().out
+    assert len(held.messages) == 2
+
+
+def test_a_temperature_draws_and_zero_does_not(model_folder):
+    def answers(temperature: float) -> set[str]:
+        conversation = Conversation(model_folder, max_new_tokens=8, temperature=temperature)
+        found = set()
+        for seed in range(4):
+            torch.manual_seed(seed)
+            found.add(conversation.answer("hi"))
+            conversation.restart()
+        return found
+
+    assert len(answers(0.0)) == 1
+    assert len(answers(1.5)) > 1
+
+
+@pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
+def test_a_temperature_that_is_none_is_refused(model_folder, capsys, temperature):
+    assert cli.main(["chat", "--model", str(model_folder), "--temperature", temperature, "-q", "hi"]) == 1
+    assert "temperature must be 0" in capsys.readouterr().err
+
+
+def test_a_saved_conversation_can_be_taken_up_again(model_folder, pictures, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "said.json"
+    lines = [f"/image {pictures[0]}", "what is it?", f"/save {file}", f"/save {file}", "/quit"]
+    held = converse(model_folder, monkeypatch, lines)
+    assert "said.json exists; name another file" in capsys.readouterr().out
+    held.add_images([Image.new("RGB", (60, 60), "green")])
+    held.answer("and this?")
+    held.system = [{"role": "system", "content": [{"type": "text", "text": "Be short."}]}]
+    held.save(tmp_path / "more.json")
+    for path, expected in ((file, held.messages[:2]), (tmp_path / "more.json", [*held.system, *held.messages])):
+        messages = json.loads(path.read_text(encoding="utf-8"))
+        saved, said = (
+            held.processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+            for chat in (messages, expected)
+        )
+        assert torch.equal(saved["input_ids"], said["input_ids"])
+        assert torch.equal(saved["pixel_values"], said["pixel_values"])
+    assert messages[1]["content"][0] == {"type": "image", "path": str(pictures[0])}

@@ -110,3 +110,15 @@ def test_several_pictures_share_a_budget_as_in_the_processor(photo: Path, tmp_pa
     for number in (1, 2):
         with Image.open(tmp_path / f"t-{number}.png") as drawing:
             assert drawing.width > 960
+
+
+def test_a_picture_that_is_squeezed_says_what_is_left_of_it(tmp_path: Path, capsys):
+    for size, left, is_lost in [
+        ((1080, 40_000), "41% of its width, 13% of its height", True),
+        ((800, 800), "", False),
+    ]:
+        Image.new("RGB", size).save(tmp_path / "long.png")
+        assert main(["tiles", str(tmp_path / "long.png"), "--out", str(tmp_path / "out.png")]) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("what is left"))
+        assert left in line
+        assert ("small print is lost" in line) == is_lost

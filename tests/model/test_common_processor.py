@@ -3,6 +3,8 @@
 Checks that `test_processing_hovle.py` and `test_image_processing_hovle.py` make are not repeated here.
 """
 
+import copy
+import io
 import json
 
 import numpy as np
@@ -300,3 +302,105 @@ def test_settings_survive_json(image_processor):
     again = HoVLEImageProcessor.from_dict(json.loads(image_processor.to_json_string()))
     assert again.to_dict() == image_processor.to_dict()
     assert (dict(again.size), again.max_patches) == ({"height": 28, "width": 28}, 4)
+
+
+# --- one stored size and limit behind all names ----------------------------------------------------------------------
+
+TALL = picture(40, 200)
+NAMES = {
+    "tile_size": [("tile_size", 112), ("size", {"height": 112, "width": 112}), ("size", 112)],
+    "max_tiles": [("max_tiles", 2), ("max_patches", 2)],
+    "min_tiles": [("min_tiles", 3), ("min_patches", 3)],
+}
+
+
+@pytest.mark.parametrize(
+    ("read_as", "name", "value"),
+    [(read_as, name, value) for read_as, pairs in NAMES.items() for name, value in pairs],
+)
+@pytest.mark.parametrize("how", ["set", "loaded with", "set on what was loaded"])
+def test_a_setting_is_one_under_all_its_names(processor, tmp_path, read_as, name, value, how):
+    processor = copy.deepcopy(processor)
+    if how != "set":
+        processor.save_pretrained(tmp_path / "before")
+        given = {name: value} if how == "loaded with" else {}
+        processor = HoVLEProcessor.from_pretrained(tmp_path / "before", **given)
+    if how != "loaded with":
+        setattr(processor.image_processor, name, value)
+    processor.save_pretrained(tmp_path / "after")
+    for one in (processor, HoVLEProcessor.from_pretrained(tmp_path / "after")):
+        images = one.image_processor
+        assert getattr(images, read_as) == (value["height"] if isinstance(value, dict) else value)
+        assert (images.tile_size, images.min_tiles, images.max_tiles) == tuple(
+            images.grid_settings()[key].height if key == "size" else images.grid_settings()[key]
+            for key in ("size", "min_patches", "max_patches")
+        )
+        inputs = one(images=TALL, text=MARK, return_tensors="pt")
+        counted = one._get_num_multimodal_tokens(image_sizes=[(TALL.height, TALL.width)])
+        assert len(inputs["pixel_values"]) == counted.num_image_patches[0]
+        assert inputs["pixel_values"].shape[-1] == images.tile_size
+        assert (inputs["input_ids"] == one.image_token_id).sum() + 2 == counted.num_image_tokens[0]
+        assert one.image_seq_length == (images.tile_size // 28) ** 2
+
+
+def test_a_size_that_is_not_square_is_still_refused(processor):
+    images = copy.deepcopy(processor.image_processor)
+    images.size = {"height": 56, "width": 28}
+    with pytest.raises(ValueError, match="tiles are square"):
+        images(TALL)
+    with pytest.raises(ValueError, match="tiles are square"):
+        HoVLEImageProcessor(size={"height": 56, "width": 28})
+
+
+@pytest.mark.parametrize("name", ["max_pixels", "min_pixels", "max_tile", "tilesize", "do_image_splitting"])
+def test_an_argument_that_nothing_looks_at_is_refused_while_loading_and_building(
+    processor, make_tokenizer, tmp_path, name
+):
+    processor.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path / "text")
+    refused = [
+        lambda: HoVLEProcessor.from_pretrained(tmp_path, **{name: 3}),
+        lambda: AutoProcessor.from_pretrained(tmp_path, **{name: 3}),
+        lambda: HoVLEImageProcessor.from_pretrained(tmp_path, **{name: 3}),
+        lambda: AutoImageProcessor.from_pretrained(tmp_path, **{name: 3}),
+        lambda: HoVLEImageProcessor(**{name: 3}),
+        lambda: HoVLEProcessor.from_language_model(tmp_path / "text", **{name: 3}),
+    ]
+    for load in refused:
+        with pytest.raises(ValueError, match=f"{name}: no argument of .*max_tiles"):
+            load()
+
+
+def test_arguments_that_are_looked_at_are_taken_while_loading(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    for load in (HoVLEProcessor.from_pretrained, AutoProcessor.from_pretrained):
+        loaded = load(
+            tmp_path,
+            max_tiles=2,
+            text_after_image="\n",
+            model_max_length=77,
+            pad_token="<|im_end|>",
+            local_files_only=True,
+            use_fast=True,
+            dtype="auto",
+            device_map=None,
+            trust_remote_code=False,
+        )
+        assert (loaded.image_processor.max_tiles, loaded.text_after_image) == (2, "\n")
+        assert (loaded.tokenizer.model_max_length, loaded.tokenizer.pad_token) == (77, "<|im_end|>")
+        loaded.save_pretrained(tmp_path / "saved")
+        assert "max_tiles" not in (tmp_path / "saved" / "tokenizer_config.json").read_text()
+
+
+def test_pictures_as_datasets_gives_them_are_read_on_every_way_in(processor):
+    buffer = io.BytesIO()
+    picture().save(buffer, "PNG")
+    item = {"bytes": buffer.getvalue(), "path": "elsewhere/a.png"}
+    expected = processor(images=picture(), text=MARK, return_tensors="pt")["pixel_values"]
+    assert torch.equal(processor(images=[item], text=MARK, return_tensors="pt")["pixel_values"], expected)
+    assert torch.equal(processor.image_processor(item, return_tensors="pt")["pixel_values"], expected)
+    for content in ({"type": "image", "image": item}, {"type": "image", **item}):
+        batch = processor.apply_chat_template(
+            [{"role": "user", "content": [content]}], tokenize=True, return_dict=True, return_tensors="pt"
+        )
+        assert torch.equal(batch["pixel_values"], expected)

@@ -1,6 +1,7 @@
 """Tiles equal the released rule, their pixels Pillow's bicubic filter, and counts the real number of tiles."""
 
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from hovle import HoVLEConfig, HoVLEImageProcessor, HoVLEProcessor
+from hovle.model import image_processing_hovle
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -213,3 +215,16 @@ def test_saved_settings_that_cannot_work_are_refused_by_name(tmp_path, settings,
     path.write_text(json.dumps(json.loads(path.read_text()) | settings))
     with pytest.raises(ValueError, match=name):
         HoVLEImageProcessor.from_pretrained(tmp_path)
+
+
+def test_a_picture_that_is_squeezed_is_told_of_once(caplog, monkeypatch):
+    logger = image_processing_hovle.logger
+    logger.warning_once.cache_clear()
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    processor = HoVLEImageProcessor(tile_size=28, max_tiles=4)
+    processor([Image.new("RGB", (60, 60)), Image.new("RGB", (56, 440))])
+    assert "squeezed" not in caplog.text
+    for _ in range(2):
+        processor([Image.new("RGB", (56, 900)), Image.new("RGB", (900, 56)), Image.new("RGB", (900, 900))])
+    assert caplog.text.count("squeezed to less than a quarter") == 1
+    assert "max_tiles" in caplog.text

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import pillow_heif
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 from hovle import HoVLEImageProcessor
-from hovle.model import pictures, pictures_damage
+from hovle.model import pictures, pictures_damage, pictures_heic
 from hovle.model import pictures_hdr as hdr
 from hovle.model import pictures_png as png_chunks
 from hovle.model.pictures import load_picture, load_pixels, picture_size
@@ -410,7 +411,7 @@ def test_a_process_forked_while_another_thread_decodes_is_not_stuck():
     code = """
 import os, signal
 from PIL import Image
-from hovle.model import pictures, pictures_damage
+from hovle.model import pictures, pictures_damage, pictures_heic
 pictures_damage._Strictness.lock.acquire()
 if not os.fork():
     signal.alarm(20)
@@ -749,6 +750,123 @@ def test_documents_and_formats_that_are_not_read_are_refused_by_name(data, messa
             with pytest.raises(ValueError, match=message) as caught:
                 read(source)
             assert str(caught.value).count(f"{name}: ") == 1
+
+
+# --- pictures of phones ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opener_of_heic(monkeypatch):
+    """Whether HEIC can be read is as Pillow's openers say; those of this test are forgotten after it."""
+    Image.init()
+    for table in ("OPEN", "MIME", "EXTENSION", "SAVE"):
+        monkeypatch.setattr(
+            Image, table, {key: value for key, value in getattr(Image, table).items() if "HEI" not in key}
+        )
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
+
+
+def heic(image: Image.Image, **kwargs) -> bytes:
+    buffer = io.BytesIO()
+    pillow_heif.from_pillow(image).save(buffer, quality=100, chroma=444, **kwargs)
+    return buffer.getvalue()
+
+
+@pytest.mark.usefixtures("opener_of_heic")
+def test_pictures_of_phones_are_read_where_the_extra_is_installed(tmp_path):
+    data = heic(sample())
+    (tmp_path / "a.heic").write_bytes(data)
+    for source in (data, tmp_path / "a.heic"):
+        assert np.abs(pixels(source).astype(int) - np.asarray(sample())).max() <= 8
+        assert picture_size(source) == (30, 40)
+        assert np.array_equal(load_pixels(source), pixels(source))
+
+
+@pytest.mark.usefixtures("opener_of_heic")
+def test_without_the_extra_a_picture_of_a_phone_is_refused_with_its_name(monkeypatch):
+    monkeypatch.setattr(pictures_heic.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"an HEIC picture, as phones take them; .*pip install 'hovle\[heic\]'"):
+        load_picture(heic(sample()))
+
+
+@pytest.mark.usefixtures("opener_of_heic")
+def test_an_opener_that_someone_registered_is_used(monkeypatch):
+    data = heic(sample())
+    pillow_heif.register_heif_opener()
+    monkeypatch.setattr(pictures, "register_opener", lambda: pytest.fail("there is one already"))
+    assert pixels(data).shape == (30, 40, 3)
+
+
+@pytest.mark.usefixtures("opener_of_heic")
+@pytest.mark.parametrize("left", [0.1, 0.5, 0.9, 0.999])
+def test_a_truncated_picture_of_a_phone_is_refused(left):
+    data = heic(sample(200, 100))
+    with pytest.raises(ValueError, match="the picture: "):
+        load_picture(data[: int(left * len(data))])
+
+
+# --- Pillow's images and datasets' items -----------------------------------------------------------------------------
+
+
+def left_behind(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image
+
+
+def loaded_and_closed(path: Path) -> Image.Image:
+    image = Image.open(path)
+    image.load()
+    image.close()
+    return image
+
+
+def of_a_closed_file(path: Path) -> Image.Image:
+    with open(path, "rb") as file:
+        return Image.open(file)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "BMP", "PPM", "TGA", "GIF"])
+@pytest.mark.parametrize("close", [left_behind, loaded_and_closed, of_a_closed_file])
+def test_a_picture_whose_file_was_closed_is_named(tmp_path, kind, close):
+    path = tmp_path / f"a.{kind.lower()}"
+    sample().save(path, kind)
+    image = close(path)
+    with pytest.raises(ValueError, match=r"^picture 2 of the request.*: its file was closed before its pixels"):
+        load_picture(image, "picture 2 of the request")
+
+
+def test_a_file_opened_as_text_is_refused_with_the_mode_to_take(tmp_path):
+    (tmp_path / "a.txt").write_text("words")
+    with open(tmp_path / "a.txt") as file, pytest.raises(ValueError, match='open it with mode "rb"'):
+        load_picture(file)
+
+
+def test_items_of_datasets_are_read_by_bytes_or_path(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(sample()))
+    for item in (
+        {"bytes": encoded(sample()), "path": None},
+        {"bytes": encoded(sample()), "path": "elsewhere/a.png"},
+        {"bytes": encoded(sample())},
+        {"bytes": None, "path": str(tmp_path / "a.png")},
+        {"path": tmp_path / "a.png"},
+    ):
+        assert np.array_equal(pixels(item), np.asarray(sample()))
+
+
+@pytest.mark.parametrize(
+    ("item", "reason"),
+    [
+        ({"bytes": None, "path": None}, "with bytes or a path"),
+        ({"bytes": "text", "path": "x.png"}, "x.png: a dictionary must be"),
+        ({}, "got the keys none"),
+        ({"pixels": b"x"}, "got the keys 'pixels'"),
+        ({"bytes": b"", "path": "x.png"}, "x.png: is empty"),
+        ({"path": "https://example.org/a.png"}, "no such file"),
+    ],
+)
+def test_other_dictionaries_are_refused(item, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_picture(item)
 
 
 # --- colour profiles and extreme sizes -------------------------------------------------------------------------------
