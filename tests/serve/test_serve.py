@@ -42,7 +42,16 @@ app()
 """
 
 COMMANDS = {
-    "hovle": ["-m", "hovle", "serve", "--max-image-tokens", "14", "--label-images"],
+    "hovle": [
+        "-m",
+        "hovle",
+        "serve",
+        "--max-image-tokens",
+        "14",
+        "--label-images",
+        "--allow-picture-host",
+        "127.0.0.1",
+    ],
     "transformers": ["-c", TRANSFORMERS_WITHOUT_HOVLE, "serve", "--trust-remote-code"],
 }
 DEFAULTS = {"hovle": {"max_image_tokens": 14, "label_images": True}, "transformers": {}}
@@ -295,14 +304,14 @@ def post(server, path: str, body: bytes) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ({}, "messages is missing or empty"),
+        ({}, "messages: missing"),
         ({"messages": [{"content": "hello"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": ["hello"]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]}, 'found "image"'),
         ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "half a character"),
         ({"messages": [{"role": "user", "content": "hello"}], "n": 2}, "n: only 1 is supported"),
         ({"messages": [{"role": "user", "content": "hello"}], "stop": 5}, "stop: expected"),
-        ({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 0}, "max_new_tokens"),
+        ({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 0}, "max_tokens: expected at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -384,30 +393,36 @@ def test_without_the_servers_packages_the_message_names_the_extra(saved, monkeyp
 
 def test_a_client_that_hangs_up_ends_its_answer(saved):
     from hovle.serve import app as serving
+    from hovle.serve.generation import Generator, Settings
 
     _, model, processor = saved
     started, ended = threading.Event(), threading.Event()
 
     class Endless:
+        device = torch.device("cpu")
+
         def generate(self, input_ids, stopping_criteria, **kwargs):
             started.set()
             while not stopping_criteria(input_ids, None).all():
                 time.sleep(0.01)
             ended.set()
-            return input_ids
 
     async def hang_up() -> dict:
         await asyncio.to_thread(started.wait, 20)
         return {"type": "http.disconnect"}
 
     async def scenario():
+        generator = Generator(Endless(), processor.tokenizer)
         inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
-        work = serving.GenerationThread().generate_non_streaming(
-            Endless(), processor, inputs, model.generation_config, "1"
-        )
-        response = await serving._while_connected(types.SimpleNamespace(receive=hang_up), work)
+
+        async def work():
+            answer = generator.start(inputs, Settings(model.generation_config))
+            return [piece async for piece in answer]
+
+        response = await serving._while_connected(types.SimpleNamespace(receive=hang_up), work())
         assert response.status_code == 499
         assert await asyncio.to_thread(ended.wait, 20)
+        generator.close()
 
     asyncio.run(scenario())
 
@@ -423,15 +438,8 @@ def test_a_client_that_hangs_up_ends_its_answer(saved):
     ],
 )
 def test_a_piece_that_may_begin_a_stop_string_waits(pieces, expected):
-    from hovle.serve.app import UntilStop
+    from hovle.serve.generation import UntilStop
 
-    async def scenario() -> list[str]:
-        queue = asyncio.Queue()
-        for piece in [*pieces, None]:
-            queue.put_nowait(piece)
-        answer, items = UntilStop(queue, ["cd", "q"]), []
-        while (item := await answer.get()) is not None:
-            items.append(item)
-        return items
-
-    assert asyncio.run(scenario()) == expected
+    until_stop = UntilStop(["cd", "q"])
+    told = [*map(until_stop.feed, pieces), until_stop.rest()]
+    assert [piece for piece in told if piece] == expected
