@@ -361,17 +361,18 @@ def _request_to(client: Any, place: Any, may_reach: MayReach | None) -> Any:
     """Ask for a URL; where it matters which address that is, at the very address that was looked at."""
     if may_reach is None:
         return client.build_request("GET", place)
+    host = place.raw_host.decode("ascii")
     port = place.port or (443 if place.scheme == "https" else 80)
-    found = socket.getaddrinfo(place.host, port, type=socket.SOCK_STREAM)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
-    if not all(may_reach(place.host, address) for address in addresses):
-        raise PictureError(f"pictures are not fetched from {place.host}: its address is not a public one.")
+    if not all(may_reach(host, address) for address in addresses):
+        raise PictureError(f"pictures are not fetched from {host}: its address is not a public one.")
     address = min(addresses, key=lambda address: address.version)  # IPv4 first: IPv6 often leads nowhere
     return client.build_request(
         "GET",
         place.copy_with(host=str(address)),
         headers={"Host": place.netloc.decode("ascii")},
-        extensions={"sni_hostname": place.host},
+        extensions={"sni_hostname": host},
     )
 
 

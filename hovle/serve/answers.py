@@ -1,6 +1,7 @@
 """What a client gets back: whole answers, and streams of their pieces that end with `[DONE]`."""
 
 import json
+import logging
 import time
 import types
 import uuid
@@ -14,6 +15,8 @@ from .failures import error_event
 from .generation import Answer, before_stop
 from .requests import ChatRequest
 
+log = logging.getLogger("uvicorn.error")
+
 DONE = "data: [DONE]\n\n"
 
 Parser = Callable[[Answer], tuple[str, list[dict]]]
@@ -25,16 +28,22 @@ def parser_of(tokenizer, model) -> Parser | None:
 
     A tokenizer may say so in its `response_template`; transformers knows the language models of some families.
     """
-    find = getattr(serving, "get_response_template", None)  # versions before 5.20 or so have other templates
+    find = getattr(serving, "get_response_template", None)  # older versions have another kind of template
     language_model = types.SimpleNamespace(config=model.config.get_text_config())
     template = find(tokenizer, language_model) if find else None
     if template is None:
         return None
 
     def parse(answer: Answer) -> tuple[str, list[dict]]:
-        parsed = tokenizer.parse_response(answer.ids, template)
-        calls = [_call(call["function"]) for call in parsed.get("tool_calls") or []]
-        return before_stop(parsed.get("content") or "", answer.settings.stops), calls
+        text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+        calls = []
+        try:
+            parsed = tokenizer.parse_response(answer.ids, template, prefix=tokenizer.decode(answer.prompt_ids))
+            calls = [_call(call["function"]) for call in parsed.get("tool_calls") or []]
+            text = parsed.get("content") or ""
+        except (ValueError, KeyError, TypeError) as error:  # the model wrote something else: told as it stands
+            log.warning("An answer could not be taken apart: %s", error)
+        return before_stop(text, answer.settings.stops), calls
 
     return parse
 

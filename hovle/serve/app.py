@@ -7,12 +7,11 @@ All that can be wrong with a request is found before its answer begins, streams 
 
 import asyncio
 import dataclasses
-import functools
 import json
 import logging
 import os
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..model.pictures import Address, is_public
 from .answers import EventStream, Reply, parser_of
 from .failures import RequestError, error_response
 from .generation import Generator, Settings
+from .load import Load, Share
 from .prompts import PromptBuilder
 from .requests import ChatRequest, read_request
 
@@ -37,9 +37,6 @@ MAX_BODY_BYTES = 96 * 2**20
 
 MAX_SECONDS_FOR_BODY = 60.0
 """Time in which a request must have come."""
-
-MAX_REQUESTS = 128
-"""Requests in work at a time; those beyond are told to come again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +119,7 @@ def build_app(model, processor, options: ServerOptions) -> FastAPI:
     @app.post("/load_model")
     async def load_model(request: Request) -> Response:
         """Say that the model is there; `transformers chat` asks before its first message."""
-        name = _model_name(await _read_body(request))
+        name = _model_name(await service.read(request))
         service.refuse_other_model(name)
         event = json.dumps({"status": "ready", "model": name, "cached": True})
         return Response(f"data: {event}\n\n", media_type="text/event-stream")
@@ -148,7 +145,7 @@ class ChatService:
         self._prompts = PromptBuilder(model, processor, options.template_kwargs, options.may_reach)
         self._generator = Generator(model, processor.tokenizer)
         self._parser = parser_of(processor.tokenizer, model)
-        self._num_requests = 0
+        self._load = Load()
         self._reading = anyio.CapacityLimiter(2)
         self.entry = {"id": options.name, "object": "model", "created": 0, "owned_by": "hovle"}
 
@@ -166,41 +163,39 @@ class ChatService:
                 status=status,
             )
 
+    async def read(self, http_request: Request) -> bytes:
+        """The body of a request that is answered at once."""
+        share = Share(self._load)
+        try:
+            return await _read_body(http_request, share)
+        finally:
+            share.give_back()
+
     async def answer(self, http_request: Request) -> Response:
         """Answer a request; a stream of events if it asks for one.
 
         Raises:
             RequestError: For a request that is not answered.
         """
-        if self._num_requests >= MAX_REQUESTS:
-            raise RequestError(
-                f"The server has {self._num_requests} requests to answer; try again.", None, "overloaded", 503
-            )
-        self._num_requests += 1
-        is_over = functools.partial(self._end_request, [])
+        share = Share(self._load)
         try:
-            body = await _read_body(http_request)
-            work = self._respond(body, is_over)
+            body = await _read_body(http_request, share)
+            work = self._respond(body, share)
             del body
             response = await _while_connected(http_request, work)
         except BaseException:
-            is_over()
+            share.give_back()
             raise
         if not isinstance(response, EventStream):
-            is_over()
+            share.give_back()
         return response
 
-    def _end_request(self, ended: list) -> None:
-        if not ended:  # a stream may end in more than one way
-            ended.append(True)
-            self._num_requests -= 1
-
-    async def _respond(self, body: bytes, is_over: Callable[[], None]) -> Response:
+    async def _respond(self, body: bytes, share: Share) -> Response:
         request = await run_sync(read_request, body, limiter=self._reading)
         del body
         self.refuse_other_model(request.model)
         self._refuse_unreadable_calls(request)
-        inputs = await self._prompts.build(request)
+        inputs = await self._prompts.build(request, share)
         num_tokens = inputs["input_ids"].shape[-1]
         vocab_size = self._model.config.get_text_config().vocab_size
         settings = Settings.of(request, self._model.generation_config, self._room(num_tokens), vocab_size)
@@ -210,7 +205,7 @@ class ChatService:
 
             def when_over() -> None:
                 answer.abandon()
-                is_over()
+                share.give_back()
 
             return EventStream(reply.events(answer), when_over)
         try:
@@ -239,7 +234,7 @@ class ChatService:
         return positions - num_tokens
 
 
-async def _read_body(request: Request) -> bytes:
+async def _read_body(request: Request, share: Share) -> bytes:
     """Read a request's body within bounds of size and time."""
     too_large = RequestError(
         f"The request is larger than the limit of {MAX_BODY_BYTES >> 20} MiB.", None, "request_too_large", 413
@@ -251,6 +246,7 @@ async def _read_body(request: Request) -> bytes:
     try:
         async with asyncio.timeout(MAX_SECONDS_FOR_BODY):
             async for chunk in request.stream():
+                share.take(len(chunk))
                 body += chunk
                 if len(body) > MAX_BODY_BYTES:
                     raise too_large

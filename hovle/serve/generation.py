@@ -207,12 +207,13 @@ class Answer(StoppingCriteria):
     """An answer that grows in the generating thread and is read in the event loop.
 
     Attributes:
+        prompt_ids: Tokens of the prompt.
         ids: Its tokens so far.
         is_cut: Whether it ended at its longest and not by itself, once it has ended.
     """
 
-    def __init__(self, tokenizer, settings: Settings, prompt_length: int):
-        self.settings, self.prompt_length = settings, prompt_length
+    def __init__(self, tokenizer, settings: Settings, prompt_ids: list[int]):
+        self.settings, self.prompt_ids = settings, prompt_ids
         self.ids: list[int] = []
         self.is_cut = False
         self._nobody_waits = threading.Event()
@@ -241,7 +242,7 @@ class Answer(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
         """Take over new tokens of `input_ids`, shape `(1, T)`, and say whether the answer is at its end."""
-        for token in input_ids[0, self.prompt_length + len(self.ids) :].tolist():
+        for token in input_ids[0, len(self.prompt_ids) + len(self.ids) :].tolist():
             self.ids.append(token)
             self._tell(self._until_stop.feed(self._text.feed(token)))
         is_done = self.is_abandoned or self._until_stop.is_stopped
@@ -285,7 +286,7 @@ class Generator:
 
     def start(self, inputs: Mapping[str, Any], settings: Settings) -> Answer:
         """Let the model answer to `inputs` (a prompt of one row) when those before are done."""
-        answer = Answer(self._tokenizer, settings, inputs["input_ids"].shape[-1])
+        answer = Answer(self._tokenizer, settings, inputs["input_ids"][0].tolist())
         self._answers.add(answer)
         self._thread.submit(self._run, inputs, answer)
         return answer
@@ -300,7 +301,7 @@ class Generator:
         settings = answer.settings
         changes = []
         if settings.frequency_penalty or settings.presence_penalty or settings.logit_bias:
-            changes = [ScoreChanges(settings, answer.prompt_length)]
+            changes = [ScoreChanges(settings, len(answer.prompt_ids))]
         try:
             if not answer.is_abandoned:
                 with _seeded(settings.seed, self._model.device):

@@ -19,6 +19,7 @@ from PIL import Image
 from ..model.pictures import MayReach, load_picture, picture_bytes, picture_size
 from ..model.processing_hovle import HoVLEProcessor
 from .failures import RequestError
+from .load import Share
 from .requests import ChatRequest, Message, check_template_kwargs
 
 MAX_PICTURES = 64
@@ -27,8 +28,8 @@ MAX_PICTURES = 64
 MAX_PICTURE_BYTES = 64 * 2**20
 """Bytes of all picture files of one request."""
 
-MAX_PICTURE_PIXELS = 180_000_000
-"""Pixels of all pictures of one request; the largest single picture that is read has 179 million."""
+MAX_PICTURE_PIXELS = 120_000_000
+"""Pixels of all pictures of one request; decoded, they take three bytes each, and twice that for a moment."""
 
 MAX_PICTURE_SECONDS = 20.0
 """Time in which all pictures of one request must have come."""
@@ -63,19 +64,24 @@ class PromptBuilder:
         """Tokens the model has room for, prompt and answer together."""
         return self.model.config.get_text_config().max_position_embeddings
 
-    async def build(self, request: ChatRequest) -> Mapping[str, Any]:
+    async def build(self, request: ChatRequest, share: Share) -> Mapping[str, Any]:
         """Return what `generate` reads.
+
+        Args:
+            request: The request.
+            share: Takes what its pictures hold.
 
         Raises:
             RequestError: For pictures that cannot be had or read, for too much of anything, and for messages the
                 chat template does not show.
         """
         self._refuse_long_text(request)
-        files = await self._fetch(request)
+        files = await self._fetch(request, share)
         return await self._in_thread(self._encoding, self._encode, request, files)
 
     async def _in_thread(self, limiter: anyio.CapacityLimiter, work: Callable, *args) -> Any:
-        return await run_sync(_telling_the_client, work, *args, limiter=limiter, abandon_on_cancel=True)
+        # To its end even if the client hangs up: the bounds hold because no other work begins meanwhile.
+        return await run_sync(_telling_the_client, work, *args, limiter=limiter)
 
     def _refuse_long_text(self, request: ChatRequest) -> None:
         num_bytes = sum(len(message.text.encode()) for message in request.messages)
@@ -90,7 +96,7 @@ class PromptBuilder:
 
     # --- pictures ----------------------------------------------------------------------------------------------------
 
-    async def _fetch(self, request: ChatRequest) -> list[bytes]:
+    async def _fetch(self, request: ChatRequest, share: Share) -> list[bytes]:
         """Picture files, one request's one after another."""
         pictures = request.picture_urls
         if len(pictures) > MAX_PICTURES:
@@ -101,7 +107,10 @@ class PromptBuilder:
             name = f"picture {number} of the request"
             if time.monotonic() > deadline:
                 raise RequestError(f"{name}: the pictures before it took longer than {MAX_PICTURE_SECONDS:g} seconds.")
-            files.append(await self._in_thread(self._fetching, self._fetch_one, picture.url, name))
+            is_at_hand = picture.url[:32].lstrip()[:5].lower() == "data:"
+            limiter = self._encoding if is_at_hand else self._fetching
+            files.append(await self._in_thread(limiter, self._fetch_one, picture.url, name))
+            share.take(len(files[-1]))
             if sum(map(len, files)) > MAX_PICTURE_BYTES:
                 raise RequestError(f"{name}: with those before it, more than {MAX_PICTURE_BYTES >> 20} MiB of files.")
         return files
@@ -127,6 +136,9 @@ class PromptBuilder:
     def _encode(self, request: ChatRequest, files: list[bytes]) -> Mapping[str, Any]:
         kwargs = self._kwargs_of(request)
         self._refuse_what_is_not_shown(request, kwargs)
+        if any(picture.detail in DETAIL_TILES for picture in request.picture_urls):
+            most = kwargs.get("max_tiles") or self.processor.image_processor.max_patches
+            kwargs["tile_limits"] = [DETAIL_TILES.get(picture.detail, most) for picture in request.picture_urls]
         inputs = self.processor.apply_chat_template(
             _messages(request, self._decode(files)),
             add_generation_prompt=True,

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import http.server
 import io
 import json
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -89,6 +91,7 @@ class Server:
     url: str
     model: str
     client: openai.OpenAI
+    pid: int
 
     def ask(self, content, **kwargs):
         """One greedy answer, as the client's library returns it."""
@@ -118,7 +121,7 @@ def server(request, saved, tmp_path_factory):
         wait_until_ready(url, process, log)
         # One retry: after a status 500 the server hangs up without telling the next request.
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as client:
-            yield Server(request.param, url, str(folder), client)
+            yield Server(request.param, url, str(folder), client, process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
@@ -273,6 +276,77 @@ def test_a_slow_picture_does_not_hold_up_others(server, saved):
         finally:
             released.set()
         assert isinstance(slow.exception(), openai.BadRequestError)
+
+
+@HOVLE_ONLY
+def test_a_picture_from_an_address_that_is_not_public_needs_leave(server):
+    requests = []
+
+    class Inside(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/secret")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Inside) as inside:
+        threading.Thread(target=inside.serve_forever, daemon=True).start()
+        for host, seen in (("localhost", []), ("[::ffff:127.0.0.1]", []), ("127.0.0.1", ["/a.png"])):
+            with pytest.raises(openai.BadRequestError, match="its address is not a public one"):
+                server.ask(about(f"http://{host}:{inside.server_port}/a.png"))
+            assert requests == seen
+        inside.shutdown()
+
+
+@HOVLE_ONLY
+def test_silent_connections_and_many_slow_pictures_shut_nobody_out(server):
+    released = threading.Event()
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            released.wait(30)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as pictures,
+        contextlib.ExitStack() as silent,
+        ThreadPoolExecutor(45) as pool,
+    ):
+        threading.Thread(target=pictures.serve_forever, daemon=True).start()
+        for _ in range(300):
+            silent.enter_context(socket.create_connection(address, timeout=10))
+        slow = [pool.submit(server.ask, about(f"http://127.0.0.1:{pictures.server_port}/a.png")) for _ in range(45)]
+        try:
+            time.sleep(1)
+            began = time.monotonic()
+            assert server.ask("hello").usage.completion_tokens == MAX_NEW_TOKENS
+            assert time.monotonic() - began < 4
+            assert not any(request.done() for request in slow)
+        finally:
+            released.set()
+            pictures.shutdown()
+
+
+@HOVLE_ONLY
+def test_the_server_keeps_its_threads_and_files_over_many_requests(server):
+    process = psutil.Process(server.pid)
+    for _ in range(5):
+        server.ask("hello")
+    before = process.num_threads(), process.num_fds()
+    for number in range(100):
+        answer = server.ask("hello", stream=bool(number % 2))
+        if number % 2:
+            list(answer)
+    after = process.num_threads(), process.num_fds()
+    assert after[0] <= before[0] + 1
+    assert after[1] <= before[1] + 1
 
 
 @HOVLE_ONLY
