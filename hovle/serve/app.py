@@ -21,6 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 
 from ..model.pictures import Address, is_public
 from .answers import EventStream, Reply, parser_of
@@ -101,6 +102,8 @@ def build_app(model, processor, options: ServerOptions) -> FastAPI:
             response = await service.answer(request)
         except (RequestError, HTTPException) as error:
             response = error_response(error)
+        except ClientDisconnect:
+            response = Response(status_code=499)
         except Exception as error:
             log.exception("A request ended in an error.")
             response = error_response(error)
