@@ -44,6 +44,7 @@ class BoundedConnection(H11Protocol):
         """Begin to wait for the next request."""
         super().on_response_complete()
         self._silent_since = self.loop.time()
+        self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop waiting."""

@@ -33,6 +33,7 @@ TOOL = {"type": "function", "function": {"name": "look", "description": "looks",
 CALL = {"id": "1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 RESPONSE_TEMPLATE = {
     "defaults": {"role": "assistant"},
+    "start_anchor": "<|im_start|>assistant\n",
     "fields": {
         "tool_calls": {
             "open": "<tool_call>",
