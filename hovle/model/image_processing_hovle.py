@@ -160,10 +160,18 @@ class HoVLEImageProcessor(GotOcr2ImageProcessorPil):
         images_kwargs: dict | None = None,
     ) -> tuple[list[int], list[int]]:
         """Share a budget of tokens between pictures; `HoVLEProcessor.spread_tiles` explains it."""
-        images_kwargs = images_kwargs or {}
+        images_kwargs = dict(images_kwargs or {})
+        limits = images_kwargs.pop("tile_limits", None)
+        own = (
+            [{}] * len(image_sizes)
+            if limits is None
+            else [{"max_patches": limit, "max_tiles": None} for limit in limits]
+        )
         fewest = self.grid_settings(images_kwargs)["min_patches"]
 
-        grids = [self.choose_grid(*size, images_kwargs) for size in image_sizes]
+        grids = [
+            self.choose_grid(*size, {**images_kwargs, **limit}) for size, limit in zip(image_sizes, own, strict=True)
+        ]
         while True:
             tokens = [2 + tokens_per_tile * grid.num_tiles for grid in grids]
             sizes = [grid.columns * grid.rows for grid in grids]

@@ -12,14 +12,17 @@ extra) tells of most such files.
 import base64
 import binascii
 import contextlib
+import http
 import importlib.util
 import io
+import ipaddress
 import os
+import socket
 import threading
 import time
 import urllib.parse
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +66,11 @@ FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JP
 
 Kind = Literal["url", "path", "base64"]
 """How a string is to be read."""
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+MayReach = Callable[[str, Address], bool]
+"""Says whether a download may connect to a host, by the name in its URL and the address it has."""
 
 
 def load_picture(source: Any, name: str | None = None, *, kind: Kind | None = None) -> Image.Image:
@@ -274,7 +282,49 @@ def _decode_base64(text: str) -> bytes:
         raise PictureError(f"is not valid base64 ({error}).") from error
 
 
-def _download(url: str) -> bytes:
+def is_public(address: Address) -> bool:
+    """Whether an address is one of the internet's and not of this machine or a network around it.
+
+    IPv6 has forms that stand for an IPv4 address (mapped, compatible, 6to4, Teredo, NAT64): then that one counts.
+    """
+    if isinstance(address, ipaddress.IPv4Address):
+        return address.is_global and not address.is_multicast
+    if inner := _address_inside(address):
+        return is_public(inner)
+    return address.is_global and not (address.is_multicast or address.is_site_local)
+
+
+def _address_inside(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
+    if inner := address.ipv4_mapped or address.sixtofour:
+        return inner
+    if address.teredo:
+        return address.teredo[1]
+    carriers = ("::/96", "64:ff9b::/96", "64:ff9b:1::/48")  # compatible, NAT64 and its local form
+    if any(address in ipaddress.IPv6Network(carrier) for carrier in carriers):
+        return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    return None
+
+
+def picture_bytes(url: str, name: str, may_reach: MayReach) -> bytes:
+    """Read the file of a picture from a stranger's URL (http, https or `data:`), without decoding it.
+
+    Args:
+        url: The URL.
+        name: What an error calls the picture.
+        may_reach: Asked at each hop, after the host's name has become addresses, of which all must do.
+
+    Raises:
+        ValueError: As `load_picture`.
+    """
+    with _naming(_label(url, name, "url")):
+        if _is_data_url(url):
+            return _decode_base64(url)
+        if url.partition("://")[0].strip().lower() not in ("http", "https"):
+            raise PictureError("only http and https URLs are read.")
+        return _download(url, may_reach)
+
+
+def _download(url: str, may_reach: MayReach | None = None) -> bytes:
     """Read a URL within the limits of time, bytes and redirects.
 
     The work happens in a thread of its own, so that the time limit holds while a server sends one byte a second.
@@ -284,7 +334,7 @@ def _download(url: str) -> bytes:
 
     def work() -> None:
         try:
-            result["data"] = _read_url(url.strip(), deadline)
+            result["data"] = _read_url(url.strip(), deadline, may_reach)
         except (
             OSError,
             ValueError,
@@ -306,22 +356,23 @@ def _download(url: str) -> bytes:
     return result["data"]
 
 
-def _read_url(url: str, deadline: float) -> bytes:
+def _read_url(url: str, deadline: float, may_reach: MayReach | None) -> bytes:
     # It comes with huggingface_hub: since its version 2 as httpx2. Only here, as importing it takes time.
     httpx = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
     headers = {"User-Agent": "hovle (python-httpx)", "Accept": "image/*", "Accept-Encoding": "identity"}
     try:
         with httpx.Client(headers=headers) as client:
-            request = client.build_request("GET", url)
+            place = httpx.URL(url)
             for _ in range(MAX_REDIRECTS + 1):  # by hand: the client would read all of each redirect's own body
-                if request.url.scheme not in ("http", "https"):
-                    raise PictureError(f"the server redirects to {request.url}; only http and https are followed.")
+                if place.scheme not in ("http", "https"):
+                    raise PictureError(f"the server redirects to {place}; only http and https are followed.")
+                request = _request_to(client, place, may_reach)
                 seconds = max(deadline - time.monotonic(), 0.01)
                 request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), seconds)
                 with contextlib.closing(client.send(request, stream=True)) as response:
-                    if response.next_request is None:
+                    if not response.has_redirect_location:
                         return _read_limited(response, deadline)
-                    request = response.next_request
+                    place = place.join(response.headers["Location"])
     except httpx.TimeoutException as error:
         raise TimeoutError from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -329,9 +380,29 @@ def _read_url(url: str, deadline: float) -> bytes:
     raise PictureError(f"more than {MAX_REDIRECTS} redirects.")
 
 
+def _request_to(client: Any, place: Any, may_reach: MayReach | None) -> Any:
+    """Ask for a URL; where it matters which address that is, at the very address that was looked at."""
+    if may_reach is None:
+        return client.build_request("GET", place)
+    host = place.raw_host.decode("ascii")
+    port = place.port or (443 if place.scheme == "https" else 80)
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+    if not all(may_reach(host, address) for address in addresses):
+        raise PictureError(f"pictures are not fetched from {host}: its address is not a public one.")
+    address = min(addresses, key=lambda address: address.version)  # IPv4 first: IPv6 often leads nowhere
+    return client.build_request(
+        "GET",
+        place.copy_with(host=str(address)),
+        headers={"Host": place.netloc.decode("ascii")},
+        extensions={"sni_hostname": host},
+    )
+
+
 def _read_limited(response: Any, deadline: float) -> bytes:
     if response.status_code != 200:
-        raise PictureError(f"the server answered {response.status_code} {response.reason_phrase}.")
+        known = {status.value: f" {status.phrase}" for status in http.HTTPStatus}  # not in the server's own words
+        raise PictureError(f"the server answered {response.status_code}{known.get(response.status_code, '')}.")
     too_large = f"the download is larger than the limit of {_mebibytes(MAX_BYTES)}."
     if int(response.headers.get("Content-Length") or 0) > MAX_BYTES:
         raise PictureError(too_large)

@@ -325,10 +325,13 @@ class HoVLEProcessor(ProcessorMixin):
     ) -> tuple[list, list[int]]:
         """The pictures, read, and `max_tiles` of each, for a batch of prompts that hold so many pictures each."""
         pictures = self.image_processor.fetch_images(pictures)
+        own = kwargs.get("tile_limits")
         limits: list[int] = []
         for count in counts:
-            sizes = [(picture.height, picture.width) for picture in pictures[len(limits) : len(limits) + count]]
-            limits += self.spread_tiles(sizes, max_image_tokens, **kwargs)[0]
+            part = slice(len(limits), len(limits) + count)
+            sizes = [(picture.height, picture.width) for picture in pictures[part]]
+            given = kwargs if own is None else {**kwargs, "tile_limits": own[part]}
+            limits += self.spread_tiles(sizes, max_image_tokens, **given)[0]
         return pictures, limits
 
     # --- rendered prompts --------------------------------------------------------------------------------------------

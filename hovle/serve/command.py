@@ -1,14 +1,17 @@
-"""Answer requests of OpenAI's chat API with a model, through transformers' own server.
+"""Answer requests of OpenAI's chat API with a model.
 
   hovle serve runs/demo/instruction_tuning/model             at http://localhost:8000/v1
   transformers chat runs/demo/instruction_tuning/model       talks to it from another terminal, text only
 
-Requests name the model as it is named here. Pictures come as `image_url` items: http(s) or `data:` URLs. A request's
-`chat_template_kwargs` replace --max-image-tokens and --label-images, within the server's and the model's bounds:
-{"max_image_tokens": 500, "max_tiles": 4}. Answers end at `stop` strings, at the model's last position, and when the
-client hangs up. One answer is generated at a time; pictures of other requests are loaded meanwhile.
-Where hovle is not installed, `transformers serve DIR --trust-remote-code` does the same with the code in the folder,
-but answers a picture it cannot read with a bare status 500; here the answer is status 400 and the reason.
+Requests name the model as it is named here, by its folder's last name, by --served-model-name, or not at all. Pictures
+come as `image_url` items: http(s) URLs of public addresses (and of --allow-picture-host), or `data:` URLs; `detail`
+"low" makes them one tile. A request's `chat_template_kwargs` replace --max-image-tokens and --label-images, within the
+server's and the model's bounds: {"max_image_tokens": 500, "max_tiles": 4}. A `temperature` above 0 samples, 0 is
+greedy; answers end at `stop` strings, at the model's last position, and when the client hangs up. One answer is
+generated at a time; pictures of other requests are loaded meanwhile. What a request asks for is done, or the request
+is refused: {"error": {"message", "type", "param", "code"}} names the field and the reason.
+Where hovle is not installed, `transformers serve DIR --trust-remote-code` serves the code in the folder, but answers a
+picture it cannot read with a bare status 500.
 """
 
 import argparse
@@ -28,6 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--dtype", default="auto", help="number format, for instance bfloat16 (default: as saved)")
     parser.add_argument("--attn-implementation", help="sdpa, eager, flex_attention or flash_attention_2")
+    parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model")
+    parser.add_argument(
+        "--allow-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages from there may use the server, for instance http://localhost:3000; * for all; repeatable",
+    )
+    parser.add_argument(
+        "--allow-picture-host",
+        action="append",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures from this host also where its address is not public; repeatable",
+    )
     add_picture_arguments(parser)
 
 
@@ -40,12 +58,18 @@ def run(args: argparse.Namespace) -> int:
     import uvicorn
     from transformers.cli.serving.model_manager import ModelManager
 
-    from .app import build_app
+    from .app import ServerOptions, build_app
+    from .connections import BoundedConnection
 
     models = ModelManager(
         device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation, force_model=args.model
     )
-    uvicorn.run(build_app(models, _defaults(args)), host=args.host, port=args.port, log_level="info")
+    model, processor = models.load_model_and_processor(models.process_model_name(args.model))
+    options = ServerOptions(
+        args.model, args.served_model_name, _defaults(args), args.allow_picture_host, args.allow_origin
+    )
+    app = build_app(model, processor, options)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="info", http=BoundedConnection)
     return 0
 
 

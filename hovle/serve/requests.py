@@ -1,77 +1,370 @@
 """What `hovle serve` takes from a client: requests of OpenAI's chat API, looked through before anything reads them.
 
-A client is a stranger. What it may name is listed here; the rest is refused with a `ValueError` that says what was
-found and what is expected, which the server answers with status 400.
+A client is a stranger. What it may name is listed here, with types and ranges; a field that is null is absent; all
+else is refused with a `RequestError` that names the field the client sent, what was found and what is expected.
 """
 
 import inspect
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, NoReturn
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails, PydanticCustomError
+from transformers import GenerationConfig
 
 from ..model.processing_hovle import HoVLEProcessor, refuse_renamed
-
-FIELD_TYPES: dict[str, tuple[type, ...]] = {
-    "model": (str,),
-    "messages": (list,),
-    "tools": (list,),
-    "stream": (bool,),
-    "stop": (str, list),
-    "max_tokens": (int,),
-    "max_completion_tokens": (int,),
-    "seed": (int,),
-    "temperature": (int, float),
-    "top_p": (int, float),
-    "frequency_penalty": (int, float),
-    "logit_bias": (dict,),
-    "generation_config": (str,),
-    "chat_template_kwargs": (dict,),
-}
-ONLY: dict[str, Any] = {
-    "n": 1,
-    "logprobs": False,
-    "top_logprobs": 0,
-    "presence_penalty": 0,
-    "response_format": {"type": "text"},
-}
-"""Fields of a request that would change the answer but are not done: the one value that asks for nothing."""
-
-ONLY_GENERATION: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-"""The same for the JSON in `generation_config`."""
+from .failures import RequestError
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 200
+MAX_MESSAGES, MAX_ITEMS, MAX_TOOLS, MAX_BIASES = 4096, 1024, 128, 4096
 
 RESERVED = {"messages", "tojson", "raise_exception", "strftime_now"}
 """Names a chat template gets from its renderer."""
 
 PLAIN_WORDS = re.compile(r"[\w .,:/-]*")
 
+EXPECTED = {
+    "string_type": "a string",
+    "list_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "greater_than_equal": "at least {ge}",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "at most {le}",
+    "too_long": "at most {max_length} of them",
+    "too_short": "at least {min_length} of them",
+    "string_too_long": "at most {max_length} characters",
+    "string_too_short": "at least {min_length} character",
+}
+"""pydantic's kinds of errors, in our words."""
 
-def check_request(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request without its empty fields, its messages likewise.
+PICTURE_FORM = '{"type": "image_url", "image_url": {"url": ...}}'
+
+
+class Part(BaseModel):
+    """An object of a request: its fields are listed, types are exact, and null is absent."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        return {name: value for name, value in values.items() if value is not None} if type(values) is dict else values
+
+
+def _fault(message: str, field: str = "") -> PydanticCustomError:
+    """An error of a validator; `field` is the one of the object that it is about."""
+    return PydanticCustomError("fault", "{message}", {"message": message, "field": field})
+
+
+def _as_url_object(value: Any) -> Any:
+    return {"url": value} if isinstance(value, str) else value
+
+
+def _as_items(value: Any) -> Any:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class ImageUrl(Part):
+    """Where a picture is, and how finely it is to be seen."""
+
+    url: str
+    detail: Literal["auto", "low", "high"] = "auto"
+
+
+class Item(Part):
+    """A text or a picture of a message."""
+
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: Annotated[ImageUrl | None, BeforeValidator(_as_url_object)] = None
+
+    @model_validator(mode="after")
+    def _has_what_it_says(self) -> "Item":
+        for name in ("text", "image_url"):
+            if (getattr(self, name) is None) == (self.type == name):
+                raise _fault(
+                    f"{'missing from' if self.type == name else 'no key of'} an item of type {self.type}", name
+                )
+        return self
+
+
+def _read_arguments(value: Any) -> Any:
+    """Arguments of a call as an object; clients send it as JSON, and nothing at all where there are none."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else {}
+    except (ValueError, RecursionError) as error:
+        raise _fault(f"expected JSON ({error})") from None
+
+
+class CalledFunction(Part):
+    """The function of a call."""
+
+    name: str = Field(min_length=1)
+    arguments: Annotated[dict[str, Any], BeforeValidator(_read_arguments)] = {}
+
+
+class Call(Part):
+    """A call of a function in an assistant message."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    index: int | None = None  # clients that put a stream's pieces together keep it
+    function: CalledFunction
+
+
+class Message(Part):
+    """A message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[list[Item] | None, BeforeValidator(_as_items), Field(max_length=MAX_ITEMS)] = None
+    name: str | None = None
+    tool_calls: list[Call] = Field(default=[], max_length=MAX_TOOLS)
+    tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> "Message":
+        if self.content is None and self.role != "assistant":
+            raise _fault(f"missing; a message of role {self.role} needs a string or a list of items", "content")
+        if self.tool_calls and self.role != "assistant":
+            raise _fault("only assistant messages call tools", "tool_calls")
+        if self.tool_call_id is not None and self.role != "tool":
+            raise _fault("only tool messages answer calls", "tool_call_id")
+        return self
+
+    @property
+    def text(self) -> str:
+        """All its words."""
+        return "".join(item.text or "" for item in self.content or [])
+
+    @property
+    def pictures(self) -> list[ImageUrl]:
+        """All its pictures."""
+        return [item.image_url for item in self.content or [] if item.image_url]
+
+
+class FunctionSchema(Part):
+    """What a model is told of a function."""
+
+    name: str = Field(min_length=1)
+    description: str | None = None
+    parameters: dict[str, Any] = {}
+    strict: Literal[False] = False
+
+
+class Tool(Part):
+    """A function the model may call."""
+
+    type: Literal["function"]
+    function: FunctionSchema
+
+
+class StreamOptions(Part):
+    """How a stream ends."""
+
+    include_usage: bool = False
+
+
+class ResponseFormat(Part):
+    """Answers are free text."""
+
+    type: Literal["text"]
+
+
+class GenerationSettings(Part):
+    """What the JSON text in `generation_config` may say; `transformers chat` sends its settings this way."""
+
+    do_sample: bool | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    max_new_tokens: int | None = Field(None, ge=1)
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_what_asks_for_nothing(cls, values: Any) -> Any:
+        """Drop fields with the value that they have anyway, as configurations that are sent whole hold them."""
+        if type(values) is not dict:
+            return values
+        usual = {**vars(GenerationConfig()), **GenerationConfig._get_default_generation_params()}
+        notes = {"transformers_version", "_from_model_config"}
+        return {
+            name: value
+            for name, value in values.items()
+            if name in cls.model_fields
+            or not (name in notes or (name in usual and type(value) is type(usual[name]) and value == usual[name]))
+        }
+
+
+def _read_settings(value: Any) -> Any:
+    if not isinstance(value, str):
+        raise _fault("expected a string that holds JSON")
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise _fault(f"expected JSON ({error})") from None
+
+
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class ChatRequest(Part):
+    """A request to `/v1/chat/completions`. Fields with a single value would change the answer but are not built."""
+
+    model: str | None = None
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    frequency_penalty: float = Field(0, ge=-2, le=2)
+    presence_penalty: float = Field(0, ge=-2, le=2)
+    logit_bias: dict[str, Bias] = Field({}, max_length=MAX_BIASES)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Annotated[list[Stop], BeforeValidator(_as_list), Field(max_length=MAX_STOPS)] = []
+    generation_config: Annotated[GenerationSettings | None, BeforeValidator(_read_settings)] = None
+    chat_template_kwargs: dict[str, Any] = {}
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Literal["auto", "none"] = "auto"
+    user: str | None = None  # for the client's own books
+    n: Literal[1] = 1
+    logprobs: Literal[False] = False
+    top_logprobs: Literal[0] = 0
+    response_format: ResponseFormat | None = None
+    parallel_tool_calls: Literal[True] = True
+    store: Literal[False] = False
+    service_tier: Literal["auto", "default"] = "auto"
+    modalities: list[Literal["text"]] = ["text"]
+
+    @model_validator(mode="after")
+    def _agrees_with_itself(self) -> "ChatRequest":
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            raise _fault(
+                f"is {self.max_tokens} but max_completion_tokens is {self.max_completion_tokens}", "max_tokens"
+            )
+        if self.stream_options and not self.stream:
+            raise _fault("of use with stream only", "stream_options")
+        return self
+
+    @property
+    def longest_answer(self) -> int | None:
+        """Tokens the answer may take, whatever the field that says so is called."""
+        own = self.generation_config.max_new_tokens if self.generation_config else None
+        return self.max_completion_tokens or self.max_tokens or own
+
+    @property
+    def picture_urls(self) -> list[ImageUrl]:
+        """The pictures of all messages, in order."""
+        return [picture for message in self.messages for picture in message.pictures]
+
+    @property
+    def shown_tools(self) -> list[dict]:
+        """The tools the model is told of, as templates read them."""
+        tools = self.tools if self.tool_choice == "auto" else []
+        return [tool.model_dump(exclude_unset=True) for tool in tools]
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """Read a request from its JSON.
 
     Raises:
-        ValueError: For a field, message or item that is not of OpenAI's form, or asks for what is not done here.
+        RequestError: For text that is no JSON, and as `check_request`.
     """
-    request = _without_none(body)
-    for name, types in FIELD_TYPES.items():
-        if name in request:
-            _expect(request[name], types, name)
-    _refuse_unsupported(request, ONLY, "")
-    _refuse_broken_characters(request)
-    if not request.get("messages"):
-        raise ValueError("messages is missing or empty: give at least one message.")
-    request["messages"] = [_message(message, f"messages[{place}]") for place, message in enumerate(body["messages"])]
-    for place, tool in enumerate(request.get("tools", [])):
-        _expect(tool, (dict,), f"tools[{place}]")
-    if "generation_config" in request:
-        _check_generation_config(request["generation_config"])
-    if "max_completion_tokens" in request:  # transformers 5.16 reads the older name only
-        request["max_tokens"] = request.pop("max_completion_tokens")
-    if "stop" in request:
-        request["stop"] = _stops(request["stop"])
+    try:
+        return check_request(json.loads(body))
+    except RequestError:
+        raise
+    except RecursionError:
+        raise RequestError("The request is nested too deeply.") from None
+    except ValueError as error:
+        raise RequestError(f"The request is not JSON ({error}).") from None
+
+
+def check_request(body: Any) -> ChatRequest:
+    """Check a request.
+
+    Raises:
+        RequestError: For a field, message or item that is not of OpenAI's form, or asks for what is not done here.
+    """
+    if type(body) is not dict:
+        raise RequestError(f"The request: expected an object, found {_shown(body)}.")
+    _refuse_broken_characters(body)
+    try:
+        request = ChatRequest.model_validate(body)
+    except ValidationError as error:
+        _refuse(error.errors(include_url=False)[0])
+    for message in request.messages:
+        if message.role == "developer":  # OpenAI's newer word for it, which templates do not know
+            message.role = "system"
     return request
+
+
+def _refuse(error: ErrorDetails) -> NoReturn:
+    """Raise what pydantic found, in our words."""
+    context = error.get("ctx", {})
+    where = _path(error["loc"], context.get("field", ""))
+    kind, found = error["type"], error["input"]
+    if kind == "fault":
+        message = context["message"]
+    elif kind == "missing":
+        message = "missing"
+    elif kind == "extra_forbidden":
+        message = "not read by this server; leave it out"
+        if len(error["loc"]) > 1 and error["loc"][0] == "messages":
+            message += f", and send pictures as items of content: {PICTURE_FORM}"
+    elif kind == "literal_error":
+        values = context["expected"].replace("'", "").replace("False", "false").replace("True", "true")
+        only = "expected {}" if " or " in values else "only {} is supported"
+        message = f"{only.format(values)}, found {_shown(found)}"
+    else:
+        expected = EXPECTED[kind].format(**context) if kind in EXPECTED else error["msg"]
+        found = context.get("actual_length") if kind in ("too_long", "too_short") else found
+        message = f"expected {expected}, found {_shown(found)}"
+    raise RequestError(f"{where}: {message}.", param=where)
+
+
+def _path(places: tuple[int | str, ...], field: str) -> str:
+    """`messages[0].content` of `("messages", 0, "content")`."""
+    whole = [*places, *([field] if field else [])]
+    return "".join(f"[{place}]" if isinstance(place, int) else f".{place}" for place in whole).lstrip(".")
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _refuse_broken_characters(request: dict) -> None:
+    try:
+        json.dumps(request, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        found = ascii(error.object[error.start])
+        raise RequestError(
+            f"The request holds half a character ({found}); expected text that is valid Unicode."
+        ) from None
 
 
 def check_template_kwargs(
@@ -85,149 +378,39 @@ def check_template_kwargs(
         limits: Largest value of sizes, by name.
 
     Raises:
-        ValueError: For another name, and for a value out of bounds. Pictures, paths and templates are no client's
+        RequestError: For another name, and for a value out of bounds. Pictures, paths and templates are no client's
             business.
     """
-    refuse_renamed(kwargs, "chat_template_kwargs.")
-    for name, value in kwargs.items():
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    try:
+        refuse_renamed(given, "chat_template_kwargs.")
+    except ValueError as error:
+        raise RequestError(str(error), param="chat_template_kwargs") from None
+    for name, value in given.items():
         where = f"chat_template_kwargs.{name}"
         if name == "label_images":
-            _expect(value, (bool,), where)
+            _expect(value, (bool,), where, "true or false")
         elif name in ("max_image_tokens", "max_tiles", "min_tiles"):
-            _expect(value, (int,), where)
+            _expect(value, (int,), where, "an integer")
             if not 1 <= value <= limits.get(name, value):
                 most = f" and at most {limits[name]}" if name in limits else ""
-                raise ValueError(f"{where}: expected at least 1{most}, found {value}.")
+                raise RequestError(f"{where}: expected at least 1{most}, found {_shown(value)}.", param=where)
         elif name == "enable_thinking" or _is_free_variable(name, processor):
-            _expect(value, (bool, int, float, str), where)
+            _expect(value, (bool, int, float, str), where, "true, false, a number or a string")
             if isinstance(value, str) and not PLAIN_WORDS.fullmatch(value):
-                raise ValueError(f"{where}: expected plain words, found {value!r}.")
+                raise RequestError(f"{where}: expected plain words, found {_shown(value)}.", param=where)
         else:
-            raise ValueError(
+            raise RequestError(
                 f"{where}: not taken from a request; known are label_images, max_image_tokens, max_tiles, min_tiles "
-                "and variables of the model's chat template."
+                "and variables of the model's chat template.",
+                param=where,
             )
-    return dict(kwargs)
+    return given
 
 
-def picture_urls(messages: list[dict]) -> list[dict]:
-    """The items with a picture in checked messages, in order; each holds it at `["image_url"]["url"]`."""
-    contents = [message["content"] for message in messages if isinstance(message.get("content"), list)]
-    return [item for content in contents for item in content if item["type"] == "image_url"]
-
-
-def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _expect(value: Any, types: tuple[type, ...], where: str) -> None:
+def _expect(value: Any, types: tuple[type, ...], where: str, expected: str) -> None:
     if type(value) not in types:  # exact: JSON's true is no number
-        names = {
-            "str": "a string",
-            "list": "a list",
-            "dict": "an object",
-            "bool": "true or false",
-            "int": "an integer",
-        }
-        expected = " or ".join(names.get(kind.__name__, "a number") for kind in types)
-        raise ValueError(f"{where}: expected {expected}, found {_shown(value)}.")
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _refuse_unsupported(values: Mapping[str, Any], only: Mapping[str, Any], prefix: str) -> None:
-    for name, expected in only.items():
-        if values.get(name) not in (None, expected):
-            raise ValueError(
-                f"{prefix}{name}: only {_shown(expected)} is supported, found {_shown(values[name])}; leave it out."
-            )
-
-
-def _refuse_broken_characters(request: dict) -> None:
-    try:
-        json.dumps(request, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        found = ascii(error.object[error.start])
-        raise ValueError(
-            f"The request holds half a character ({found}); expected text that is valid Unicode."
-        ) from None
-
-
-def _message(message: Any, where: str) -> dict:
-    _expect(message, (dict,), where)
-    message = _without_none(message)
-    if not isinstance(message.get("role"), str) or not message["role"]:
-        raise ValueError(
-            f"{where}.role: expected user, assistant, system or tool, found {_shown(message.get('role'))}."
-        )
-    if message.get("tool_calls"):
-        _expect(message["tool_calls"], (list,), f"{where}.tool_calls")
-        message["tool_calls"] = [
-            _tool_call(call, f"{where}.tool_calls[{place}]") for place, call in enumerate(message["tool_calls"])
-        ]
-        if "content" not in message:
-            return message
-    elif "tool_calls" in message:
-        del message["tool_calls"]
-    content = message.get("content", "" if message["role"] == "assistant" else None)
-    if isinstance(content, list):
-        content = [_item(item, f"{where}.content[{place}]") for place, item in enumerate(content)]
-    elif not isinstance(content, str):
-        raise ValueError(f"{where}.content: expected a string or a list of items, found {_shown(content)}.")
-    return {**message, "content": content}
-
-
-def _item(item: Any, where: str) -> dict:
-    _expect(item, (dict,), where)
-    if item.get("type") == "text":
-        _expect(item.get("text"), (str,), f"{where}.text")
-        return item
-    if item.get("type") == "image_url":
-        url = item.get("image_url")
-        url = url.get("url") if isinstance(url, dict) else url
-        _expect(url, (str,), f"{where}.image_url.url")
-        return {"type": "image_url", "image_url": {"url": url}}
-    raise ValueError(f"{where}.type: expected text or image_url, found {_shown(item.get('type'))}.")
-
-
-def _tool_call(call: Any, where: str) -> dict:
-    _expect(call, (dict,), where)
-    function = call.get("function")
-    _expect(function, (dict,), f"{where}.function")
-    _expect(function.get("name"), (str,), f"{where}.function.name")
-    arguments = function.get("arguments")
-    try:
-        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}.function.arguments: expected JSON ({error}).") from None
-    _expect(arguments, (dict,), f"{where}.function.arguments")
-    return {**call, "function": {**function, "arguments": arguments}}
-
-
-def _check_generation_config(text: str) -> None:
-    try:
-        settings = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"generation_config: expected JSON ({error}).") from None
-    _expect(settings, (dict,), "generation_config")
-    if settings.get("stop_strings") is not None:
-        raise ValueError("generation_config.stop_strings: give them as stop.")
-    if settings.get("max_new_tokens") is not None:
-        _expect(settings["max_new_tokens"], (int,), "generation_config.max_new_tokens")
-    _refuse_unsupported(settings, ONLY_GENERATION, "generation_config.")
-
-
-def _stops(stop: str | list) -> list[str]:
-    stops = [stop] if isinstance(stop, str) else stop
-    for found in stops:
-        if not isinstance(found, str) or not 1 <= len(found) <= MAX_STOP_LENGTH:
-            raise ValueError(f"stop: expected strings of 1 to {MAX_STOP_LENGTH} characters, found {_shown(found)}.")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"stop: expected at most {MAX_STOPS} strings, found {len(stops)}.")
-    return stops
+        raise RequestError(f"{where}: expected {expected}, found {_shown(value)}.", param=where)
 
 
 def _is_free_variable(name: str, processor: HoVLEProcessor) -> bool:

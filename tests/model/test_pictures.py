@@ -6,7 +6,9 @@ import contextlib
 import gzip
 import http.server
 import io
+import ipaddress
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -29,7 +31,7 @@ from hovle import HoVLEImageProcessor
 from hovle.model import pictures, pictures_damage, pictures_heic
 from hovle.model import pictures_hdr as hdr
 from hovle.model import pictures_png as png_chunks
-from hovle.model.pictures import load_picture, load_pixels, picture_size
+from hovle.model.pictures import is_public, load_picture, load_pixels, picture_bytes, picture_size
 
 SVG = b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>'
 WHITE, BLACK, RED = (255, 255, 255), (0, 0, 0), (255, 0, 0)
@@ -1159,6 +1161,88 @@ def test_a_host_beyond_ascii_is_encoded_and_what_follows_stays(server: str, url,
     monkeypatch.delenv("no_proxy", raising=False)
     assert np.array_equal(pixels(f"http://{url}"), sample())
     assert PictureServer.asked[-1] == f"http://{sent}picture.png?q=[1]&r=%C3%BC"
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::808:808", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.0.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("fe80::1", False),
+        ("fc00::1", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("::127.0.0.1", False),
+        ("64:ff9b::7f00:1", False),
+        ("64:ff9b:1::a00:1", False),
+        ("2002:7f00:1::", False),
+        ("2001:0:4136:e378:8000:63bf:80ff:fffe", False),  # Teredo, of 127.0.0.1
+    ],
+)
+def test_addresses_of_this_machine_and_its_networks_are_not_public(address: str, expected: bool):
+    assert is_public(ipaddress.ip_address(address)) == expected
+
+
+@pytest.mark.usefixtures("no_proxy")
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]"])
+def test_a_strangers_url_reaches_no_address_that_is_not_allowed(server: str, host: str):
+    url = server.replace("127.0.0.1", host)
+    asked = []
+
+    def may_reach(host, address) -> bool:
+        asked.append(address)
+        return is_public(address)
+
+    with pytest.raises(ValueError, match="its address is not a public one"):
+        picture_bytes(f"{url}/picture.png", "a picture", may_reach)
+    assert asked
+
+
+@pytest.mark.usefixtures("no_proxy")
+def test_every_hop_is_asked_about_and_no_name_is_looked_up_twice(server: str, monkeypatch):
+    port = server.rpartition(":")[2]
+    looked_up, asked = [], []
+    real = socket.getaddrinfo
+
+    def resolve(host, *args, **kwargs):
+        looked_up.append(host)
+        return real("127.0.0.1" if host == "a.test" else host, *args, **kwargs)
+
+    monkeypatch.setattr("socket.getaddrinfo", resolve)
+
+    def may_reach(host, address) -> bool:
+        asked.append((host, str(address)))
+        return len(asked) != 3
+
+    data = picture_bytes(f"http://a.test:{port}/redirect", "a picture", may_reach)
+    assert np.array_equal(pixels(data), np.asarray(sample()))
+    assert asked == [("a.test", "127.0.0.1")] * 2
+    assert looked_up.count("a.test") == 2  # else another address could be reached than the one looked at
+    asked.pop()
+    with pytest.raises(ValueError, match="its address is not a public one"):
+        picture_bytes(f"http://a.test:{port}/redirect", "a picture", may_reach)
+    assert len(asked) == 3
+
+
+@pytest.mark.parametrize("url", ["/etc/hostname", "file:///etc/hostname", "ftp://a.test/x.png", "AAAA"])
+def test_a_strangers_url_is_no_path_and_no_base64(url: str):
+    with pytest.raises(ValueError, match="only http and https URLs are read"):
+        picture_bytes(url, "a picture", lambda host, address: True)
 
 
 def test_data_urls_are_read_in_any_case_and_escaped():

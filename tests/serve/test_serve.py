@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import http.server
 import io
 import json
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -42,7 +44,16 @@ app()
 """
 
 COMMANDS = {
-    "hovle": ["-m", "hovle", "serve", "--max-image-tokens", "14", "--label-images"],
+    "hovle": [
+        "-m",
+        "hovle",
+        "serve",
+        "--max-image-tokens",
+        "14",
+        "--label-images",
+        "--allow-picture-host",
+        "127.0.0.1",
+    ],
     "transformers": ["-c", TRANSFORMERS_WITHOUT_HOVLE, "serve", "--trust-remote-code"],
 }
 DEFAULTS = {"hovle": {"max_image_tokens": 14, "label_images": True}, "transformers": {}}
@@ -80,6 +91,7 @@ class Server:
     url: str
     model: str
     client: openai.OpenAI
+    pid: int
 
     def ask(self, content, **kwargs):
         """One greedy answer, as the client's library returns it."""
@@ -109,7 +121,7 @@ def server(request, saved, tmp_path_factory):
         wait_until_ready(url, process, log)
         # One retry: after a status 500 the server hangs up without telling the next request.
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=1) as client:
-            yield Server(request.param, url, str(folder), client)
+            yield Server(request.param, url, str(folder), client, process.pid)
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
@@ -267,6 +279,77 @@ def test_a_slow_picture_does_not_hold_up_others(server, saved):
 
 
 @HOVLE_ONLY
+def test_a_picture_from_an_address_that_is_not_public_needs_leave(server):
+    requests = []
+
+    class Inside(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", f"http://localhost:{self.server.server_port}/secret")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Inside) as inside:
+        threading.Thread(target=inside.serve_forever, daemon=True).start()
+        for host, seen in (("localhost", []), ("[::ffff:127.0.0.1]", []), ("127.0.0.1", ["/a.png"])):
+            with pytest.raises(openai.BadRequestError, match="its address is not a public one"):
+                server.ask(about(f"http://{host}:{inside.server_port}/a.png"))
+            assert requests == seen
+        inside.shutdown()
+
+
+@HOVLE_ONLY
+def test_silent_connections_and_many_slow_pictures_shut_nobody_out(server):
+    released = threading.Event()
+
+    class Slow(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            released.wait(30)
+            self.send_error(404)
+
+        def log_message(self, *_):
+            pass
+
+    address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow) as pictures,
+        contextlib.ExitStack() as silent,
+        ThreadPoolExecutor(45) as pool,
+    ):
+        threading.Thread(target=pictures.serve_forever, daemon=True).start()
+        for _ in range(300):
+            silent.enter_context(socket.create_connection(address, timeout=10))
+        slow = [pool.submit(server.ask, about(f"http://127.0.0.1:{pictures.server_port}/a.png")) for _ in range(45)]
+        try:
+            time.sleep(1)
+            began = time.monotonic()
+            assert server.ask("hello").usage.completion_tokens == MAX_NEW_TOKENS
+            assert time.monotonic() - began < 4
+            assert not any(request.done() for request in slow)
+        finally:
+            released.set()
+            pictures.shutdown()
+
+
+@HOVLE_ONLY
+def test_the_server_keeps_its_threads_and_files_over_many_requests(server):
+    process = psutil.Process(server.pid)
+    for _ in range(5):
+        server.ask("hello")
+    before = process.num_threads(), process.num_fds()
+    for number in range(100):
+        answer = server.ask("hello", stream=bool(number % 2))
+        if number % 2:
+            list(answer)
+    after = process.num_threads(), process.num_fds()
+    assert after[0] <= before[0] + 1
+    assert after[1] <= before[1] + 1
+
+
+@HOVLE_ONLY
 def test_prompt_and_answer_stay_within_the_models_positions(server, saved):
     positions = saved[1].config.get_text_config().max_position_embeddings
     for stream in (False, True):
@@ -295,14 +378,14 @@ def post(server, path: str, body: bytes) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        ({}, "messages is missing or empty"),
+        ({}, "messages: missing"),
         ({"messages": [{"content": "hello"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": ["hello"]}]}, "messages[0].content[0]"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "path": "a.png"}]}]}, 'found "image"'),
         ({"messages": [{"role": "user", "content": "a\ud83d"}]}, "half a character"),
         ({"messages": [{"role": "user", "content": "hello"}], "n": 2}, "n: only 1 is supported"),
         ({"messages": [{"role": "user", "content": "hello"}], "stop": 5}, "stop: expected"),
-        ({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 0}, "max_new_tokens"),
+        ({"messages": [{"role": "user", "content": "hello"}], "max_tokens": 0}, "max_tokens: expected at least 1"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -384,30 +467,36 @@ def test_without_the_servers_packages_the_message_names_the_extra(saved, monkeyp
 
 def test_a_client_that_hangs_up_ends_its_answer(saved):
     from hovle.serve import app as serving
+    from hovle.serve.generation import Generator, Settings
 
     _, model, processor = saved
     started, ended = threading.Event(), threading.Event()
 
     class Endless:
+        device = torch.device("cpu")
+
         def generate(self, input_ids, stopping_criteria, **kwargs):
             started.set()
             while not stopping_criteria(input_ids, None).all():
                 time.sleep(0.01)
             ended.set()
-            return input_ids
 
     async def hang_up() -> dict:
         await asyncio.to_thread(started.wait, 20)
         return {"type": "http.disconnect"}
 
     async def scenario():
+        generator = Generator(Endless(), processor.tokenizer)
         inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
-        work = serving.GenerationThread().generate_non_streaming(
-            Endless(), processor, inputs, model.generation_config, "1"
-        )
-        response = await serving._while_connected(types.SimpleNamespace(receive=hang_up), work)
+
+        async def work():
+            answer = generator.start(inputs, Settings(model.generation_config))
+            return [piece async for piece in answer]
+
+        response = await serving._while_connected(types.SimpleNamespace(receive=hang_up), work())
         assert response.status_code == 499
         assert await asyncio.to_thread(ended.wait, 20)
+        generator.close()
 
     asyncio.run(scenario())
 
@@ -423,15 +512,8 @@ def test_a_client_that_hangs_up_ends_its_answer(saved):
     ],
 )
 def test_a_piece_that_may_begin_a_stop_string_waits(pieces, expected):
-    from hovle.serve.app import UntilStop
+    from hovle.serve.generation import UntilStop
 
-    async def scenario() -> list[str]:
-        queue = asyncio.Queue()
-        for piece in [*pieces, None]:
-            queue.put_nowait(piece)
-        answer, items = UntilStop(queue, ["cd", "q"]), []
-        while (item := await answer.get()) is not None:
-            items.append(item)
-        return items
-
-    assert asyncio.run(scenario()) == expected
+    until_stop = UntilStop(["cd", "q"])
+    told = [*map(until_stop.feed, pieces), until_stop.rest()]
+    assert [piece for piece in told if piece] == expected
