@@ -202,8 +202,8 @@ def test_the_decoder_alone_compiles_as_one_graph_on_merged_embeddings(family, wh
         positions = (mask.cumsum(1) - 1).clamp(min=0)
         states = graph(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
         found = model.compute_logits(states.last_hidden_state)
-        # Measured worst case: 7.2e-7, on logits of size 3.
-        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
+        # Measured: equal to the bit, on logits of size 3.
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "starcoder2"])
