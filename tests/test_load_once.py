@@ -3,11 +3,11 @@
 import base64
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image, ImageFile
 from transformers import pipeline
 
@@ -16,6 +16,7 @@ from hovle.assets.vqa_questions import Question
 from hovle.chat import Conversation
 from hovle.eval.vqa import answer_questions, with_blank_pictures
 from hovle.model import pictures
+from hovle.serve.app import ServerOptions, build_app
 from hovle.train.data.records import Record, conversation
 from hovle.train.data.samples import ReplySamples
 
@@ -157,15 +158,14 @@ def test_a_conversation_does_not_load_its_pictures_again_at_each_turn(model_fold
     assert counts == once(path)
 
 
-def test_a_server_loads_a_picture_once(processor, path, counts):
-    app = pytest.importorskip("hovle.serve.app")
-    models = SimpleNamespace(get_model_modality=lambda model, processor: None)
-    handler = app.ChatHandler(models, None, {"max_image_tokens": 500})
-    handler.get_processor_inputs_from_messages = lambda messages, modality: messages
+def test_a_server_reads_the_header_and_loads_a_picture_once(model_folder, processor, path, counts):
+    model = HoVLEForConditionalGeneration.from_pretrained(model_folder).eval()
     url = "data:;base64," + base64.b64encode(path.read_bytes()).decode()
     message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
-    handler._prepare({"messages": [message]}, SimpleNamespace(device="cpu"), processor)
-    assert counts == once(path)
+    with TestClient(build_app(model, processor, ServerOptions(model=str(model_folder)))) as client:
+        answer = client.post("/v1/chat/completions", json={"messages": [message], "max_tokens": 1})
+    assert answer.status_code == 200, answer.text
+    assert counts == {**once(path), "opened": 2}  # the header first: pixels of all pictures together are bounded
 
 
 def test_scoring_loads_a_picture_once_and_asks_its_header_for_the_size_of_a_blank_one(model_folder, path, counts):

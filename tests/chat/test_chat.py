@@ -288,7 +288,7 @@ class InterruptAfter:
 
 @pytest.mark.parametrize("num_tokens", [0, 3])
 def test_an_interrupt_ends_the_answer_and_not_the_conversation(
-    model_folder, pictures, monkeypatch, capsys, num_tokens
+    model_folder, pictures, monkeypatch, capsys, request, num_tokens
 ):
     real = HoVLEForConditionalGeneration.generate
     letter_id = HoVLEProcessor.from_pretrained(model_folder).tokenizer.convert_tokens_to_ids("a")
@@ -298,6 +298,8 @@ def test_an_interrupt_ends_the_answer_and_not_the_conversation(
         return real(self, **kwargs, logits_processor=processors.pop(0))
 
     monkeypatch.setattr(HoVLEForConditionalGeneration, "generate", generate)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # some test runners ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     held = converse(model_folder, monkeypatch, ["first", f"/image {pictures[0]}", "second", "third", "/quit"], 5)
     assert "! stopped; the conversation goes on" in capsys.readouterr().out
     questions = [message["content"][-1]["text"] for message in held.messages[::2]]

@@ -95,7 +95,13 @@ def test_every_package_of_an_extra_is_looked_for():
         if extra != "dev"
     }
     known = {name.lower().replace("_", "-"): requirement for name, (requirement, _) in doctor.OPTIONAL.items()}
-    also = {("hovle", "demo"), ("transformers", "serve"), ("sentencepiece", "eval"), ("matplotlib", "eval")}
+    also = {
+        ("hovle", "demo"),
+        ("transformers", "serve"),
+        ("pydantic", "serve"),
+        ("sentencepiece", "eval"),
+        ("matplotlib", "eval"),
+    }
     for name, extra in names - also:
         assert known[name] == f"hovle[{extra}]"
     served = {"fastapi", "uvicorn", "openai"}  # without these transformers has no server

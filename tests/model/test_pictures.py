@@ -135,7 +135,7 @@ def test_arrays_that_are_no_pictures_are_refused(array, words):
 
 @pytest.mark.parametrize("source", [None, 3, 2.5, [1], {"type": "image"}, object()])
 def test_other_objects_are_refused(source):
-    with pytest.raises(ValueError, match="must be a Pillow image, path"):
+    with pytest.raises(ValueError, match=r"must be (a Pillow image, path|{.bytes.: bytes)"):
         load_picture(source)
 
 
@@ -426,7 +426,7 @@ assert os.wait()[1] == 0
 
 def test_two_thousand_damaged_files_give_a_picture_or_a_value_error():
     rng = np.random.default_rng(0)
-    slowest, per_format = 0.0, 2000 // len(pictures.FORMATS) + 1
+    slowest, per_format = 0.0, 154
     for name in pictures.FORMATS:
         frames = {"save_all": True, "append_images": [sample(32, 32)]} if name == "MPO" else {}
         data = encoded(sample(32, 32), name, **frames)
