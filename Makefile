@@ -1,5 +1,7 @@
-# `make demo` and `make test` set everything up by themselves: python3 (3.11), make and a package index suffice.
-PYTHON ?= $(shell command -v python3.11 || echo python3)
+# `make demo` and `make test` set everything up by themselves: Python 3.11, 3.12 or 3.13, make and a package index suffice.
+FITS := import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c '$(FITS)' 2>/dev/null && { echo $$python; break; }; done)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -7,7 +9,8 @@ READY := $(VENV)/.ready
 .PHONY: demo tables test check setup
 
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.version_info[:2] == (3, 11) or sys.exit("hovle is tested on Python 3.11: make PYTHON=python3.11 ...")'
+	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || \
+		{ echo "hovle needs Python 3.11, 3.12 or 3.13; $(or $(PYTHON),python3) is none: make PYTHON=/path/to/python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch torchvision
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"

@@ -1,15 +1,16 @@
-"""Run the test suite with other versions of transformers or torch, and note the result in dev/versions.json.
+"""Run the test suite with other versions of transformers, torch or Python, and note the result in dev/versions.json.
 
   .venv/bin/python dev/versions.py                          # what is installed
   .venv/bin/python dev/versions.py transformers==5.16.1 'huggingface_hub<2' httpx httpcore h11 anyio
   python3.11 dev/versions.py --pair 2.6.0 5.16.1 [--pip='--find-links DIR'] [--keep DIR] [torchvision==0.21.0 ...]
+  python3.13 dev/versions.py --pair 2.14.1 5.24.0 --tests tests/convert tests/serve
 
 Packages named alone are installed into a temporary folder that comes before the environment's own; all others stay as
 they are, so a set that cannot work together shows as failing tests, not as another resolution.
 
 `--pair TORCH TRANSFORMERS` builds a virtual environment of its own: this checkout with all its extras, those two
 versions, the named packages and else what pip resolves within constraints.txt; a package of constraints.txt that these
-two rule out is left to pip. It needs about 7 GB of disk.
+two rule out is left to pip. It needs about 7 GB of disk, and is of the Python that runs this file.
 """
 
 import argparse
@@ -41,6 +42,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("requirements", nargs="*", help="packages with versions, as pip takes them")
     parser.add_argument("--pair", nargs=2, metavar=("TORCH", "TRANSFORMERS"), help="versions of an environment")
+    parser.add_argument("--tests", nargs="+", default=[], metavar="PATH", help="only these tests, which are noted")
     parser.add_argument("--pip", default="", help="options for pip, for instance '--find-links DIR'")
     parser.add_argument("--keep", type=Path, help="folder of the environment, which is built only where there is none")
     args = parser.parse_args(arguments)
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
             requirements = [f"torch=={torch}", f"transformers=={transformers}", *args.requirements]
             python = own_environment(requirements, args.keep or Path(temporary) / "venv", shlex.split(args.pip))
             environment = {**os.environ, "PYTHONPATH": ""}
-        result = test(python, environment)
+        result = test(python, environment, args.tests)
     result = {"requirements": requirements, "own_environment": args.pair is not None, **result}
     note(result, RESULTS)
     return result["exit_code"]
@@ -92,8 +94,8 @@ def own_environment(requirements: Sequence[str], folder: Path, pip_options: Sequ
 
 
 def loosened(constraints: Sequence[str], requirements: Sequence[str]) -> list[str]:
-    """Constraints without the packages that are named and those whose versions go with them."""
-    named = {_name(requirement) for requirement in requirements}
+    """Constraints without the packages that are named otherwise and those whose versions go with them."""
+    named = {_name(requirement) for requirement in requirements if requirement not in constraints}
     free = named | {_name(other) for name in named for other in TIED.get(name, ())}
     kept = []
     for line in constraints:
@@ -108,14 +110,14 @@ def _name(requirement: str) -> str:
     return re.split(r"[^\w.-]", requirement.strip(), maxsplit=1)[0].lower().replace("_", "-")
 
 
-def test(python: str, environment: dict[str, str]) -> dict:
-    """Run the suite; versions, counts, failures, commit and date. Nothing is noted where it did not run."""
+def test(python: str, environment: dict[str, str], tests: Sequence[str]) -> dict:
+    """Run the suite or some tests; versions, counts, failures, commit, date. Nothing is noted where it did not run."""
     program = f"import importlib.metadata as m, json; print(json.dumps({{n: m.version(n) for n in {WATCHED}}}))"
     versions = json.loads(_output([python, "-c", program], environment))
     interpreter = _output([python, "-c", "import platform; print(platform.python_version())"], environment)
     print(f"Testing with {versions}")  # noqa: T201 - this is the command's output
     finished = subprocess.run(
-        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line"],
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=line", *tests],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -127,6 +129,7 @@ def test(python: str, environment: dict[str, str]) -> dict:
     return {
         "versions": versions,
         "python": interpreter,
+        **({"tests": list(tests)} if tests else {}),
         **counts,
         "failures": failures,
         "exit_code": finished.returncode,
@@ -146,10 +149,10 @@ def read_summary(output: str) -> tuple[dict[str, int], list[str]]:
 
 
 def note(result: dict, file: Path) -> None:
-    """Put a result in the place of an earlier one for the same packages, installed the same way."""
+    """Put a result in the place of an earlier one for the same packages and Python, installed the same way."""
 
     def key(item: dict) -> tuple:
-        return item["requirements"], item.get("own_environment", False)
+        return item["requirements"], item.get("own_environment", False), item["python"].rpartition(".")[0]
 
     known = json.loads(file.read_text()) if file.exists() else []
     kept = [item for item in known if key(item) != key(result)]

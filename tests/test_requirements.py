@@ -1,6 +1,7 @@
 """hovle where torch or transformers is missing, too old or broken."""
 
 import importlib.metadata
+import json
 import re
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from places import ROOT
 
 from hovle import requirements
@@ -93,6 +95,36 @@ def test_the_requirements_are_those_of_the_installed_metadata(monkeypatch):
 def test_torch_and_transformers_stand_in_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(requirements.TRIED) < {Requirement(line).name for line in project["dependencies"]}
+
+
+def test_every_python_that_was_tried_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    allowed = SpecifierSet(project["requires-python"])
+    assert [f"3.{minor}" for minor in range(30) if allowed.contains(f"3.{minor}.1")] == declared
+    noted = {run["python"].rpartition(".")[0] for run in json.loads((ROOT / "dev" / "versions.json").read_text())}
+    assert noted <= set(declared)
+
+
+@pytest.mark.parametrize("name", ["python3.11", "python3.12", "python3.13", "python3"])
+def test_make_takes_whichever_fitting_python_is_there(name, tmp_path):
+    for other in ("python3.11", "python3.12", "python3.13", "python3"):  # as shims of versions that are switched off
+        program = f'exec {sys.executable} "$@"' if other == name else "exit 127"
+        (tmp_path / other).write_text(f"#!/bin/sh\n{program}\n")
+        (tmp_path / other).chmod(0o755)
+    command = ["make", "-n", "setup", f"VENV={tmp_path / 'venv'}"]
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    planned = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+    assert f"\n{name} -m venv" in planned
+
+
+@pytest.mark.parametrize("given", [["PYTHON="], ["PYTHON=false"]])
+def test_make_says_what_is_missing_where_no_python_fits(given, tmp_path):
+    command = ["make", "setup", f"VENV={tmp_path / 'venv'}", *given]
+    refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert "hovle needs Python 3.11, 3.12 or 3.13" in refused.stdout
+    assert not (tmp_path / "venv").exists()
 
 
 def test_without_metadata_of_hovle_the_packages_are_still_tried(monkeypatch):

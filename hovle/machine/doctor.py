@@ -32,7 +32,7 @@ OPTIONAL = {
     "Levenshtein": ("hovle[eval]", "hovle eval benchmarks"),
     "simplejpeg": ("hovle[vision]", "faster JPEG files, and seeing damage in them that Pillow hides"),
     "pillow_heif": ("hovle[heic]", "HEIC pictures, as phones take them"),
-    "flash_attn": ("flash-attn", "flash_attention_2 on NVIDIA GPUs"),
+    "flash_attn": ("hovle[flash]", "flash_attention_2 on NVIDIA GPUs"),
 }
 """Package -> (what pip installs it with, what it is for)."""
 

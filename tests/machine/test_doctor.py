@@ -51,7 +51,7 @@ def test_what_is_missing_comes_with_the_command_that_installs_it(monkeypatch, ca
     text = capsys.readouterr().out
     assert re.search(r"^- timm +missing", text, re.MULTILINE)
     assert "for teachers for distillation: pip install 'hovle[teacher]'" in text
-    assert "pip install 'flash-attn'" in text
+    assert "pip install 'hovle[flash]'" in text
 
 
 @pytest.mark.parametrize(
