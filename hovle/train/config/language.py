@@ -1,7 +1,7 @@
 """What holds a HoVLE to the bare language model while it learns to see."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -22,9 +22,17 @@ class LanguageConfig(Section):
     """Its tokens over all of a batch, as near as whole rows allow where it takes more than one. They are taken from
     the batch's own rows: raise `rows_per_batch` where as many pictures as before shall be seen in a step."""
     weight: Positive = 1.0
-    """Weight of what holds it: with next_token the mean KL divergence from the bare language model in nats per token
-    (`language_kl`); with distillation, where that does not run, the mean squared error of what would enter it over the
-    squared length of the text embedding (`text_error`), beside the cosine of all text."""
+    """Weight of what holds it, a mean per token: with next_token the KL divergence from the bare language model in
+    nats (`language_kl`), with distillation what `error` says."""
+    around_images: bool = False
+    """With next_token, hold the text in front of, between and after pictures too, but for replies (`prompt_kl`, by the
+    same weight): the bare language model is shown what ours makes of the pictures beside plain text. It costs one more
+    pass of the language model without gradient, and the head at these places."""
+    error: Literal["relative", "fisher", "kl"] = "relative"
+    """What holds text in distillation, beside the cosine of all text: the squared error of what would enter the
+    language model over the squared length of the embedding (`text_error`); the squared error weighted by how much each
+    direction changes what the language model says, as measured before the first step (`fisher_error`); or the KL
+    divergence from the bare language model through its frozen layers, in nats (`language_kl`): two passes of it."""
 
     def layout(self, num_rows: int, row_length: int) -> tuple[int, int]:
         """How many rows of a batch begin with text, and with how many tokens of it each."""

@@ -47,11 +47,14 @@ class StageConfig(Section):
     min_picture_gap: Number = 0.01
     """Nats per reply token by which such pictures must raise the loss; below it, an alarm is raised after warm-up."""
     stop_when_images_ignored: bool = False
-    """End the run on that alarm instead of warning; after the last step the model is saved first."""
+    """End the run on that alarm instead of warning; first it is saved, after the last step as a model."""
     retention: Annotated[RetentionConfig, BeforeValidator(partial(refuse_unknown_keys, RetentionConfig))] | None = None
     """Whether the model still knows its language; None: not measured."""
     language: LanguageConfig | None = None
     """Text in every batch on which the model is held to the bare language model; None: nothing holds its language."""
+    stop_when_forgetting: Annotated[Number, Field(gt=1)] | None = None
+    """End the run where after warm-up perplexity on held-out text of `language.source` is so many times the
+    bare LLM's, as every validation measures it (`perplexity_ratio`); first it is saved, as above. None: never."""
     tracking: Many[str] = ()
     """Trackers of accelerate that receive the log beside `log.jsonl`: tensorboard, trackio, wandb, ..."""
     trainable: Many[ParameterGroup]
@@ -133,12 +136,21 @@ class StageConfig(Section):
                 "stop_when_images_ignored needs image_ablation, a validation source and the next_token objective: "
                 "nothing would be checked."
             )
+        if self.stop_when_forgetting is not None and self.language is None:
+            raise ValueError("stop_when_forgetting needs a language block, whose held-out text it measures.")
         self._check_quantization()
         if self.language is not None and self.language_length < 2:
             raise ValueError(
                 f"language.share ({self.language.share}) of {self.rows_per_batch} rows of {self.row_length} tokens is "
                 "less than two tokens: raise share, rows_per_batch or row_length."
             )
+        if self.language is not None and self.language.error != "relative" and self.objective.name != "distillation":
+            raise ValueError(
+                f"language.error is {self.language.error}, which is for distillation: next_token holds text by the "
+                "KL divergence. Take it out."
+            )
+        if self.language is not None and self.language.around_images and self.objective.name == "distillation":
+            raise ValueError("language.around_images is for next_token: in distillation, text there is random tokens.")
         if self.keep_best and (self.validation is None or not self.checkpoint_every):
             raise ValueError("keep_best compares checkpoints by validation loss: set validation and checkpoint_every.")
         labels = [data.label for data in self.data]

@@ -15,6 +15,7 @@ from torch import nn
 from ...model.backbones import final_norm, scale_embeddings, scale_logits
 from ...model.decoder import run_section
 from ...model.holistic_sequence import SectionInputs
+from ...model.image_tokens import merge_image_tokens
 from ...model.masks import causal_masks
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 
@@ -34,26 +35,78 @@ class BareLanguageModel(nn.Module):
 
     @torch.no_grad()
     def forward(
-        self, model: HoVLEForConditionalGeneration, input_ids: torch.Tensor, position_ids: torch.Tensor
+        self,
+        model: HoVLEForConditionalGeneration,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        image_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        places: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Next-token logits of plain text.
+        """Next-token logits of plain text, and of text around images as the model shows them.
 
         Args:
             model: The one it was made of.
-            input_ids: Text without pictures, shape `(B, T)`.
+            input_ids: Shape `(B, T)`.
             position_ids: 0 where a document begins, shape `(B, T)`.
+            image_hidden_states: What the language model sees of the images, in the places of `input_ids`; shape
+                `(N, S, D)`. Without them `input_ids` holds text alone.
+            attention_mask: Who may look at whom, bool, shape `(B, 1, T, T)`; None where positions tell.
+            places: Where logits are wanted, bool, shape `(B, T)`; everywhere by default.
 
         Returns:
-            Shape `(B, T, V)`, without gradient.
+            Shape `(B, T, V)`, or `(places, V)`, without gradient.
         """
-        base, config = model.model, model.config
         parts: dict[str, Any] = {**_parts(model), **self.copies}
-        embeds = scale_embeddings(parts["table"](input_ids), config.text_config)
-        inputs = SectionInputs(embeds, causal_masks(config, embeds, None, position_ids, None), position_ids)
-        patterns, rotary_emb = config.split_layers(base.attention_types).language, base.language_model.rotary_emb
-        with _as_released(parts["layers"], base.training):
-            hidden_states = run_section(parts["layers"], patterns, rotary_emb, inputs, None, config)
-        return scale_logits(parts["head"](parts["norm"](hidden_states)), config.text_config)
+        embeds = scale_embeddings(parts["table"](input_ids), model.config.text_config)
+        if image_hidden_states is not None:
+            sequence = model.model.sequence_class(model.config, model.model.projector)
+            images = sequence.normalize(image_hidden_states)
+            embeds = merge_image_tokens(embeds, images, input_ids == model.config.image_token_id)
+        with as_released(parts["layers"], model.training):
+            return _logits(model, parts, embeds, position_ids, attention_mask, places)
+
+
+@torch.no_grad()
+def bare_logits(
+    model: HoVLEForConditionalGeneration, embeds: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """As `language_logits`, but as released: without gradient, dropout and adapters."""
+    with as_released(model.model.language_layers, model.training):
+        return language_logits(model, embeds, position_ids)
+
+
+def language_logits(
+    model: HoVLEForConditionalGeneration, embeds: torch.Tensor, position_ids: torch.Tensor
+) -> torch.Tensor:
+    """Next-token logits of what enters a HoVLE's language model, above the holistic layers.
+
+    Args:
+        model: Whose language model runs, as it is now.
+        embeds: Scaled as the family does, shape `(B, T, D)`.
+        position_ids: 0 where a document begins, shape `(B, T)`.
+
+    Returns:
+        Shape `(B, T, V)`.
+    """
+    return _logits(model, _parts(model), embeds, position_ids)
+
+
+def _logits(
+    model: HoVLEForConditionalGeneration,
+    parts: dict[str, Any],
+    embeds: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    places: torch.Tensor | None = None,
+) -> torch.Tensor:
+    base, config = model.model, model.config
+    masks = causal_masks(config, embeds, attention_mask, position_ids, None)
+    inputs = SectionInputs(embeds, masks, position_ids)
+    patterns, rotary_emb = config.split_layers(base.attention_types).language, base.language_model.rotary_emb
+    hidden_states = parts["norm"](run_section(parts["layers"], patterns, rotary_emb, inputs, None, config))
+    hidden_states = hidden_states if places is None else hidden_states[places]
+    return scale_logits(parts["head"](hidden_states), config.text_config)
 
 
 def _parts(model: HoVLEForConditionalGeneration) -> dict[str, nn.Module]:
@@ -78,7 +131,7 @@ def _copy(parts: nn.ModuleDict) -> nn.ModuleDict:
 
 
 @contextlib.contextmanager
-def _as_released(layers: nn.Module, was_training: bool) -> Iterator[None]:
+def as_released(layers: nn.Module, was_training: bool) -> Iterator[None]:
     """Run layers without dropout, checkpoints and adapters."""
     adapted: list[Any] = [module for module in layers.modules() if hasattr(module, "_disable_adapters")]
     layers.eval()

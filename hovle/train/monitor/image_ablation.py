@@ -20,6 +20,7 @@ from ...model.modeling_hovle import IGNORE_INDEX
 from ..data.batch import PackedBatch
 from ..step.assembly import TrainableStep
 from ..step.validation import validate
+from .language_check import ForgettingError, LanguageCheck
 
 CAUSES = (
     "Can wording alone give the answers away, or do pictures and questions not belong together? Are picture outputs "
@@ -35,13 +36,15 @@ class BlindPicturesError(StopRunError):
 
 @dataclass
 class Examiner:
-    """Measures held-out batches during a run and says when pictures do not matter."""
+    """Measures held-out batches and text during a run and says when pictures do not matter or language is lost."""
 
     step: TrainableStep
     """Of the run, distributed."""
     batches: list[PackedBatch]
-    """Held-out batches, the same ones on every process; empty: nothing is measured."""
+    """Held-out batches, the same ones on every process; empty: nothing is measured with them."""
     log: Callable[[dict], None]
+    language: LanguageCheck | None = None
+    """On held-out text; None where the recipe holds none."""
     last: tuple[int, dict[str, float]] | None = None
     """Step and terms of the last validation; asked again after the same step, they are still right."""
 
@@ -58,26 +61,42 @@ class Examiner:
             "conversations about pictures as `validation`, or set image_ablation to false."
         )
 
-    def examine(self, step: int) -> str | None:
+    def examine(self, step: int) -> StopRunError | None:
         """Log the held-out terms after so many steps and, once training has begun, the effect of the pictures.
 
         Returns:
-            The alarm that has been logged, if there was one.
+            Why the recipe wants the run to end now, if it does.
         """
-        if not self.batches:
+        if not self.batches and self.language is None:
             return None
         terms = self._validate(step)
-        if not step or not self.step.config.image_ablation or self.step.config.objective.name != "next_token":
+        ends = self._check_pictures(step, terms), self._check_language(step, terms)
+        return ends[0] or ends[1]
+
+    def _check_pictures(self, step: int, terms: dict[str, float]) -> StopRunError | None:
+        config = self.step.config
+        if not (step and self.batches and config.image_ablation and config.objective.name == "next_token"):
             return None
         effect = self._effect_of_pictures(terms["cross_entropy"])
         self.log({"event": "image_ablation", "step": step, **effect})
-        return self._alarm(step, effect) if effect["num_pictures"] else None
+        alarm = self._alarm(step, effect) if effect["num_pictures"] else None
+        return BlindPicturesError(alarm) if alarm and config.stop_when_images_ignored else None
 
-    def examine_or_stop(self, step: int) -> None:
-        """Examine in the middle of a run; BlindPicturesError where the recipe says `stop_when_images_ignored`."""
-        alarm = self.examine(step)
-        if alarm and self.step.config.stop_when_images_ignored:
-            raise BlindPicturesError(alarm)
+    def _check_language(self, step: int, terms: dict[str, float]) -> StopRunError | None:
+        most = self.step.config.stop_when_forgetting
+        if most is None or terms["perplexity_ratio"] <= most or self._is_warming_up(step):
+            return None
+        message = (
+            f"The language is being lost: perplexity on held-out text is {terms['perplexity_ratio']:.3f} times the "
+            f"bare language model's; stop_when_forgetting is {most}. Raise language.weight or language.share, lower "
+            "the learning rate, or hold a wider text."
+        )
+        self._warn(step, message)
+        return ForgettingError(message)
+
+    def _is_warming_up(self, step: int) -> bool:
+        config = self.step.config
+        return step <= math.ceil(config.num_steps * config.warmup_ratio) < config.num_steps
 
     def held_out_loss(self, step: int) -> float:
         """Log the held-out terms after so many steps and weigh them as training does."""
@@ -86,7 +105,10 @@ class Examiner:
 
     def _validate(self, step: int) -> dict[str, float]:
         if self.last is None or self.last[0] != step:
-            self.last = step, self._measure(self.batches)
+            terms = self._measure(self.batches) if self.batches else {}
+            if self.language is not None:
+                terms["perplexity_ratio"] = self.language.perplexity_ratio()
+            self.last = step, terms
             self.log({"event": "validation", "step": step, **self.last[1]})
         return self.last[1]
 
@@ -123,21 +145,19 @@ class Examiner:
         if effect["num_shuffled"]:
             gaps["shuffled"] = effect["shuffled_gap"]
         too_small = {name: gap for name, gap in gaps.items() if not gap >= self.step.config.min_picture_gap}
-        if (
-            not too_small
-            or step
-            <= math.ceil(self.step.config.num_steps * self.step.config.warmup_ratio)
-            < self.step.config.num_steps
-        ):
+        if not too_small or self._is_warming_up(step):
             return None
         found = " and ".join(f"{gap:.4f} nats per token with {name} ones" for name, gap in too_small.items())
         message = (
             f"Pictures hardly matter: the held-out loss ({effect['true_nats']:.4f} with the true ones) rises by "
             f"{found}; min_picture_gap is {self.step.config.min_picture_gap}. {CAUSES}"
         )
+        self._warn(step, message)
+        return message
+
+    def _warn(self, step: int, message: str) -> None:
         self.log({"event": "warning", "step": step, "message": message})
         self._show(f"WARNING after step {step}: {message}")
-        return message
 
     def _show(self, message: str) -> None:
         if self.step.accelerator.is_main_process:

@@ -19,6 +19,9 @@ from ...files.documents import UnreadableError, load_yaml, parse_json
 
 SPEED = ("tokens_per_second", "samples_per_second")
 SHARES = ("mfu", "teacher_ratio", "data_wait_ratio", "padding_ratio")
+HELD = ("language_kl", "prompt_kl", "text_error", "fisher_error")
+"""Terms that hold the language, drawn by themselves."""
+
 NOT_TERMS = re.compile("time|step|loss|learning_rate|elapsed_seconds|image_norm_ratio|(gradient_norm|samples)_?.*")
 """Fields of a step's log line that are no terms of the loss; rates and shares neither."""
 
@@ -227,8 +230,10 @@ def panels(shown: Run) -> list[Panel]:
     steps = shown.steps
     norms = sorted({name for entry in steps for name in entry if name.startswith("gradient_norm")})
     names = {name for entry in steps for name in entry if not NOT_TERMS.fullmatch(name)}
-    terms = sorted(names - {*SPEED, *SHARES})
+    terms = sorted(names - {*SPEED, *SHARES, *HELD})
     held_out = shown.events("validation")
+    held_text = curves(steps, HELD)
+    held_text |= {f"{name}, held out": points for name, points in curves(held_out, HELD).items()}
     drawn = [
         Panel("loss", curves(steps, ["loss"])),
         Panel("terms", curves(steps, terms)),
@@ -242,6 +247,8 @@ def panels(shown: Run) -> list[Panel]:
             "held-out loss by picture",
             curves(shown.events("image_ablation"), ["true_nats", "blank_nats", "shuffled_nats"]),
         ),
+        Panel("distance of text from the bare language model", held_text, is_logarithmic=True),
+        Panel("perplexity over the bare language model's, held-out text", curves(held_out, ["perplexity_ratio"])),
         Panel("perplexity on text", curves(shown.events("text_retention"), ["text_perplexity", "bare_perplexity"])),
     ]
     return [panel for panel in drawn if panel.curves]

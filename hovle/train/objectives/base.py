@@ -35,3 +35,15 @@ class Objective(nn.Module):
     def counts(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Positions each term is summed over, known before the forward pass."""
         raise NotImplementedError  # subclasses say
+
+    def bare_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """What the language model alone would say of text, where the recipe holds it to that.
+
+        Args:
+            input_ids: Text without pictures, shape `(B, T)`.
+            position_ids: 0 where a document begins, same shape.
+
+        Returns:
+            Next-token logits, shape `(B, T, V)`, without gradient.
+        """
+        raise NotImplementedError  # subclasses say

@@ -10,8 +10,10 @@ from ...model.modeling_hovle import HolisticEmbeddingOutput, HoVLEForConditional
 from ..config import DistillationConfig
 from ..data.batch import PackedBatch
 from ..data.tiles import PixelNormalization
+from ..model.bare_language_model import bare_logits
 from .base import Objective, ObjectiveOutput
 from .teachers import Targets
+from .text_distance import HeldText, TextDistance
 
 LAST = -1
 """The last holistic layer, whose output enters the language model."""
@@ -27,7 +29,8 @@ class DistillationObjective(Objective):
         config: Image loss and weights of the terms.
         student_layers: Holistic layer that reproduces each of the teacher's layers, counted as in a list.
         normalize: Makes a batch's tiles the student's pixels; by default with ImageNet's statistics.
-        language_weight: Weight of the error on text without pictures; None where batches hold no such text.
+        text_distance: Measures text without pictures; None where batches hold no such text.
+        language_weight: Weight of that measure.
     """
 
     def __init__(
@@ -38,7 +41,8 @@ class DistillationObjective(Objective):
         config: DistillationConfig,
         student_layers: Sequence[int] = (-1,),
         normalize: PixelNormalization | None = None,
-        language_weight: float | None = None,
+        text_distance: TextDistance | None = None,
+        language_weight: float = 1.0,
     ):
         super().__init__()
         self.model = model
@@ -55,8 +59,9 @@ class DistillationObjective(Objective):
             "text_scale": config.scale_weight,
             "image_norm_ratio": 0.0,
         }
-        if language_weight is not None:
-            self.weights["text_error"] = language_weight
+        self.text_distance = text_distance
+        if text_distance is not None:
+            self.weights[text_distance.term] = language_weight
         hidden_size = text_table.shape[1]
         # Used in training only: compare vectors of different widths.
         self.projections = nn.ModuleList(
@@ -75,7 +80,8 @@ class DistillationObjective(Objective):
         num_matched = num_image * len(self.student_layers)
         once = dict.fromkeys(("image_scale", "image_norm_ratio"), num_image)
         counts = once | {"text_cosine": num_text, "text_scale": num_text}
-        counts["text_error"] = batch.language_part(batch.is_sample).sum()
+        if self.text_distance is not None:
+            counts[self.text_distance.term] = batch.language_part(batch.is_sample).sum()
         return {name: counts.get(name, num_matched) for name in self.weights}
 
     def forward(self, batch: PackedBatch) -> ObjectiveOutput:
@@ -100,11 +106,23 @@ class DistillationObjective(Objective):
             "text_scale": _log_norm_ratio(text, embeddings.float().norm(dim=-1)),
             "image_norm_ratio": norm_ratio(image, self.text_norm),
         }
-        if "text_error" in self.weights:
-            entering = batch.language_part(outputs.language_inputs_embeds)
-            ids = batch.language_part(batch.input_ids)
-            terms["text_error"] = _relative_error(entering, nn.functional.embedding(ids, self.text_table))
+        if self.text_distance is not None:
+            terms[self.text_distance.term] = self._text_term(outputs, batch)
         return ObjectiveOutput(terms, self.counts(batch))
+
+    def bare_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        return bare_logits(self.model, nn.functional.embedding(input_ids, self.text_table), position_ids)
+
+    def _text_term(self, outputs: HolisticEmbeddingOutput, batch: PackedBatch) -> torch.Tensor:
+        """Error of the text without pictures, summed over its tokens."""
+        entering = outputs.language_inputs_embeds
+        assert self.text_distance is not None
+        assert entering is not None
+        if not batch.num_language_rows:
+            return entering.new_zeros((), dtype=torch.float32)
+        entering, input_ids, position_ids = map(batch.language_part, (entering, batch.input_ids, batch.position_ids))
+        embeds = nn.functional.embedding(input_ids, self.text_table)
+        return self.text_distance(self.model, HeldText(entering, embeds, position_ids))
 
     def _image_terms(self, outputs: HolisticEmbeddingOutput, is_image: torch.Tensor, batch: PackedBatch) -> dict:
         """Cosine and image loss of a packed batch, summed over image positions and matched layers."""
@@ -145,12 +163,6 @@ def check_student_layers(layers: Sequence[int], model: HoVLEForConditionalGenera
 
 def _cosine(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.cosine_similarity(outputs.float(), targets.float(), dim=-1).sum()
-
-
-def _relative_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum over positions of the squared error over the squared length of the target: what a cosine hardly sees."""
-    squared_error = (outputs.float() - targets.float()).square().sum(dim=-1)
-    return (squared_error / targets.float().square().sum(dim=-1).clamp(min=1e-12)).sum()
 
 
 def mean_norm(text_table: torch.Tensor) -> torch.Tensor:

@@ -26,6 +26,7 @@ RESUMABLE_CHANGES = (
     "image_ablation",
     "min_picture_gap",
     "stop_when_images_ignored",
+    "stop_when_forgetting",
     "tracking",
     "expected",
     "keep_last",

@@ -19,7 +19,7 @@ def train(
     first_step: int,
     meter: Meter,
     log: Callable[[dict], None],
-    validate: Callable[[int], None],
+    validate: Callable[[int, StreamPosition], None],
     save: Callable[[int, StreamPosition], None],
     name: str,
 ) -> None:
@@ -31,8 +31,8 @@ def train(
         first_step: 0, or the step a checkpoint was saved at.
         meter: Measures speed.
         log: Takes one entry with units in its keys.
-        validate: Takes the number of finished steps.
-        save: Takes the number of finished steps and where the data continues.
+        validate: Takes the number of finished steps and where the data continues.
+        save: Takes the same.
         name: Shown on the progress bar.
     """
     config = step.config
@@ -60,12 +60,11 @@ def train(
             log(entry)
             progress.set_postfix_str(f"loss {result.loss:.3f}, {entry['tokens_per_second']:.0f} tokens/s")
         with meter.paused():
-            if config.validate_every and finished % config.validate_every == 0 and not is_last:
-                validate(finished)
-            if config.checkpoint_every and finished % config.checkpoint_every == 0 and not is_last:
-                reached = micro_batches[-1].position
-                assert reached is not None  # a stream's batches know it
-                save(finished, reached)
+            for every, act in ((config.validate_every, validate), (config.checkpoint_every, save)):
+                if every and finished % every == 0 and not is_last:
+                    reached = micro_batches[-1].position
+                    assert reached is not None  # a stream's batches know it
+                    act(finished, reached)
     progress.close()
 
 

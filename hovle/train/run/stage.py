@@ -9,14 +9,16 @@ from ...language.text_perplexity import TextRetention, write_record
 from ...machine.memory import keep_freed_memory
 from ..config import StageConfig
 from ..data.mixture import open_mixture
+from ..data.packing import StreamPosition
 from ..monitor.estimate import Estimate
-from ..monitor.image_ablation import BlindPicturesError, Examiner
+from ..monitor.image_ablation import Examiner
+from ..monitor.language_check import LanguageCheck
 from ..monitor.meter import Meter
 from ..monitor.run_log import check_trackers, make_log, run_environment, tracking
-from ..objectives.choice import make_objective, prepare_teacher
+from ..objectives.choice import make_objective, prepare_teacher, prepare_text_distance
 from ..parallel import fail_on_all_ranks, load_optimizer_state, make_accelerator, unsharded
 from ..step.assembly import TrainableStep, prepare_model
-from .checkpoint import load_trainable
+from .checkpoint import checkpoint_folder, load_trainable
 from .dry_run import describe
 from .loop import train
 from .random_numbers import continue_random_numbers
@@ -42,6 +44,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         ValueError: For a wrong config, an occupied output folder, or a failed hand-off check.
         NonFiniteLossError: When the loss is not a number.
         BlindPicturesError: When pictures do not matter and the recipe says `stop_when_images_ignored`.
+        ForgettingError: When the language is lost beyond the recipe's `stop_when_forgetting`.
     """
     # The run folder: a new one, or one that holds this recipe's run.
     check_trackers(config.tracking)
@@ -82,6 +85,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     objective.to(accelerator.device)
     is_main_process = accelerator.is_main_process
     prepare_teacher(objective, config, mixture, held_out, processor, dtype, is_main_process=is_main_process)
+    prepare_text_distance(objective, data.language, config.seed, dtype, accelerator.print)
     step = TrainableStep(trainable, objective, config, accelerator, dtype)
     if retention:
         retention.start(model, step.autocast, config.output if first_step else config.model.checkpoint)
@@ -103,7 +107,8 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         meter = Meter(objective, on_device, step.autocast, dtype, accelerator.num_processes)
         estimate = Estimate(config, model.config, dtype, first_batch, accelerator)
         log({"event": "start", "step": first_step, **start_facts(step, data, meter, estimate), "handoff": handoff})
-        examiner = Examiner(step, data.usable(held_out, log, first_step), log)
+        language = LanguageCheck(step, data.held_out_language) if data.held_out_language else None
+        examiner = Examiner(step, data.usable(held_out, log, first_step), log, language)
         examiner.warn_where_blind()
         if retention:
             if is_main_process:
@@ -120,13 +125,13 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
             first_step=first_step,
             meter=meter,
             log=functools.partial(log_step, log, data, estimate),
-            validate=examiner.examine_or_stop,
+            validate=functools.partial(examine_or_stop, examiner, writer),
             save=writer.save,
             name=output.name,
         )
 
         # A look after the last one, and the model.
-        alarm = examiner.examine(config.num_steps)
+        end = examiner.examine(config.num_steps)
         if retention:
             with unsharded(objective):
                 retention.measure(model, step.autocast)
@@ -135,9 +140,18 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         writer.finish(retention)
         log({"event": "finish", "step": config.num_steps, **facts})
         accelerator.wait_for_everyone()
-    if alarm and config.stop_when_images_ignored:
-        raise BlindPicturesError(f"{alarm} The model is saved in {output / 'model'}.")
+    if end is not None:
+        raise type(end)(f"{end} The model is saved in {output / 'model'}.")
     return output / "model"
+
+
+def examine_or_stop(examiner: Examiner, writer: Writer, num_steps: int, reached: StreamPosition) -> None:
+    """Examine in the middle of a run; save a checkpoint and raise where the recipe wants it to end (all ranks)."""
+    end = examiner.examine(num_steps)
+    if end is not None:
+        writer.save(num_steps, reached)
+        folder = checkpoint_folder(writer.output, num_steps)
+        raise type(end)(f"{end} The run is saved in {folder} and can be resumed.")
 
 
 def start_facts(step: TrainableStep, data: StageData, meter: Meter, estimate: Estimate) -> dict:

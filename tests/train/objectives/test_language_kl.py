@@ -1,6 +1,7 @@
 """The language term: distance from the bare language model on text without pictures."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -9,10 +10,24 @@ from transformers import AutoModelForCausalLM
 from hovle import HoVLEForConditionalGeneration
 from hovle.train.config import DistillationConfig, StageConfig
 from hovle.train.data.batch import PackedBatch, TileBatch
-from hovle.train.model.bare_language_model import BareLanguageModel
+from hovle.train.data.language import LanguageText
+from hovle.train.data.packing import PackedBatches, StreamPosition
+from hovle.train.data.records import Record
+from hovle.train.data.samples import ReplySamples
+from hovle.train.model.bare_language_model import BareLanguageModel, language_logits
+from hovle.train.objectives import text_distance
+from hovle.train.objectives.choice import make_text_distance
 from hovle.train.objectives.distillation import DistillationObjective
 from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.objectives.teachers import Targets
+from hovle.train.objectives.text_distance import (
+    FisherDistance,
+    HeldText,
+    LanguageDivergence,
+    RelativeDistance,
+    TextDistance,
+    divergence,
+)
 from hovle.train.step.assembly import TrainableModel, TrainableStep, prepare_model
 from hovle.train.step.train_step import train_step
 
@@ -237,6 +252,129 @@ def test_compiled_layers_give_the_same_distance(parts, next_token_config, batch)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+# --- text around pictures --------------------------------------------------------------------------------------------
+
+
+def around(trainable: TrainableModel) -> NextTokenObjective:
+    bare = BareLanguageModel(trainable.model, torch.float32)
+    return NextTokenObjective(trainable.model, bare=bare, language_weight=2.5, around_images=True).train()
+
+
+def test_text_around_pictures_is_held_by_the_same_weight_and_nothing_else_changes(parts, next_token_config, batch):
+    trainable = prepared(parts[0], next_token_config())
+    objective, plain = around(trainable), objective_of(trainable)
+    assert objective.weights["prompt_kl"] == objective.weights["language_kl"] == 2.5
+    found, expected = objective(batch), plain(batch)
+    assert "prompt_kl" not in expected.terms
+    assert all(torch.equal(found.terms[name], value) for name, value in expected.terms.items())
+    assert float(found.terms["prompt_kl"].detach()) > 0
+
+
+def test_only_words_before_words_of_prompts_are_held(parts, next_token_config, batch):
+    trainable = prepared(parts[0], next_token_config())
+    objective = around(trainable)
+    places = objective.prompt_places(batch)
+    assert int(objective.counts(batch)["prompt_kl"]) == int(places.sum()) > 0
+    token = trainable.model.config.image_token_id
+    for row, column in itertools.product(*map(range, batch.input_ids.shape)):
+        is_text = batch.is_sample[row, column] and batch.input_ids[row, column] != token
+        next_id = batch.input_ids[row, (column + 1) % batch.input_ids.shape[1]]
+        is_held = is_text and batch.targets[row, column] == -100 and next_id != token
+        in_text = row >= len(places) - batch.num_language_rows and column < batch.language_length
+        assert bool(places[row, column]) == bool(is_held and not in_text)
+
+
+def test_identity_layers_are_no_distance_from_the_bare_model_around_pictures(
+    language_models, next_token_config, batch
+):
+    model = HoVLEForConditionalGeneration.from_language_model(
+        language_models["tied"], 2, dtype=torch.float32, image_size=56
+    )
+    assert abs(float(around(prepared(model, next_token_config()))(batch).terms["prompt_kl"].detach())) < 1e-4
+
+
+@pytest.mark.parametrize("fields", [{}, {"pixel_shuffle_loc": "post"}, {"normalize_encoder_output": True}])
+def test_the_bare_model_reads_plain_words_and_our_pictures(language_models, next_token_config, batch, fields):
+    """By hand: the language model's layers on embeddings of words and what our layers make of the pictures."""
+    model = HoVLEForConditionalGeneration.from_language_model(
+        language_models["tied"], 2, dtype=torch.float32, image_size=56, **fields
+    )
+    with torch.no_grad():
+        for layer in model.model.embedding_layers:
+            layer.mlp.down_proj.weight.normal_(std=0.1)
+    trainable = prepared(model, next_token_config())
+    part = one_row(batch) if model.model.is_hd else batch
+    objective = around(trainable)
+    ids, positions, token = part.input_ids, part.position_ids, model.config.image_token_id
+    with torch.no_grad():
+        found = objective(part).terms["prompt_kl"]
+        holistic = model.get_holistic_embeddings(
+            input_ids=ids, pixel_values=objective.normalize(part.pixel_values), position_ids=positions
+        )
+        is_image = (ids == token)[..., None]
+        embeds = torch.where(is_image, holistic.language_inputs_embeds, model.get_input_embeddings()(ids))
+        expected = language_logits(model, embeds, positions)
+        ours = language_logits(model, holistic.language_inputs_embeds, positions)
+        places = objective.prompt_places(part)
+    torch.testing.assert_close(found, divergence(expected[places], ours[places]), rtol=1e-4, atol=1e-4)
+    assert float(found) > 0
+
+
+def one_row(batch: PackedBatch) -> PackedBatch:
+    """The first row alone, which has no text."""
+    num_tiles = int((batch.input_ids[0] == batch_image_token(batch)).sum()) // tokens_per_tile(batch)
+    names = ("input_ids", "targets", "position_ids", "is_sample")
+    fields: dict = {name: getattr(batch, name)[:1] for name in names}
+    return PackedBatch(**fields, pixel_values=batch.pixel_values[:num_tiles])
+
+
+def test_the_gradient_reaches_the_holistic_layers_but_not_through_the_bare_model(parts, next_token_config, batch):
+    trainable = prepared(parts[0], next_token_config())
+    around(trainable)(batch).terms["prompt_kl"].backward()
+    gradients = {name: item.grad for name, item in trainable.model.named_parameters() if item.grad is not None}
+    reached = {name for name, gradient in gradients.items() if gradient.any()}
+    assert any(".layers.0." in name for name in reached)
+    assert any("patch_embedding" in name for name in reached)  # our own reading of the prompt looks at the pictures
+    assert all(".layers.0." in name or ".layers.1." in name or "patch" in name or "proj" in name for name in reached)
+
+
+def test_the_bare_model_hears_no_other_question_about_a_shared_picture(parts, next_token_config, data):
+    model, processor = parts
+    objective, maker = around(prepared(model, next_token_config())), ReplySamples(processor)
+
+    def asked(question: str) -> Record:
+        content = [{"type": "image", "path": str(data / "pictures" / "01.png")}, {"type": "text", "text": question}]
+        return Record(question, [{"role": "user", "content": content}, {"role": "assistant", "content": "A bus."}])
+
+    def of_the_first(*records: Record) -> torch.Tensor:
+        """What the bare model says at the first question, behind the picture that all of them share."""
+        config = next_token_config("rows_per_batch=1")
+        [batch] = itertools.islice(
+            PackedBatches([Record.join(records)], maker, config, StreamPosition(), 0, 1, pad_token_id=0), 1
+        )
+        assert (batch.attention_mask is None) == (len(records) == 1)
+        images = model.model(
+            input_ids=batch.input_ids,
+            pixel_values=objective.normalize(batch.pixel_values),
+            position_ids=batch.position_ids,
+            attention_mask=batch.attention_mask,
+        ).image_hidden_states
+        sample = maker.make(Record.join(records), 0)
+        ids = torch.ones_like(sample.input_ids) if sample.subsegment_ids is None else sample.subsegment_ids
+        is_own = ids[sample.is_input] == 1
+        places = objective.prompt_places(batch)
+        places[0, : len(is_own)] &= is_own
+        places[0, len(is_own) :] = False  # more samples of the same records
+        return objective.bare(model, batch.input_ids, batch.position_ids, images, batch.attention_mask, places)
+
+    first, others = asked("What is in the picture, please?"), [asked("Why?"), asked("How many apples are there?")]
+    found = [of_the_first(first, other) for other in others]
+    assert len(found[0]) > 2
+    assert torch.equal(found[0], found[1])
+    alone = of_the_first(first)[-len(found[0]) :]
+    torch.testing.assert_close(found[0], alone, rtol=1e-4, atol=1e-5)
+
+
 # --- distillation ----------------------------------------------------------------------------------------------------
 
 
@@ -245,14 +383,14 @@ class NoTeacher(Targets):
         return torch.ones(len(batch.pixel_values), grid_size**2, 64)
 
 
-def distillation_of(model: HoVLEForConditionalGeneration, weight: float | None) -> DistillationObjective:
+def distillation_of(model: HoVLEForConditionalGeneration, error: TextDistance | None) -> DistillationObjective:
     table = model.model.input_embedding_matrix()
-    return DistillationObjective(model, NoTeacher([64]), table, DistillationConfig(), language_weight=weight)
+    return DistillationObjective(model, NoTeacher([64]), table, DistillationConfig(), text_distance=error)
 
 
 def test_in_distillation_text_is_pulled_to_its_embeddings(parts, batch):
     model, _ = parts
-    output = distillation_of(model, 2.0)(batch)
+    output = distillation_of(model, RelativeDistance())(batch)
     ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
     entering = model.model.get_holistic_embeddings(input_ids=ids, position_ids=positions).language_inputs_embeds
     targets = model.get_input_embeddings()(ids)
@@ -271,7 +409,7 @@ def test_in_distillation_text_is_pulled_to_its_embeddings(parts, batch):
 
 def test_the_error_sees_a_length_that_the_cosine_does_not(parts, batch):
     model, _ = parts
-    objective = distillation_of(model, 1.0)
+    objective = distillation_of(model, RelativeDistance())
     with torch.no_grad():
         for layer in model.model.embedding_layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
@@ -282,3 +420,84 @@ def test_the_error_sees_a_length_that_the_cosine_does_not(parts, batch):
     assert float(exact["text_error"]) == 0
     assert float(halved["text_error"]) == pytest.approx(60, rel=1e-4)
     torch.testing.assert_close(halved["text_cosine"], exact["text_cosine"], rtol=1e-5, atol=1e-4)
+
+
+def random_text(length: int = 64) -> LanguageText:
+    ids = torch.randint(20, 400, (4096,), generator=torch.Generator().manual_seed(6))
+    return LanguageText([ids.tolist()], length, seed=0)
+
+
+def sensitive(model: HoVLEForConditionalGeneration, seed: int = 0) -> FisherDistance:
+    error = FisherDistance(model.config.text_config.hidden_size)
+    error.estimate(model, model.model.input_embedding_matrix(), random_text(), seed)
+    return error
+
+
+def distance_after(model: HoVLEForConditionalGeneration, direction: torch.Tensor) -> float:
+    """KL divergence that a small error in one direction, forwards or backwards at each token, causes."""
+    window = random_text().window_at(50)
+    ids, positions = window.input_ids[None], window.position_ids[None]
+    embeds = model.get_input_embeddings()(ids)
+    signs = torch.randint(2, (64, 64, 1), generator=torch.Generator().manual_seed(7)) * 2 - 1
+    with torch.no_grad():
+        before = language_logits(model, embeds, positions)
+        return sum(
+            float(divergence(before, language_logits(model, embeds + 0.02 * sign * direction, positions)))
+            for sign in signs
+        )
+
+
+def test_the_fisher_error_weighs_directions_by_what_they_change(parts, monkeypatch):
+    model, _ = parts
+    monkeypatch.setattr(text_distance, "TOKENS_PER_DIMENSION", 200)  # with 8 the extremes lie four times further apart
+    error = sensitive(model.eval())
+    weights = error.root.square().sum(dim=0)
+    directions = error.root / error.root.norm(dim=0)
+    strongest, weakest = int(weights.argmax()), int(weights.argmin())
+    found = [distance_after(model, directions[:, place]) for place in (strongest, weakest)]
+    assert weights[strongest] > 3 * weights[weakest]
+    assert found[0] / found[1] == pytest.approx(float(weights[strongest] / weights[weakest]), rel=0.5)
+
+
+def test_an_error_of_no_particular_direction_costs_what_the_relative_one_says(parts):
+    model, _ = parts
+    window = random_text(1000).window_at(0)
+    ids, positions = window.input_ids[None], window.position_ids[None]
+    embeds = model.get_input_embeddings()(ids).detach()
+    moved = embeds + 0.1 * torch.randn(embeds.shape, generator=torch.Generator().manual_seed(8))
+    text = HeldText(moved, embeds, positions)
+    relative, fisher = (float(error(model, text)) for error in (RelativeDistance(), sensitive(model)))
+    assert fisher == pytest.approx(relative, rel=0.15)
+    assert float(sensitive(model)(model, HeldText(embeds, embeds, positions))) == 0
+
+
+def test_what_the_language_model_is_sensitive_to_depends_on_the_seed_alone(parts):
+    model, _ = parts
+    state = torch.get_rng_state()
+    first, again, other = sensitive(model).root, sensitive(model).root, sensitive(model, seed=1).root
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(item.grad is None for item in model.parameters())
+
+
+def test_distillation_holds_text_by_the_distance_that_later_stages_hold_it_by(parts, next_token_config, batch):
+    trainable = prepared(parts[0], next_token_config())
+    model = trainable.model
+    output = distillation_of(model, LanguageDivergence())(batch)
+    expected = terms_of(objective_of(trainable), batch)["language_kl"]
+    torch.testing.assert_close(output.terms["language_kl"], expected, rtol=1e-4, atol=1e-4)
+    assert int(output.counts["language_kl"]) == 60
+    output.terms["language_kl"].backward()
+    reached = {name for name, item in model.named_parameters() if item.grad is not None and item.grad.any()}
+    assert reached
+    assert all(".layers.0." in name or ".layers.1." in name for name in reached)
+
+
+@pytest.mark.parametrize("kind", ["relative", "fisher", "kl"])
+def test_a_batch_without_text_has_no_error(parts, batches, kind):
+    model, _ = parts
+    error = make_text_distance(kind, model)
+    [batch] = batches("chat")
+    output = distillation_of(model, error)(batch)
+    assert float(output.terms[error.term]) == int(output.counts[error.term]) == 0

@@ -95,12 +95,37 @@ def test_a_language_model_that_learns_resumes_with_the_copy_it_started_from(held
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_distillation_holds_the_same_text_to_its_embeddings(distillation_config, text):
-    config = distillation_config(f"language.source={text}", "learning_rate=1e-2", "num_steps=6")
+@pytest.mark.parametrize(
+    ("kind", "term"), [("relative", "text_error"), ("fisher", "fisher_error"), ("kl", "language_kl")]
+)
+def test_distillation_holds_the_same_text(distillation_config, text, kind, term):
+    config = distillation_config(
+        f"language.source={text}", f"language.error={kind}", "learning_rate=1e-2", "num_steps=6"
+    )
     run_stage(config)
-    errors = [entry["text_error"] for entry in entries(config.output)]
-    assert errors[0] == 0  # a new model's holistic layers are the identity
+    errors = [entry[term] for entry in entries(config.output)]
+    assert abs(errors[0]) < 1e-4  # a new model's holistic layers are the identity
     assert all(error > 0 for error in errors[1:])
+
+
+def test_a_resumed_distillation_measures_the_same_sensitivity(distillation_config, text, tmp_path):
+    overrides = (f"language.source={text}", "language.error=fisher", "checkpoint_every=2")
+    straight, interrupted = (
+        distillation_config(f"output={tmp_path / name}", *overrides) for name in ("straight", "interrupted")
+    )
+    run_stage(straight)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hovle.train.run.writer.Writer.finish", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(interrupted)
+    run_stage(interrupted, resume=True)
+    expected, found = weights(straight.output), weights(interrupted.output)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_only_distillation_chooses_how_text_is_held(held):
+    with pytest.raises(ValueError, match=r"language.error is fisher, which is for distillation"):
+        held("language.error=fisher")
 
 
 def test_a_dry_run_says_what_text_takes_which_share(held, text, capsys):
