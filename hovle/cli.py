@@ -13,6 +13,7 @@ COMMANDS = {
     "chat": ("hovle.chat.command", "talk with a model about pictures in the terminal"),
     "serve": ("hovle.serve.command", "answer requests of OpenAI's chat API with a model"),
     "convert": ("hovle.convert.command", "turn a released checkpoint into a hovle model, and back"),
+    "export": ("hovle.export.command", "write a model for engines that know nothing of hovle"),
     "fetch": ("hovle.assets.command", "download the real model, teacher and data the demo uses"),
     "plan": ("hovle.train.plan.command", "predict memory, hours and cost of training stages before they run"),
     "data": ("hovle.train.data.doctor", "look through the training data of a recipe before a run"),

@@ -11,7 +11,7 @@ FLOORS = [
     ["errors", "requirements", "version"],
     ["machine", "files", "options", "charts"],
     ["assets", "model"],
-    ["convert"],
+    ["convert", "export"],
     ["language"],
     ["chat", "serve"],
     ["train.config", "train.parallel"],
