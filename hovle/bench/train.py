@@ -135,7 +135,7 @@ class Shape:
     samples_per_padded_batch: int
 
 
-SHAPES = {"easy_vqa": Shape(16, 58, 32), "skewed": Shape(3, 512, 12), "shared": Shape(8, 212, 12)}
+SHAPES = {"easy_vqa": Shape(16, 58, 32), "skewed": Shape(3, 512, 12), "shared": Shape(16, 212, 24)}
 
 
 @dataclass
