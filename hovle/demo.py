@@ -1,14 +1,17 @@
 """Train a small model on this machine and let it answer questions about pictures it has never seen.
 
 A stock language model (SmolLM2-135M-Instruct) learns to see in three stages on easy-VQA: distillation from an
-EfficientNet, alignment with the language model frozen, instruction tuning of everything. Finished stages are kept: a
-second call does what is missing. An interrupted stage starts again.
+EfficientNet, alignment with the language model frozen, instruction tuning of everything. Finished stages are kept, and
+an interrupted one goes on from its last checkpoint: a second call does what is missing.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
+import math
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,7 @@ from .assets import easy_vqa
 from .assets.vqa_questions import Question, draw_questions
 from .charts import load_pyplot
 from .eval.vqa import exact_match, score_model
+from .files.documents import load_yaml
 
 STAGES = ("distillation", "alignment", "instruction_tuning")
 """Recipes `demo/<stage>` in their order."""
@@ -26,6 +30,10 @@ MINUTES = 30.0
 
 TRAINING_SHARE = 0.7
 """Part of that for training steps; compiling, validating and scoring take the rest."""
+
+EXPECTED = ((0.0, 0.34), (0.44, 0.80), (0.94, 0.98), (1.0, 0.98))
+"""Share of the recipes' steps and of right answers to balanced questions, as measured (dev/LOG.md); the first one is a
+guess's."""
 
 ENVIRONMENT = ("device", "processor", "num_threads", "dtype", "compiled", "torch", "commit")
 """What the report says of the machine, from a run's log."""
@@ -66,9 +74,14 @@ def run(args: argparse.Namespace) -> int:
         delete_runs(args.output)
     configs = check_kept_stages(args.output, configs, args.overrides)
     if not any(item.startswith("num_steps=") for item in args.overrides):
-        configs = fit_steps(args.output, configs, args.minutes)
-    for stage, config in configs.items():
-        train_stage(stage, args.output / stage, config)
+        pace = Pace(args.output, configs)
+        minutes = choose_minutes(pace, args.minutes)
+        for stage in STAGES:
+            configs = pace.fit_steps(configs, minutes)
+            train_stage(stage, args.output / stage, configs[stage])
+    else:
+        for stage, config in configs.items():
+            train_stage(stage, args.output / stage, config)
     started_at = time.perf_counter()
     report: dict = {"stages": {stage: stage_facts(args.output / stage) for stage in STAGES}}
     for stage in STAGES[1:]:
@@ -112,30 +125,35 @@ def _delete_run(folder: Path) -> None:
 
 
 def check_kept_stages(output: Path, configs: dict, overrides: Sequence[str] = ()) -> dict:
-    """Refuse to keep a finished stage that another recipe made, or that follows one still to be trained.
+    """Refuse to keep a stage, finished or begun, of another recipe, or that follows one still to be trained.
 
     Returns:
-        The configs, a kept stage's with the number of steps it did, unless the user asks for one.
+        The configs, a kept stage's with its own number of steps, unless the user asks for one.
     """
-    import yaml
-
     from .train.run.checkpoint import changed_fields
 
     to_train: list[str] = []
     found = dict(configs)
     for stage, config in configs.items():
         folder = output / stage
-        if not is_finished(folder):
+        recipe = read_recipe(folder)
+        if recipe is None:
             to_train.append(stage)
             continue
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
         if not any(item.startswith("num_steps=") for item in overrides):
             config = found[stage] = dataclasses.replace(config, num_steps=recipe["num_steps"])
         changed = changed_fields(recipe, config.to_dict())
         if changed or to_train:
             reason = f"its {', '.join(changed)} differ" if changed else f"it was trained before {to_train[0]} will be"
             raise ValueError(f"{folder} does not belong to this demo: {reason}. Train all stages again with --fresh.")
+        if not is_finished(folder):
+            to_train.append(stage)
     return found
+
+
+def read_recipe(folder: Path) -> dict | None:
+    """The recipe of a run that is finished or can go on; None where the stage is still to begin."""
+    return load_yaml(folder / "recipe.yaml") if (folder / "recipe.yaml").is_file() else None
 
 
 def is_finished(folder: Path) -> bool:
@@ -143,39 +161,98 @@ def is_finished(folder: Path) -> bool:
     return (folder / "model").is_dir()
 
 
-def fit_steps(output: Path, configs: dict, minutes: float) -> dict:
-    """Cut the steps of the stages still to be trained, all by the same share, where they would take too long here.
+class Pace:
+    """How long the stages take on this machine: estimated before they begin, corrected by those that are finished.
 
     Args:
-        output: Folder of the runs; what finished ones took counts.
+        output: Folder of the runs; what was trained there already counts.
         configs: Stage -> config.
-        minutes: For the whole demo.
     """
-    from .train.parallel import make_accelerator
-    from .train.run.benchmark_step import seconds_per_step
 
-    missing = [stage for stage in configs if not is_finished(output / stage)]
-    if not missing:
-        return configs
-    spent = sum(stage_facts(output / stage)["training_seconds"] for stage in configs if stage not in missing)
-    seconds = {}
-    for stage in missing:
-        _say(f"{stage}: measuring a step on this machine")
-        # The model it will start from is not there yet; a new one has the same shapes.
-        config = dataclasses.replace(configs[stage], model=configs[STAGES[0]].model)
-        seconds[stage] = configs[stage].num_steps * seconds_per_step(config, make_accelerator())
-    share = step_share(sum(seconds.values()), TRAINING_SHARE * 60 * minutes - spent)
-    fitted = dict(configs)
-    for stage in missing:
-        num_steps = max(1, int(share * configs[stage].num_steps))
-        fitted[stage] = dataclasses.replace(configs[stage], num_steps=num_steps)
-        _say(f"{stage}: {num_steps} steps in about {seconds[stage] * share / 60:.1f} minutes")
-    if share < 1:
-        _say(
-            f"That is {share:.0%} of the recipes' steps, so that the demo takes about {minutes:g} minutes in all; "
-            "more steps answer better (--minutes)."
-        )
-    return fitted
+    def __init__(self, output: Path, configs: dict):
+        from .train.parallel import make_accelerator
+        from .train.run.benchmark_step import estimate_seconds
+
+        self.output = output
+        self.wanted = {stage: config.num_steps for stage, config in configs.items()}
+        self.seconds: dict[str, float] = {}
+        """Estimate of a step of each stage that had not begun."""
+        for stage in self._to_begin():
+            _say(f"{stage}: measuring steps on this machine")
+            # The model it will start from is not there yet; a new one has the same shapes.
+            config = dataclasses.replace(configs[stage], model=configs[STAGES[0]].model)
+            self.seconds[stage] = estimate_seconds(config, make_accelerator())
+
+    def _to_begin(self) -> list[str]:
+        return [stage for stage in STAGES if read_recipe(self.output / stage) is None]
+
+    def remaining_seconds(self) -> float:
+        """What all steps of the stages that have not begun would take."""
+        correction = self._correction()
+        return sum(correction * self.seconds[stage] * self.wanted[stage] for stage in self._to_begin())
+
+    def _correction(self) -> float:
+        """What the stages trained meanwhile took of their estimate."""
+        took, estimated = 0.0, 0.0
+        for stage in set(self.seconds) - set(self._to_begin()):
+            facts = stage_facts(self.output / stage)
+            took += facts["training_seconds"]
+            estimated += facts["steps"] * self.seconds[stage]
+        return took / estimated if estimated else 1.0
+
+    def spent_seconds(self) -> float:
+        """What the stages that have begun took so far."""
+        begun = [self.output / stage for stage in STAGES if stage not in self._to_begin()]
+        return sum(stage_facts(folder)["training_seconds"] for folder in begun if has_steps(folder))
+
+    def share(self, minutes: float) -> float:
+        """Share of their steps that the stages that have not begun can do."""
+        return step_share(self.remaining_seconds(), TRAINING_SHARE * 60 * minutes - self.spent_seconds())
+
+    def fit_steps(self, configs: dict, minutes: float) -> dict:
+        """Cut the steps of the stages that have not begun, all by the same share, where they would take too long.
+
+        Args:
+            configs: Stage -> config.
+            minutes: For the whole demo.
+        """
+        fitted = dict(configs)
+        to_begin = self._to_begin()
+        share = self.share(minutes) if to_begin else 1.0
+        for stage in to_begin:
+            num_steps = max(1, int(share * self.wanted[stage]))
+            fitted[stage] = dataclasses.replace(configs[stage], num_steps=num_steps)
+            about = self._correction() * self.seconds[stage] * num_steps / 60
+            _say(f"{stage}: {num_steps} of {self.wanted[stage]} steps in about {about:.1f} minutes")
+        return fitted
+
+
+def choose_minutes(pace: Pace, minutes: float) -> float:
+    """Say beforehand what too little time gives, and let a person at a terminal choose; the minutes it may take."""
+    share = pace.share(minutes)
+    if share == 1:
+        return minutes
+    enough = math.ceil((pace.spent_seconds() + pace.remaining_seconds()) / (TRAINING_SHARE * 60))
+    _say(
+        f"{minutes:g} minutes suffice for {share:.0%} of the recipes' steps on this machine: expect about "
+        f"{expected_accuracy(share):.0%} right answers (guessing gives {EXPECTED[0][1]:.0%}). All steps take about "
+        f"{enough} minutes and give {EXPECTED[-1][1]:.0%} (--minutes {enough})."
+    )
+    if not sys.stdin.isatty():
+        return minutes
+    answer = input(f"Train for {minutes:g} minutes [Enter], or for how many? ").strip()
+    try:
+        return float(answer) if answer else minutes
+    except ValueError:
+        raise ValueError(f"Minutes are a number, not {answer!r}.") from None
+
+
+def expected_accuracy(share: float) -> float:
+    """Share of right answers to expect after a share of the steps, between the measured ones."""
+    for (low, before), (high, after) in itertools.pairwise(EXPECTED):
+        if share <= high:
+            break
+    return before + (after - before) * (share - low) / (high - low)
 
 
 def step_share(wanted_seconds: float, seconds: float) -> float:
@@ -190,19 +267,24 @@ def step_share(wanted_seconds: float, seconds: float) -> float:
 
 
 def train_stage(stage: str, folder: Path, config) -> None:
-    """Run one stage, or keep it if it is finished."""
+    """Run one stage, go on with it where it was interrupted, or keep it if it is finished."""
     from .train import run_stage
 
     if is_finished(folder):
         _say(f"{stage}: already trained, see {folder} (--fresh trains again)")
         return
-    _delete_run(folder)
-    run_stage(config)
+    run_stage(config, resume=True)
+
+
+def has_steps(folder: Path) -> bool:
+    """Whether a run has logged a step."""
+    log = folder / "log.jsonl"
+    return log.is_file() and '"loss"' in log.read_text(encoding="utf-8")
 
 
 def stage_facts(folder: Path) -> dict:
     """What a finished run's log says: duration, samples and tokens, environment, cosine to the teacher."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     start, steps = entries[0], [entry for entry in entries if "loss" in entry]
     facts = {
         "seconds": round(entries[-1]["time"] - start["time"], 1),

@@ -125,28 +125,77 @@ def test_a_stage_whose_steps_were_cut_is_kept_unless_a_number_is_asked_for(tmp_p
         demo.check_kept_stages(tmp_path, configs, [f"num_steps={configs['distillation'].num_steps}"])
 
 
+def set_seconds(monkeypatch, seconds: float) -> None:
+    monkeypatch.setattr("hovle.train.run.benchmark_step.estimate_seconds", lambda config, accelerator: seconds)
+
+
 @pytest.mark.parametrize(("minutes", "share"), [(30.0, 1.0), (5.0, 0.5)])
 def test_steps_are_cut_alike_where_they_would_take_too_long(tmp_path, monkeypatch, capsys, minutes, share):
     configs = finish_stage(tmp_path, "distillation")  # took 9 s
     wanted = sum(configs[stage].num_steps for stage in demo.STAGES[1:])
-    seconds = (demo.TRAINING_SHARE * 60 * 5.0 - 9) / (0.5 * wanted)  # a step, so that half of them fit in 5 minutes
-    monkeypatch.setattr("hovle.train.run.benchmark_step.seconds_per_step", lambda config, accelerator: seconds)
-    fitted = demo.fit_steps(tmp_path, configs, minutes)
+    set_seconds(monkeypatch, (demo.TRAINING_SHARE * 60 * 5.0 - 9) / (0.5 * wanted))  # half of them fit in 5 minutes
+    pace = demo.Pace(tmp_path, configs)
+    fitted = pace.fit_steps(configs, minutes)
     assert fitted["distillation"] == configs["distillation"]
     for stage in demo.STAGES[1:]:
         assert fitted[stage].num_steps == pytest.approx(share * configs[stage].num_steps, abs=1)
-    assert ("50%" in capsys.readouterr().out) == (share < 1)
+    capsys.readouterr()
+    assert demo.choose_minutes(pace, minutes) == minutes  # nobody sits at a terminal
+    said = capsys.readouterr().out
+    assert ("50%" in said and "--minutes 10" in said) == (share < 1)
     with pytest.raises(ValueError, match="--minutes"):
-        demo.fit_steps(tmp_path, configs, 0.5)
+        pace.fit_steps(configs, 0.5)
+
+
+def test_a_person_chooses_the_minutes(tmp_path, monkeypatch):
+    configs = finish_stage(tmp_path, "distillation")
+    set_seconds(monkeypatch, 5.0)
+    pace = demo.Pace(tmp_path, configs)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+    for typed, minutes in [("", 30.0), ("95", 95.0)]:
+        monkeypatch.setattr("builtins.input", lambda prompt, typed=typed: typed)
+        assert demo.choose_minutes(pace, 30.0) == minutes
+    monkeypatch.setattr("builtins.input", lambda prompt: "long")
+    with pytest.raises(ValueError, match="'long'"):
+        demo.choose_minutes(pace, 30.0)
+
+
+def test_what_a_stage_took_corrects_the_estimate_of_the_next(tmp_path, monkeypatch):
+    set_seconds(monkeypatch, 0.9)  # the finished stage's 20 steps took 9 s: 0.45 s each
+    configs = {stage: load_stage(f"demo/{stage}") for stage in demo.STAGES}
+    pace = demo.Pace(tmp_path, configs)
+    before = pace.remaining_seconds()
+    finish_stage(tmp_path, "distillation")
+    rest = sum(configs[stage].num_steps for stage in demo.STAGES[1:])
+    assert before == pytest.approx(0.9 * (configs["distillation"].num_steps + rest))
+    assert pace.remaining_seconds() == pytest.approx(0.45 * rest)
+
+
+def test_more_steps_promise_more():
+    promised = [demo.expected_accuracy(share) for share in (0.0, 0.2, 0.44, 0.7, 1.0)]
+    assert promised == sorted(promised)
+    assert promised[2] == pytest.approx(0.80)
 
 
 def test_a_demo_that_is_finished_is_not_measured_again(tmp_path, monkeypatch):
     for stage in demo.STAGES:
         configs = finish_stage(tmp_path, stage)
     monkeypatch.setattr(
-        "hovle.train.run.benchmark_step.seconds_per_step", lambda *_: pytest.fail("nothing is left to measure")
+        "hovle.train.run.benchmark_step.estimate_seconds", lambda *_: pytest.fail("nothing is left to measure")
     )
-    assert demo.fit_steps(tmp_path, configs, minutes=0.1) == configs
+    assert demo.Pace(tmp_path, configs).fit_steps(configs, minutes=0.1) == configs
+
+
+def test_an_interrupted_stage_goes_on_with_its_own_steps(tmp_path, monkeypatch):
+    finish_stage(tmp_path, "distillation")
+    configs = finish_stage(tmp_path, "alignment", ["num_steps=7"])
+    (tmp_path / "alignment" / "model").rmdir()
+    kept = demo.check_kept_stages(tmp_path, configs)
+    assert kept["alignment"].num_steps == 7
+    resumed = []
+    monkeypatch.setattr("hovle.train.run_stage", lambda config, resume: resumed.append((config, resume)))
+    demo.train_stage("alignment", tmp_path / "alignment", kept["alignment"])
+    assert resumed == [(kept["alignment"], True)]
 
 
 def test_a_stage_trained_before_one_that_is_missing_is_not_kept(tmp_path):

@@ -7,16 +7,24 @@ import torch
 
 from hovle.train.parallel import make_accelerator
 from hovle.train.run import benchmark_step
-from hovle.train.run.benchmark_step import BenchmarkStep, seconds_per_step
+from hovle.train.run.benchmark_step import BenchmarkStep
 
 
 @pytest.mark.parametrize("stage", ["distillation", "next_token"])
-def test_a_step_is_measured_and_nothing_is_written(stage, request, monkeypatch):
-    config = request.getfixturevalue(f"{stage}_config")("compile=off", "num_workers=0")
-    passes = iter([90.0, 3.0])  # the first one compiles
+def test_a_step_is_estimated_from_a_few_rows_and_nothing_is_written(stage, request, monkeypatch):
+    config = request.getfixturevalue(f"{stage}_config")("compile=on", "num_workers=0", "rows_per_batch=10")
     step_all = BenchmarkStep.step_all
-    monkeypatch.setattr(benchmark_step.BenchmarkStep, "step_all", lambda self: step_all(self) * 0 + next(passes))
-    assert seconds_per_step(config, make_accelerator()) == 3.0
+    sizes = []
+
+    def seconds(self: BenchmarkStep) -> float:
+        sizes.append(len(self.steps[0][0].input_ids))
+        assert not self.step.is_compiled
+        return step_all(self) * 0 + 1.0 + 0.5 * sizes[-1]
+
+    monkeypatch.setattr(BenchmarkStep, "step_all", seconds)
+    estimate = benchmark_step.estimate_seconds(config, make_accelerator())
+    assert set(sizes) == {1, 4}
+    assert estimate == pytest.approx((1.0 + 0.5 * 10) * benchmark_step.COMPILED_SHARE)
     assert not Path(config.output).exists()
 
 
