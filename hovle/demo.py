@@ -249,9 +249,7 @@ def choose_minutes(pace: Pace, minutes: float) -> float:
 
 def expected_accuracy(share: float) -> float:
     """Share of right answers to expect after a share of the steps, between the measured ones."""
-    for (low, before), (high, after) in itertools.pairwise(EXPECTED):
-        if share <= high:
-            break
+    (low, before), (high, after) = next(pair for pair in itertools.pairwise(EXPECTED) if share <= pair[1][0])
     return before + (after - before) * (share - low) / (high - low)
 
 

@@ -16,7 +16,6 @@ from ..step.assembly import TrainableStep, prepare_model
 from .stage_data import StageData
 from .start import load_start
 
-
 COMPILED_SHARE = 0.5
 """What a compiled step takes of an uncompiled one: 0.42 to 0.65 in eval/results/speed/train.json and dev/LOG.md."""
 
