@@ -1,5 +1,6 @@
 """Sources of training samples, one class for each kind."""
 
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
@@ -84,6 +85,10 @@ class PictureData(DataSource):
     """Folder, read with its subfolders."""
 
 
+COLUMNS = ("image", "messages", "conversations", "texts", "question", "answer", "caption", "system")
+"""What is read of a row, by the names that `HuggingFaceData.columns` gives to columns."""
+
+
 @section
 class HuggingFaceData(ConversationData):
     """Local files or a data set of the Hub, read by `datasets`."""
@@ -91,8 +96,11 @@ class HuggingFaceData(ConversationData):
     source: Literal["huggingface"] = "huggingface"
     path: str
     """File, folder or Hub id."""
-    split: str = "train"
-    """Part of the data set to read."""
+    split: str | None = None
+    """Part of the data set to read; by default `train` of a Hub id, and of local files all, unless the names of all of
+    them begin with a split's, as in `train-00000-of-00002.parquet`."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What columns are called that have other names: `{image: photo, caption: title}`; see `COLUMNS`."""
     format: Literal["auto", "parquet", "webdataset", "imagefolder"] = "auto"
     """How local files are laid out; `auto` goes by their names, and by the card of a Hub id."""
     subset: str | None = None
@@ -105,6 +113,9 @@ class HuggingFaceData(ConversationData):
     """What the user says beside the picture where a row holds a picture and its caption only."""
 
     def __post_init__(self):
+        unknown = [name for name in self.columns if name not in COLUMNS]
+        if unknown:
+            raise ValueError(f"columns: {unknown[0]!r} is none of what is read: {', '.join(COLUMNS)}.")
         if self.revision is not None and Path(self.path).exists():
             raise ValueError(f"revision belongs to a Hub id; {self.path} is a local path.")
 

@@ -37,7 +37,7 @@ Many = Annotated[tuple[Item, ...], Strict(False), BeforeValidator(listed)]
 """A list in YAML, a tuple once it is loaded."""
 
 
-@dataclass_transform(frozen_default=True, kw_only_default=True)
+@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dataclasses.field,))
 def section(cls: type) -> Any:
     """Make a class of annotated fields a part of recipes; where a value has another type, `ValidationError`."""
     return dataclass(frozen=True, kw_only=True, config=ConfigDict(strict=True, extra="forbid"))(cls)

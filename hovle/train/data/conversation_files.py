@@ -23,10 +23,21 @@ from .records import (
     check_marks,
     inside,
     messages_from_turns,
+    picture_item,
     picture_items,
     picture_paths,
 )
-from .rows import FILM_ITEMS, is_empty, side_pictures, unread_keys, with_pictures_first, with_system
+from .rows import (
+    FILM_ITEMS,
+    ITEM_KEYS,
+    PICTURE_ITEMS,
+    is_empty,
+    item_picture,
+    side_pictures,
+    unread_keys,
+    with_pictures_first,
+    with_system,
+)
 from .skips import FILM, SkipSampleError, sparing_the_run
 
 OTHER_ENCODINGS = ("gb18030", "cp1252")
@@ -164,9 +175,9 @@ def _chat_record(entry: Any, name: str, folder: Path) -> Record:
     if fault:
         raise ValueError(f"{name}: {EXPECTED_CHAT}, found {str(entry)[:80]!r} ({fault}).")
     messages = row["messages"]
-    for item in picture_items(messages):
-        if "path" in item:
-            item["path"] = str(inside(folder, item["path"]))
+    for message in messages:
+        for item in message["content"] if isinstance(message["content"], list) else []:
+            _resolve_picture(item, folder, name)
     side = [str(inside(folder, picture)) for picture in side_pictures(row, ("images", "image"), name)]
     if side:
         messages = _with_side_pictures(messages, side, name)
@@ -177,13 +188,22 @@ def _chat_record(entry: Any, name: str, folder: Path) -> Record:
     return Record(name, added + messages, unread=_unread_chat_keys(row, messages, name))
 
 
+def _resolve_picture(item: dict, folder: Path, name: str) -> None:
+    """Let an item that holds a picture name its file in full, or hold its bytes."""
+    picture = item_picture(item, name) if item["type"] in PICTURE_ITEMS else None
+    if picture is not None:
+        for key in ITEM_KEYS:
+            item.pop(key, None)
+        item |= picture_item(picture if isinstance(picture, bytes) else inside(folder, str(picture)))
+
+
 def _unread_chat_keys(row: Mapping, messages: list[dict], name: str) -> tuple[str, ...]:
     num_pictures = len(picture_items(messages))
     unread = unread_keys(row, ("messages", "images", "image", "system"), num_pictures, name)
     for message in messages:
         unread += unread_keys(message, MESSAGE_KEYS, num_pictures, name)
         for item in message["content"] if isinstance(message["content"], list) else []:
-            unread += unread_keys(item, ("type", "text", "path"), num_pictures, name)
+            unread += unread_keys(item, ("type", "text", "path", "image"), num_pictures, name)
     return unread
 
 
@@ -199,14 +219,26 @@ def _chat_fault(row: Any, name: str) -> str | None:
         for item in content if isinstance(content, list) else [{"type": "text", "text": content}]:
             if item["type"] in FILM_ITEMS:
                 raise SkipSampleError(name, FILM, f"a message has an item of the type {item['type']}.")
-            if item["type"] not in ("image", "text"):
+            if item["type"] in PICTURE_ITEMS:
+                fault = _picture_fault(item, has_side_pictures, name)
+                if fault:
+                    return fault
+            elif item["type"] != "text":
                 return f"an item's type {item['type']!r} is neither image nor text"
-            field = "path" if item["type"] == "image" else "text"
-            if field == "path" and has_side_pictures and item.get("path") is None:
-                continue  # a place for a picture beside the messages
-            if not isinstance(item[field], str):
-                return f"{field} {item[field]!r:.40} is no text"
+            elif not isinstance(item["text"], str):
+                return f"text {item['text']!r:.40} is no text"
     return None
+
+
+def _picture_fault(item: dict, has_side_pictures: bool, name: str) -> str | None:
+    """What is wrong with an item that stands for a picture, which may lie beside the messages."""
+    try:
+        picture = item_picture(item, name)
+    except SkipSampleError as error:
+        return error.detail
+    if isinstance(picture, str | bytes) or (picture is None and has_side_pictures):
+        return None
+    return f"path {item.get('path')!r:.40} is no text"
 
 
 def _texts(message: Mapping) -> list[str]:
@@ -216,7 +248,7 @@ def _texts(message: Mapping) -> list[str]:
 
 def _with_side_pictures(messages: list[dict], pictures: list[str], name: str) -> list[dict]:
     """Messages with the pictures beside them at their marks or at items without a path, else before the question."""
-    if any("path" in item for item in picture_items(messages)):
+    if any("path" in item or "image" in item for item in picture_items(messages)):
         detail = "pictures stand both in its messages and beside them."
         raise SkipSampleError(name, "picture count", detail)
     turns = [(message["role"], _with_marks(message["content"])) for message in messages]

@@ -144,6 +144,7 @@ class GroupedRecords:
 
     def __init__(self, records: Records, size: int, independent_turns: bool):
         self.records, self.independent_turns = records, independent_turns
+        self.left_aside = getattr(records, "left_aside", [])
         rows, numbers, groups = array("q"), array("q"), array("q")
         open_groups: dict[bytes, tuple[int, int]] = {}  # key -> number of the group that has room, and its members
         num_groups = 0
@@ -195,6 +196,7 @@ class GroupedStream:
     def __init__(self, records: RecordStream, size: int, independent_turns: bool):
         self.records, self.size, self.independent_turns = records, size, independent_turns
         self.fingerprint = records.fingerprint
+        self.left_aside = getattr(records, "left_aside", [])
         self.has_branches = size > 1
 
     def open_shard(self, shard: int, num_shards: int, seed: int, state: dict | None) -> "GroupedCursor":

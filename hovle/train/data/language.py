@@ -119,8 +119,7 @@ def read_documents(source: str, processor: HoVLEProcessor) -> Iterator[list[int]
     elif path.is_dir() or path.suffix in (".parquet", ".arrow"):
         from .huggingface import open_dataset
 
-        dataset, _ = open_dataset(HuggingFaceData(path=source))
-        for number, row in enumerate(dataset):
+        for number, row in enumerate(open_dataset(HuggingFaceData(path=source)).rows):
             yield encode_row(row, f"{path.name}[{number}]", processor)
     else:
         yield encode_prose(read_text(source, FIELD), processor)

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-from collections import Counter
 from pathlib import Path
 
 from ...assets import easy_vqa
@@ -11,8 +10,9 @@ from ...files.fingerprints import fingerprint_files
 from ..config import ChatData, ConversationData, DataConfig, EasyVqaData, HuggingFaceData, LlavaData, PictureData
 from .conversation_files import LlavaRecords, read_chats
 from .grouping import GroupedRecords, share_pictures
-from .records import PICTURE_SUFFIXES, Record, Records, RecordStream, conversation, inside, picture_paths
-from .skips import NUM_WORST, SkipSampleError
+from .local_files import describe_left, list_folder
+from .records import PICTURE_SUFFIXES, Record, Records, RecordStream, conversation, picture_paths
+from .skips import SkipSampleError
 
 
 def load_records(config: DataConfig) -> Records | RecordStream:
@@ -94,36 +94,14 @@ def _by_picture(questions: list[Question]) -> dict[Path, list[Question]]:
 
 
 class PictureRecords(list[Record]):
-    """The pictures of a folder and its subfolders; other files and linked subfolders are left aside and told of.
-
-    A link to a folder is not followed: what it leads to lies outside, which is refused, or is read anyway.
-    """
+    """The pictures of a folder and its subfolders; what else lies there is left aside and told of."""
 
     def __init__(self, folder: Path):
-        linked, pictures, others = [], [], []
-        for path in sorted(folder.rglob("*")):
-            if path.is_symlink():
-                inside(folder, str(path.relative_to(folder)))
-            if path.is_dir():
-                linked += [path] if path.is_symlink() else []
-            elif path.suffix.lower() in PICTURE_SUFFIXES:
-                pictures.append(path)
-            else:
-                others.append(path)
+        listing = list_folder(folder)
+        pictures = [path for path in listing.files if path.suffix.lower() in PICTURE_SUFFIXES]
+        others = [path for path in listing.files if path.suffix.lower() not in PICTURE_SUFFIXES]
+        self.left_aside = [*describe_left(others, "that are no pictures by their names"), *listing.left_aside()]
         if not pictures:
-            raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).")
+            found = "".join(f" {line}." for line in self.left_aside)
+            raise ValueError(f"{folder} holds no pictures ({', '.join(PICTURE_SUFFIXES)}).{found}")
         super().__init__(Record(path.name, conversation(path, "", "")) for path in pictures)
-        self.left_aside = _describe_left(others, "files that are no pictures by their names")
-        self.left_aside += _describe_left(linked, "links to folders, which are read where they lie")
-
-
-def _describe_left(paths: list[Path], what: str) -> list[str]:
-    if not paths:
-        return []
-    suffixes = Counter(path.suffix.lower() or "no suffix" for path in paths)
-    shown = [f"{count:,} {suffix}" for suffix, count in suffixes.most_common(NUM_WORST)]
-    names = [path.name for path in paths[:NUM_WORST]]
-    return [
-        f"left aside {len(paths):,} {what} ({', '.join(shown)}): {', '.join(names)}"
-        + ", ..." * (len(paths) > NUM_WORST)
-    ]

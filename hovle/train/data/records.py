@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Protocol, runtime_checkable
 
 from ...assets.vqa_questions import draw_weighted
@@ -136,12 +136,21 @@ def conversation(picture: Path | str | bytes, question: str, answer: str) -> lis
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Full path of a picture; links are followed, and what leads out of the folder is refused."""
+    """Full path of a picture; links are followed, and what leads out of the folder is refused.
+
+    A name may have the backslashes of Windows. A snapshot in the Hub's cache consists of links into the `blobs` beside
+    it, which belong to it.
+    """
     try:
+        if "\\" in name and not (folder / name).exists():
+            name = "/" + name if PureWindowsPath(name).drive else name.replace("\\", "/")
         path = (folder / name).resolve()
+        root = folder.resolve()
     except (OSError, ValueError, RuntimeError) as error:  # a null character, links in a circle
         raise ValueError(f"Picture {name[:80]!r} is no name of a file ({error}).") from error
-    if not path.is_relative_to(folder.resolve()):
+    snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)
+    roots = [root, *([snapshots.parent / "blobs"] if snapshots else [])]
+    if not any(path.is_relative_to(own) for own in roots):
         raise ValueError(f"Picture {name[:200]!r} lies outside {folder}; keep pictures beside the data file.")
     return path
 

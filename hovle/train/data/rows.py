@@ -5,6 +5,7 @@ about (a picture under another name, a video, tools), the model would learn to a
 any other key the name is counted.
 """
 
+import base64
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
@@ -46,6 +47,10 @@ _FILM_SUFFIXES = """
 """
 FILM_SUFFIXES = frozenset(_FILM_SUFFIXES.split())
 """Of files of videos and sounds."""
+
+MEMBERS, LEFT, FAULT = "__members__", "__left__", "__fault__"
+"""Columns that our own readers of files make: members of a tar, what lies beside them and is none, and what is wrong
+with a row, empty where it is sound."""
 
 MOST_KEYS_NAMED = 5
 """Unread keys a remark names."""
@@ -213,3 +218,48 @@ def side_pictures(row: Mapping, keys: Sequence[str], name: str) -> list[str]:
     if names and len(files) < len(names[0]):
         raise SkipSampleError(name, "malformed", f"expected names of picture files, found {given[0]!r:.80}.")
     return files
+
+
+# --- pictures inside messages ----------------------------------------------------------------------------------------
+
+PICTURE_ITEMS = ("image", "image_url")
+"""Types of items of messages that are pictures."""
+
+ITEM_KEYS = ("path", "image", "image_url", "url", "bytes")
+"""Keys of an item of a message under which its picture may stand."""
+
+
+def item_picture(item: Mapping, name: str) -> str | bytes | Mapping | None:
+    """What an item of a message holds of its picture: the name of a file, bytes, or a mapping with either.
+
+    None where it stands for a picture beside the messages.
+
+    Raises:
+        SkipSampleError: When the picture is named by its address only, or twice.
+    """
+    given = {key: item[key] for key in ITEM_KEYS if not is_empty(item.get(key))}
+    if not given:
+        return None
+    if len(given) > 1:
+        raise SkipSampleError(name, "malformed", f"an item of a message holds a picture twice: {item!r:.80}.")
+    [(key, picture)] = given.items()
+    if isinstance(picture, Mapping) and is_empty(picture.get("bytes")) and not is_empty(picture.get("url")):
+        key, picture = "url", picture["url"]
+    if not isinstance(picture, str):
+        return picture
+    if picture.startswith("data:"):
+        return _from_data_url(picture, name)
+    if key in ("url", "image_url") or re.match(r"[a-z]{2,}://", picture, re.IGNORECASE):
+        detail = f"a picture is given by its address only ({picture!r:.80}); download it and give the file's name."
+        raise SkipSampleError(name, "picture by address", detail)
+    return picture
+
+
+def _from_data_url(url: str, name: str) -> bytes:
+    head, _, data = url.partition(",")
+    try:
+        if not head.endswith(";base64"):
+            raise ValueError("not base64")
+        return base64.b64decode(data, validate=True)
+    except ValueError as error:
+        raise SkipSampleError(name, "unreadable picture", f"a data: URL cannot be read ({error}).") from error

@@ -108,7 +108,7 @@ def test_tars_are_read_and_what_would_need_unpickling_is_left_alone(tars):
         {"type": "text", "text": "7?"},
     ]
     assert replies(record) == ["answer 7"]
-    assert records.dataset[7]["pth"] == b"\x80bad"  # bytes, as they lay there
+    assert record.unread == ("pth",)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -136,10 +136,12 @@ def test_a_broken_member_of_a_tar_is_a_skip_that_names_it(tmp_path, streaming, m
 
 
 def test_a_data_set_that_cannot_be_prepared_is_named(tmp_path):
-    with tarfile.open(tmp_path / "shard.tar", "w") as tar:
-        for number in range(6):  # columns are inferred from five rows, whose text is none
-            add_member(tar, f"{number}.json", b"{" if number < 5 else b'{"text": "A car"}')
-    with pytest.raises(ValueError, match=r"huggingface:.*: `datasets` cannot prepare its rows \(.*null"):
+    import datasets
+
+    for number, column in enumerate(("text", "caption")):
+        rows = [{column: "A car"}]
+        datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / f"{number}.parquet"))
+    with pytest.raises(ValueError, match=r"huggingface:.*: `datasets` cannot prepare its rows \(.*caption"):
         load_records(config_of(tmp_path))
 
 
@@ -395,3 +397,172 @@ def test_the_address_of_a_picture_that_is_there_does_no_harm(tmp_path):
     record = record_from_row(row(url="https://example.com/1.jpg", caption="a red car"), "a row", config_of(tmp_path))
     assert replies(record) == ["a red car"]
     assert record.unread == ()
+
+
+# --- layouts of rows -------------------------------------------------------------------------------------------------
+
+
+def opened(tmp_path, rows: list[dict], features: dict | None = None, **fields):
+    """Records of a parquet file with such rows."""
+    import datasets
+
+    (tmp_path / "set").mkdir()
+    made = datasets.Features(features) if features else None
+    datasets.Dataset.from_list(rows, features=made).to_parquet(str(tmp_path / "set" / "rows.parquet"))
+    return load_records(config_of(tmp_path / "set", **fields))
+
+
+def read_rows(records, count: int) -> list:
+    """The first rows of an epoch in the order of their replies."""
+    reader = MixtureReader(Mixture([records], seed=0), 0, 1, {})
+    return sorted((reader.record_at(index) for index in range(count)), key=lambda record: str(replies(record)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["List", "LargeList", "Sequence", "list"])
+def test_lists_of_pictures_of_every_kind_are_read(kind, streaming, tmp_path):
+    import datasets
+
+    feature = [datasets.Image()] if kind == "list" else getattr(datasets, kind)(datasets.Image())
+    rows = [
+        {"images": [{"bytes": png(n + m), "path": None} for m in range(2)], "question": "Same?", "answer": f"no {n}"}
+        for n in range(2)
+    ]
+    features = {"images": feature, "question": datasets.Value("string"), "answer": datasets.Value("string")}
+    records = read_rows(opened(tmp_path, rows, features, streaming=streaming), 2)
+    for number, record in enumerate(records):
+        content = record.messages[0]["content"]
+        assert [item.get("image") for item in content] == [png(number), png(number + 1), None]
+        assert replies(record) == [f"no {number}"]
+
+
+PAIRS = [
+    {"question": "What?", "answer": "A car"},
+    {"question": "What?", "answer": ["A car"]},
+    {"prompt": "What?", "completion": "A car"},
+    {"query": "What?", "response": "A car"},
+    {"prompt": [{"role": "user", "content": "What?"}], "completion": [{"role": "assistant", "content": "A car"}]},
+    {"messages": json.dumps([{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A car"}])},
+    {"conversations": json.dumps([{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A car"}])},
+    {"texts": json.dumps([{"user": "What?", "assistant": "A car"}])},
+]
+
+
+@pytest.mark.parametrize("columns", PAIRS)
+def test_questions_and_replies_are_read_as_turns(columns, tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    record = record_from_row(row(**columns), "a row", config_of(tmp_path))
+    assert record.messages[0]["content"] == [{"type": "image", "image": png(0)}, {"type": "text", "text": "What?"}]
+    assert replies(record) == ["A car"]
+    assert record.unread == ()
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"messages": "[" * 3000},
+        {"messages": '[{"role": "user"}]'},
+        {"conversations": "[1, 2"},
+        {"question": "What?", "answer": ["A car", "A bus"]},
+        {"prompt": 5, "completion": 6},
+    ],
+)
+def test_turns_that_cannot_be_read_are_a_skip(columns, tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    with pytest.raises(SkipSampleError, match="a row: ") as caught:
+        record_from_row(row(**columns), "a row", config_of(tmp_path))
+    assert caught.value.reason == "malformed"
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_pictures_inside_messages_are_read_where_they_stand(tmp_path, streaming):
+    import datasets
+
+    text = datasets.Value("string")
+    item = {"type": text, "text": text, "image": datasets.Image()}
+    features = {"messages": datasets.List({"role": text, "content": datasets.List(item)})}
+    picture = {"type": "image", "text": None, "image": {"bytes": png(3), "path": None}}
+    asked = [{"type": "text", "text": "Is ", "image": None}, picture, {"type": "text", "text": " red?", "image": None}]
+    answered = [{"type": "text", "text": "Yes", "image": None}]
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+    [record] = read_rows(opened(tmp_path, [{"messages": turns}], features, streaming=streaming), 1)
+    assert record.messages[0]["content"] == [
+        {"type": "text", "text": "Is "},
+        {"type": "image", "image": png(3)},
+        {"type": "text", "text": " red?"},
+    ]
+
+
+def test_items_name_their_pictures_in_every_form(tmp_path):
+    import base64
+
+    from hovle.train.data.huggingface import record_from_row
+
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(png(1))
+    url = "data:image/png;base64," + base64.b64encode(png(2)).decode()
+    forms = [
+        ({"type": "image", "image": "sub\\a.png"}, str((tmp_path / "sub" / "a.png").resolve())),
+        ({"type": "image", "path": "sub/a.png"}, str((tmp_path / "sub" / "a.png").resolve())),
+        ({"type": "image", "image": png(1)}, png(1)),
+        ({"type": "image", "image": url}, png(2)),
+        ({"type": "image_url", "image_url": {"url": url}}, png(2)),
+    ]
+    for item, expected in forms:
+        asked = {"role": "user", "content": [item, {"type": "text", "text": "?"}]}
+        messages = [asked, {"role": "assistant", "content": "Yes"}]
+        record = record_from_row({"messages": messages}, "a row", config_of(tmp_path))
+        shown = record.messages[0]["content"][0]
+        assert shown.get("path", shown.get("image")) == expected
+        with pytest.raises(SkipSampleError, match="both in its messages and beside them"):
+            record_from_row(row(messages=messages), "a row", config_of(tmp_path))
+    for item, reason in (
+        ({"type": "image_url", "image_url": {"url": "https://a/b.png"}}, "picture by address"),
+        ({"type": "image", "image": "../b.png"}, "picture outside its folder"),
+        ({"type": "image", "image": "data:image/png;base64,*"}, "unreadable picture"),
+    ):
+        with pytest.raises(SkipSampleError) as caught:
+            record_from_row({"messages": [{"role": "user", "content": [item]}]}, "a row", config_of(tmp_path))
+        assert caught.value.reason == reason
+
+
+def test_names_of_pictures_in_the_folder_are_read(tmp_path):
+    from hovle.train.data.huggingface import record_from_row
+
+    (tmp_path / "a.png").write_bytes(png(1))
+    rows = [{"image": "a.png", "question": "?", "answer": "Yes"}, {"images": ["a.png"], "text": "Yes"}]
+    for columns in rows:
+        record = record_from_row(columns, "a row", config_of(tmp_path))
+        assert record.messages[0]["content"][0]["path"] == str((tmp_path / "a.png").resolve())
+    with pytest.raises(SkipSampleError, match=r"its images are the texts \['b.png'\]"):
+        record_from_row({"images": ["b.png"], "text": "Yes"}, "a row", config_of(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_recipe_says_what_other_columns_are(tmp_path, streaming):
+    import datasets
+
+    text = datasets.Value("string")
+    features = {"photo": datasets.Image(), "mask": datasets.Image(), "q": text, "a": text, "text": text}
+    picture = {"bytes": png(1), "path": None}
+    rows = [{"photo": picture, "mask": picture, "q": "What?", "a": "A car", "text": "not this"}]
+    columns = {"image": "photo", "question": "q", "answer": "a"}
+    records = opened(tmp_path, rows, features, columns=columns, streaming=streaming)
+    [record] = read_rows(records, 1)
+    assert [item.get("text") for item in record.messages[0]["content"]] == [None, "What?"]
+    assert replies(record) == ["A car"]
+    assert record.unread == ("text",)
+    with pytest.raises(ValueError, match=r"names 'photos', but the columns are: photo, mask, q, a, text"):
+        load_records(config_of(tmp_path / "set", columns={"image": "photos"}))
+    assert load_records(config_of(tmp_path / "set", columns={**columns, "caption": "text"})).fingerprint != (
+        load_records(config_of(tmp_path / "set", columns=columns)).fingerprint
+    )
+
+
+def test_columns_that_nobody_reads_are_named_with_the_way_to_name_them(tmp_path):
+    with pytest.raises(ValueError, match=r"none of its columns is read: problem, solution\. Say in data\.columns"):
+        opened(tmp_path, [{"problem": "What?", "solution": "A car"}])
+    with pytest.raises(ValueError, match="columns: 'picture' is none of what is read: image, messages"):
+        HuggingFaceData(path="x", columns={"picture": "photo"})

@@ -489,3 +489,16 @@ def test_a_number_of_thousands_of_digits_is_a_fault_of_its_row(tmp_path):
     assert records[0].messages[1]["content"] == "Hi"
     with pytest.raises(SkipSampleError, match=r"(?s)x\.jsonl:2: .*cannot be read as JSON"):
         records[1]
+
+
+def test_a_chat_may_hold_pictures_as_bytes_or_by_the_key_image(tmp_path):
+    item = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGVsbG8="}}
+    named = {"type": "image", "image": "sub\\a.png"}
+    asked = {"role": "user", "content": [item, named, {"type": "text", "text": "What?"}]}
+    [record] = chats(tmp_path, {"messages": [asked, {"role": "assistant", "content": "A car"}]})
+    assert record.messages[0]["content"] == [
+        {"type": "image", "image": b"hello"},
+        {"type": "image", "path": str(tmp_path.resolve() / "sub" / "a.png")},
+        {"type": "text", "text": "What?"},
+    ]
+    assert record.unread == ()
