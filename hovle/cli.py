@@ -16,7 +16,7 @@ COMMANDS = {
     "export": ("hovle.export.command", "write a model for engines that know nothing of hovle"),
     "fetch": ("hovle.assets.command", "download the real model, teacher and data the demo uses"),
     "plan": ("hovle.train.plan.command", "predict memory, hours and cost of training stages before they run"),
-    "data": ("hovle.train.data.doctor", "look through the training data of a recipe before a run"),
+    "data": ("hovle.data", "draw training pictures, or look through the data of a recipe before a run"),
     "train": ("hovle.train.__main__", "run one training stage from a YAML recipe, and report on runs"),
     "eval": (
         "hovle.eval",

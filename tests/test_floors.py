@@ -11,6 +11,7 @@ FLOORS = [
     ["errors", "requirements", "version"],
     ["machine", "files", "options", "charts"],
     ["assets", "model"],
+    ["synthesis"],
     ["convert", "export"],
     ["language"],
     ["chat", "serve"],
@@ -24,7 +25,7 @@ FLOORS = [
     ["train.run"],
     ["train", "eval", "eval.benchmarks", "eval.analyses", "eval.intervals", "eval.results", "eval.vqa"],
     ["bench"],
-    ["registration", "", "__main__", "cli", "demo", "train.__main__"],
+    ["registration", "", "__main__", "cli", "data", "demo", "train.__main__"],
 ]
 """Rooms by floor, from the lowest up; "" is `hovle/__init__.py`. A room is a package of files or a lone file."""
 

@@ -30,6 +30,8 @@ OPTIONAL = {
     "openai": ("hovle[serve]", "hovle serve"),
     "lmms_eval": ("hovle[eval]", "hovle eval benchmarks"),
     "Levenshtein": ("hovle[eval]", "hovle eval benchmarks"),
+    "fonttools": ("hovle[smol]", "hovle data build"),
+    "resvg_py": ("hovle[smol]", "hovle data build"),
     "simplejpeg": ("hovle[vision]", "faster JPEG files, and seeing damage in them that Pillow hides"),
     "pillow_heif": ("hovle[heic]", "HEIC pictures, as phones take them"),
     "flash_attn": ("hovle[flash]", "flash_attention_2 on NVIDIA GPUs"),

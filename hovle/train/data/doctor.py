@@ -268,8 +268,7 @@ def draw_lengths(report: DataReport, config: StageConfig, path: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command line of `hovle data`."""
-    parser.add_argument("action", choices=["doctor"], help="doctor: look through the data of a recipe")
+    """Declare the command line of `hovle data doctor`."""
     parser.add_argument("recipe", help="YAML file, or the name of a shipped recipe such as demo/alignment")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace fields; dots reach nested ones")
     parser.add_argument("--samples", type=int, default=1000, metavar="N", help="records per source; 0: all (1000)")
