@@ -97,6 +97,7 @@ def test_every_package_of_an_extra_is_looked_for():
     known = {name.lower().replace("_", "-"): requirement for name, (requirement, _) in doctor.OPTIONAL.items()}
     also = {
         ("hovle", "demo"),
+        ("hovle", "smol"),
         ("transformers", "serve"),
         ("pydantic", "serve"),
         ("sentencepiece", "eval"),
