@@ -1,14 +1,19 @@
-"""Training data: what a recipe's sources hold, and pictures that are drawn for training.
+"""Training data: what a recipe's sources hold, pictures drawn and text written for training.
 
-  hovle data doctor RECIPE             look through the data of a recipe before a run
-  hovle data build smol --out DIR      draw pictures with questions, answers and regions
+  hovle data doctor RECIPE                        look through the data of a recipe before a run
+  hovle data build smol --out DIR                 draw pictures with questions, answers and regions
+  hovle data replay MODEL --tokens N --out FILE   let a language model write the text on which it is held
 
-`hovle data doctor --help` and `hovle data build --help` explain more.
+`hovle data ACTION --help` explains more.
 """
 
 import argparse
 
-ACTIONS = {"doctor": "hovle.train.data.doctor", "build": "hovle.synthesis.command"}
+ACTIONS = {
+    "doctor": "hovle.train.data.doctor",
+    "build": "hovle.synthesis.command",
+    "replay": "hovle.language.replay",
+}
 """What can be done -> the module that does."""
 
 

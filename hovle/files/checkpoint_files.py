@@ -91,6 +91,10 @@ class Checkpoint:
             raise ValueError(f"{printable_name(name)} has type {dtype}; weights are one of {', '.join(DTYPES)}.")
         return DTYPES[dtype]
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return tuple(self._handles[name].get_slice(name).get_shape())
+
     def common_dtype(self) -> torch.dtype:
         """The type that holds the values of all tensors."""
         return reduce(torch.promote_types, map(self.dtype, self._handles))
@@ -103,9 +107,7 @@ class Checkpoint:
 
     def claim(self, expected: dict[str, tuple[int, ...]]) -> None:
         """Raise unless the tensors are exactly those expected, each of its shape (name -> shape)."""
-        check_tensors(
-            {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._handles.items()}, expected
-        )
+        check_tensors({name: self.shape(name) for name in self.names}, expected)
 
 
 def check_tensors(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
