@@ -16,6 +16,8 @@ Memory counts tensors; `memory.py` finds what autograd keeps. What settings chan
 - `quantize_frozen`: weights of the language model's linear maps in 8 or 4 bits with their scales, on a CPU beside the
   exact ones; products count as before.
 - `teacher.cache`: a step has no teacher; what filling the cache costs is not in it.
+- `language`: text takes places in the rows; the bare language model passes over it, and both heads run there. What of the
+  language model learns is there twice.
 """
 
 import dataclasses
@@ -42,6 +44,9 @@ FROM_LANGUAGE_MODEL = ("language_model", "text_embeddings")
 QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 """Bytes per weight in bitsandbytes' formats; NF4 has an 8-bit scale per block of 64 and a float32 per 256 scales."""
 
+KEPT_OF_DIVERGENCE = 8
+"""Bytes kept per word of the vocabulary at each position where two distributions are compared: both, in float32."""
+
 INT8_ROW_BYTES = 4
 """LLM.int8's scale of each row."""
 
@@ -49,7 +54,7 @@ ADAM_BYTES = 28
 """Bytes AdamW moves per parameter: it reads weight, gradient and two moments and writes all but the gradient."""
 
 
-COUNTS = ("num_filled", "num_samples", "num_tiles", "num_supervised")
+COUNTS = ("num_filled", "num_samples", "num_tiles", "num_supervised", "num_language")
 """What of a workload grows with its rows."""
 
 
@@ -64,7 +69,9 @@ class Workload:
     num_samples: float
     num_tiles: float
     num_supervised: float
-    """Positions at which the head runs."""
+    """Positions with a target, at which the head runs."""
+    num_language: float = 0
+    """Positions of text without pictures, on which the language is held."""
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +89,7 @@ class Workload:
             num_samples=len(batch.names),
             num_tiles=len(batch.pixel_values),
             num_supervised=int(batch.is_supervised.sum()),
+            num_language=batch.num_language_rows * batch.language_length,
         )
 
     @classmethod
@@ -92,21 +100,23 @@ class Workload:
         if config.objective.name == "distillation":
             text_tokens = text_tokens + 2 * config.objective.num_random_tokens
         length = data.tiles_per_sample * model.image_seq_length + text_tokens
-        if length > config.row_length:
+        if length > config.longest_sample:
             raise ValueError(
                 f"A sample of {length:.0f} tokens (expected.tiles_per_sample x {model.image_seq_length} + text) does "
-                f"not fit into row_length ({config.row_length}): samples are never cut."
+                f"not fit into row_length ({config.row_length}), language text aside: samples are never cut."
             )
-        num_filled = config.rows_per_batch * config.row_length * data.filled_ratio
-        samples = num_filled / length
+        num_language = config.num_language_rows * config.language_length
+        num_sampled = (config.rows_per_batch * config.row_length - num_language) * data.filled_ratio
+        samples = num_sampled / length
         supervised = samples * data.supervised_tokens_per_sample if config.objective.name == "next_token" else 0
         return cls(
             num_rows=config.rows_per_batch,
             row_length=config.row_length,
-            num_filled=num_filled,
+            num_filled=num_language + num_sampled,
             num_samples=samples,
             num_tiles=samples * data.tiles_per_sample,
             num_supervised=supervised,
+            num_language=num_language,
         )
 
     def with_rows(self, num_rows: int) -> "Workload":
@@ -217,6 +227,8 @@ class StageCost:
             flops |= self._language_model_flops(work)
         else:
             flops |= self._teacher_flops(work)
+        if work.num_language:
+            flops |= self._held_language_flops(work)
         if self.config.activation_checkpointing:
             flops["layers run again"] = self._recomputed_flops(work)
         return {name: count for name, count in flops.items() if count}
@@ -233,7 +245,7 @@ class StageCost:
             total += projector * _passes(learning.stem, before)
         return num_tiles * total
 
-    def _attention_flops(self, num_rows: int, length: float, num_layers: int, learns: bool) -> float:
+    def _attention_flops(self, num_rows: float, length: float, num_layers: int, learns: bool) -> float:
         text = self.model_config.text_config
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         forward = 4 * num_rows * length**2 * text.num_attention_heads * head_dim * num_layers
@@ -255,6 +267,37 @@ class StageCost:
             * work.num_supervised
             * _passes(learning.language, learning.before_loss),
         }
+
+    def _held_language_flops(self, work: Workload) -> dict[str, float]:
+        """What holding the language adds: passes and heads of the bare language model and of ours."""
+        language, learning, text = self.config.language, self.learning, self.model_config.text_config
+        assert language is not None
+        num_rows = work.num_language / self.config.language_length
+        head = 2 * text.hidden_size * text.vocab_size
+        bare = self._language_pass(num_rows, self.config.language_length, learns=False)
+        if self.runs_language_model:
+            num_held = work.num_language + self._num_prompts(work)
+            bare += self._language_pass(work.num_rows, work.row_length, learns=False) * language.around_images
+            own = head * num_held * _passes(learning.language, learning.before_loss)
+            return {"held text": own, "bare language model": bare + head * num_held}
+        if language.error == "kl":
+            own = self._language_pass(num_rows, self.config.language_length, learns=True)
+            own += 2 * head * work.num_language
+            return {"held text": own, "bare language model": bare + head * work.num_language}
+        return {"held text": 4 * text.hidden_size**2 * work.num_language * (language.error == "fisher")}
+
+    def _language_pass(self, num_rows: float, length: int, learns: bool) -> float:
+        """A pass of the frozen language model's layers, and with `learns` the gradient of what enters it."""
+        layers, num_layers = self.model.model.language_layers, self.model_config.num_language_layers
+        forward = _products(layers, self.model_config) * num_rows * length
+        return forward * (1 + learns) + self._attention_flops(num_rows, length, num_layers, learns)
+
+    def _num_prompts(self, work: Workload) -> float:
+        """Positions of text around images that are held too; the few before an image are none."""
+        if self.config.language is None or not self.config.language.around_images:
+            return 0
+        num_images = work.num_tiles * self.model_config.image_seq_length
+        return work.num_filled - work.num_language - num_images - work.num_supervised
 
     def _recomputed_flops(self, work: Workload) -> float:
         """One more forward pass of the layers whose activations the backward pass needs, but for its last product.
@@ -335,7 +378,15 @@ class StageCost:
             frozen += weights * QUANTIZED_BYTES[bits]
             frozen += INT8_ROW_BYTES * sum(module.out_features for module in linear) * (bits == "int8")
             frozen -= 0 if on_cpu else weights * self.dtype.itemsize
-        return 4 * self.num_trainable + frozen
+        return 4 * self.num_trainable + frozen + self._bare_bytes
+
+    @property
+    def _bare_bytes(self) -> float:
+        """The copy of what learns of the language model, to which the language is held."""
+        if self.config.language is None or not self.runs_language_model:
+            return 0
+        copied = [name for name in FROM_LANGUAGE_MODEL if name in self.config.trainable]
+        return self.dtype.itemsize * sum(self.groups[name] for name in copied)
 
     def _frozen_bytes(self, group: str) -> int:
         """Bytes of a frozen weight: what rounds to nothing, the released ones, is in the format of the products."""
@@ -347,25 +398,39 @@ class StageCost:
         length = round(work.holistic_length(config))
         kept = self._activations(work.row_length, length)
         sections = []
-        for line, num_layers, num_tokens in (
-            (kept.holistic_layer, config.num_embedding_layers, length),
-            (kept.language_layer, config.num_language_layers * self.runs_language_model, work.row_length),
+        language_rows = work.num_rows if self.runs_language_model else self._rows_through_frozen(work)
+        for line, num_layers, num_rows, num_tokens in (
+            (kept.holistic_layer, config.num_embedding_layers, work.num_rows, length),
+            (kept.language_layer, config.num_language_layers * bool(language_rows), language_rows, work.row_length),
         ):
-            layer = line.at(work.num_rows)
+            layer = line.at(num_rows)
             if not num_layers or not layer:
                 sections.append((0.0, 0.0))
             elif self.config.activation_checkpointing:
-                entering = 4 * config.text_config.hidden_size * num_tokens * work.num_rows
+                entering = 4 * config.text_config.hidden_size * num_tokens * num_rows
                 sections.append((entering * num_layers, 2 * layer))
             else:
                 sections.append((layer * num_layers, layer))
         num_positions = work.num_supervised if self.runs_language_model else work.num_tokens
-        loss_working = 10 * config.text_config.vocab_size * num_positions if self.runs_language_model else 0
+        num_held = self._num_divergences(work)
+        num_logits = max(num_positions * self.runs_language_model, num_held)
+        loss_working = 10 * config.text_config.vocab_size * num_logits
+        held = KEPT_OF_DIVERGENCE * config.text_config.vocab_size * num_held
         (holistic, holistic_working), (language, language_working) = sections
         return (
-            (kept.stem.at(work.num_tiles), holistic, language, kept.loss.at(num_positions)),
+            (kept.stem.at(work.num_tiles), holistic, language, kept.loss.at(num_positions) + held),
             (0.0, holistic_working, language_working, loss_working),
         )
+
+    def _rows_through_frozen(self, work: Workload) -> float:
+        """In distillation: rows of the text that goes through the frozen language model, as long as all are."""
+        is_through = self.config.language is not None and self.config.language.error == "kl"
+        return work.num_language / work.row_length * is_through
+
+    def _num_divergences(self, work: Workload) -> float:
+        """Positions at which two distributions are compared."""
+        is_compared = self.runs_language_model or bool(self._rows_through_frozen(work))
+        return work.num_language * is_compared + self._num_prompts(work)
 
     def _in_pieces(self, plain: "Memory", num_processes: int) -> "Memory":
         """The same where every process holds a piece of each tensor and joins those it uses."""

@@ -20,8 +20,10 @@ from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
 from ..config import ExpectedData, NextTokenConfig, StageConfig, load_stage
 from ..data.batch import PackedBatch, TileBatch
+from ..model.bare_language_model import BareLanguageModel
 from ..model.parameters import parameter_groups
 from ..objectives.base import Objective
+from ..objectives.choice import make_text_distance
 from ..objectives.distillation import DistillationObjective
 from ..objectives.next_token import NextTokenObjective
 from ..objectives.teachers import Targets, make_teacher
@@ -61,7 +63,9 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> PackedBatch:
     tiles_of_next, length, num_supervised = next(samples)
     num_tiles = num_samples = 0
     for row in range(config.rows_per_batch):
-        end = 0
+        end = config.language_length if row >= config.rows_per_batch - config.num_language_rows else 0
+        position_ids[row, :end] = torch.arange(end)
+        is_sample[row, :end] = True
         while end + length <= config.row_length:
             start, end = end, end + length
             input_ids[row, start : start + tiles_of_next * model.image_seq_length] = model.image_token_id
@@ -78,6 +82,8 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> PackedBatch:
         position_ids=position_ids,
         is_sample=is_sample,
         pixel_values=torch.randint(256, tiles, generator=generator, dtype=torch.uint8),
+        num_language_rows=config.num_language_rows,
+        language_length=config.language_length,
         names=["random"] * num_samples,
     )
 
@@ -110,7 +116,7 @@ def measure_random_step(config: StageConfig, model_config: HoVLEConfig, dtype: t
     torch.manual_seed(0)
     config = dataclasses.replace(config, compile="off")
     trainable = prepare_model(random_model(model_config, dtype), config, dtype, process.device)
-    objective = random_objective(config, trainable, folder)
+    objective = random_objective(config, trainable, dtype, folder)
     assembled = TrainableStep(trainable, objective, config, process, dtype).distribute()
     batch = random_batch(config, model_config)
     # Two stand for more: gradients of the first are there while the second runs.
@@ -153,22 +159,30 @@ def random_model(config: HoVLEConfig, dtype: torch.dtype) -> HoVLEForConditional
     return model
 
 
-def random_objective(config: StageConfig, trainable: TrainableModel, folder: Path) -> Objective:
+def random_objective(config: StageConfig, trainable: TrainableModel, dtype: torch.dtype, folder: Path) -> Objective:
     """What `make_objective` builds from files, with a random teacher."""
     model, text_table = trainable.model, trainable.text_table
+    language, distance = config.language, None
     if isinstance(config.objective, NextTokenConfig):
-        return NextTokenObjective(model)
+        if language is None:
+            return NextTokenObjective(model)
+        bare = BareLanguageModel(model, dtype)
+        return NextTokenObjective(model, bare=bare, around_images=language.around_images)
+    if language is not None:
+        distance = make_text_distance(language.error, model)
     assert config.teacher is not None  # StageConfig wants one with this objective
     student_layers = [match.student for match in config.teacher.layers]
     if config.teacher.cache is not None:
         targets = RandomTargets(teacher_shapes(config.teacher).widths)
-        return DistillationObjective(model, targets, text_table, config.objective, student_layers)
+        return DistillationObjective(
+            model, targets, text_table, config.objective, student_layers, text_distance=distance
+        )
     import timm  # an extra: only distillation needs it
 
     weights = folder / "teacher.pt"
     torch.save(timm.create_model(config.teacher.name, pretrained=False).state_dict(), weights)
     teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=str(weights)))
-    return DistillationObjective(model, teacher, text_table, config.objective, student_layers)
+    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, text_distance=distance)
 
 
 class RandomTargets(Targets):

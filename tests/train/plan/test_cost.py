@@ -34,6 +34,13 @@ NEXT_TOKEN = {
     "checkpointing adapters": ["lora.rank=4", "activation_checkpointing=true"],
 }
 
+HELD = {
+    "alignment": [],
+    "tuning": ["trainable=[stem, holistic_layers, language_model]"],
+    "adapters": ["trainable=[]", "lora.rank=4"],
+    "around images": ["language.around_images=true"],
+}
+
 
 def assert_counted(config, dtype, folder, tolerance: float) -> None:
     model = model_config(config)
@@ -51,6 +58,24 @@ def test_operations_of_next_token_stages_are_those_of_torchs_counter(next_token_
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_operations_of_distillation_are_those_of_torchs_counter(distillation_config, tmp_path, dtype):
     assert_counted(distillation_config(EXPECTED), dtype, tmp_path, tolerance=0.02)
+
+
+@pytest.mark.parametrize("kind", HELD)
+def test_operations_of_next_token_stages_that_hold_the_language_are_those_of_torchs_counter(
+    next_token_config, tmp_path, kind
+):
+    config = next_token_config(EXPECTED, "language.source=python_docs", "language.share=0.3", *HELD[kind])
+    assert_counted(config, torch.float32, tmp_path, tolerance=0.05)
+
+
+@pytest.mark.parametrize("error", ["relative", "fisher", "kl"])
+def test_operations_of_distillation_that_holds_the_language_are_those_of_torchs_counter(
+    distillation_config, tmp_path, error
+):
+    config = distillation_config(
+        EXPECTED, "language.source=python_docs", "language.share=0.3", f"language.error={error}"
+    )
+    assert_counted(config, torch.float32, tmp_path, tolerance=0.02)
 
 
 def test_operations_of_hd_count_the_long_sequence(distillation_config, tmp_path):
@@ -83,6 +108,26 @@ def test_memory_grows_with_rows_and_with_what_learns(next_token_config):
         assert five == pytest.approx(5 * one, rel=0.03)
     assert costs[1].memory(work).peak > costs[0].memory(work).peak
     assert costs[1].memory(work).optimizer == 8 * costs[1].num_trainable == 8 * costs[1].num_parameters
+
+
+def test_held_language_takes_places_time_and_memory(next_token_config):
+    held = ("language.source=python_docs", "language.share=0.3", EXPECTED)
+    plain, frozen, learns = (
+        next_token_config(*overrides)
+        for overrides in ((EXPECTED,), held, (*held, "trainable=[stem, holistic_layers, language_model]"))
+    )
+    model = model_config(plain)
+    without, work = Workload.expected(plain, model), Workload.expected(frozen, model)
+    assert work.num_language == pytest.approx(0.3 * plain.rows_per_batch * plain.row_length, rel=0.01)
+    assert work.num_samples == pytest.approx(0.7 * without.num_samples, rel=0.01)
+    costs = [StageCost(config, model, torch.bfloat16) for config in (plain, frozen, learns)]
+    assert {"held text", "bare language model"} == costs[1].flops(work).keys() - costs[0].flops(without).keys()
+    assert costs[0].memory(work).weights == costs[1].memory(work).weights
+    free = dataclasses.replace(learns, language=None)
+    copied = costs[2].memory(work).weights - StageCost(free, model, torch.bfloat16).memory(work).weights
+    assert copied == 2 * costs[2].groups["language_model"]
+    with_rows = work.with_rows(2 * work.num_rows)
+    assert costs[1].memory(with_rows).peak > costs[1].memory(work).peak > costs[0].memory(without).peak
 
 
 def test_gradients_of_earlier_micro_batches_stay_through_the_next_one(next_token_config):
