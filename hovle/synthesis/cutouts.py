@@ -12,10 +12,10 @@ from .samples import Box
 FAINTEST = 40
 """Least opacity, of 255, that counts as part of a thing."""
 
-_LOST_DISTANCE = 16.0
+_LOST_DISTANCE = 30.0
 """Colors nearer than this (CIE 1976) do not stand out from each other."""
 
-_MOST_LOST = 0.3
+_MOST_LOST = 0.25
 """Share of a thing's outline that may have the ground's color."""
 
 
@@ -42,6 +42,22 @@ def to_extent(cutout: Image.Image, extent: int) -> Image.Image:
 def turn(cutout: Image.Image, degrees: float) -> Image.Image:
     """Turned against the clock, on a canvas that holds all of it."""
     return cutout.convert("RGBa").rotate(degrees, Image.Resampling.BICUBIC, expand=True).convert("RGBA")
+
+
+def slant(cutout: Image.Image, strength: float, rng: random.Random) -> Image.Image:
+    """As seen a little from the side: each corner moves inward by up to so large a share of the sides."""
+    width, height = cutout.size
+    away = [(-1, -1), (-1, 1), (1, 1), (1, -1)]  # what is drawn there shrinks, so that nothing is cut off
+    corners = [(0, 0), (0, height), (width, height), (width, 0)]
+    source: list[float] = []
+    for (x, y), (across, down) in zip(corners, away, strict=True):
+        source.append(width + x + across * rng.uniform(0, 2 * strength) * width)
+        source.append(height + y + down * rng.uniform(0, 2 * strength) * height)
+    surrounded = Image.new("RGBa", (3 * width, 3 * height))
+    surrounded.paste(cutout.convert("RGBa"), (width, height))
+    return surrounded.transform((width, height), Image.Transform.QUAD, source, Image.Resampling.BICUBIC).convert(
+        "RGBA"
+    )
 
 
 def tint(cutout: Image.Image, color: Rgb) -> Image.Image:

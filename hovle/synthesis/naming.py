@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from PIL import Image
+from PIL import Image, ImageFilter
 
-from .cutouts import show, to_extent, trim, turn
+from .cutouts import show, slant, to_extent, trim, turn
 from .encoding import to_jpeg, to_png
 from .english import with_article
-from .samples import TILE, Question, Region, Sample
+from .samples import TILE, Box, Question, Region, Sample
 from .skill import Skill
 
 NAME = (
@@ -56,6 +56,12 @@ class Drawing:
     """Things of one group are easily taken for each other."""
     tags: tuple[str, ...] = field(default=(), repr=False)
     """Words that have to do with it, not all of them names."""
+    is_distorted: bool = False
+    """Whether it is tested on as training never shows it: from the side, blurred."""
+
+
+Shown = tuple[Image.Image, Box, str | None]
+"""A picture, the box around the thing, and the name of its color where it has one."""
 
 
 def is_validation(key: str) -> bool:
@@ -64,8 +70,10 @@ def is_validation(key: str) -> bool:
 
 
 def is_plural(name: str) -> bool:
-    """Whether a name takes no `a`: several of a thing, by its last letters."""
-    return name.endswith("s") and not name.endswith(("ss", "us", "is"))
+    """Whether a name takes no `a`: several of a thing, by its first word or its last letters."""
+    return name.split(" ")[0] in ("men", "women", "people") or (
+        name.endswith("s") and not name.endswith(("ss", "us", "is"))
+    )
 
 
 def some(name: str) -> str:
@@ -118,14 +126,17 @@ class Naming(Skill):
         image, box, ink = self.picture(drawing, rng)
         questions = self._questions(drawing, ink, rng)
         data = to_jpeg(image, rng.randint(70, 95)) if rng.random() < 0.15 else to_png(image)
-        ids = (f"style:{drawing.style}", f"drawing:{drawing.key}", f"name:{drawing.name}")
-        facets = {"style": drawing.style, "category": drawing.category or "", "group": drawing.group}
-        facets |= {"tags": ", ".join(drawing.tags)} if split == "test" else {}
+        ids = (
+            f"style:{drawing.style}",
+            f"{'seen' if drawing.is_distorted else 'drawing'}:{drawing.key}",
+            f"name:{drawing.name}",
+        )
+        facets: dict[str, str | int | float] = {"style": drawing.style, "group": drawing.group}
+        if split == "test":
+            facets |= {"tags": ", ".join(drawing.tags), "is_distorted": int(drawing.is_distorted)}
         return Sample(data, image.size, questions, (Region(box, drawing.name),), ids, facets)
 
-    def picture(
-        self, drawing: Drawing, rng: random.Random
-    ) -> tuple[Image.Image, tuple[int, int, int, int], str | None]:
+    def picture(self, drawing: Drawing, rng: random.Random) -> Shown:
         """The picture, the box around the thing, and the name of its color where it has one."""
         image, box = show(self.cutout(drawing, rng), self.canvas, rng)
         return image, box, None
@@ -141,13 +152,13 @@ class Naming(Skill):
     def _questions(self, drawing: Drawing, ink: str | None, rng: random.Random) -> tuple[Question, ...]:
         asked = [Question(self.ask_name(rng), drawing.name, "name", drawing.aliases), self._whether(drawing, rng)]
         if drawing.category is not None:
-            asked.append(self._category(drawing, rng))
+            asked.append(self.ask_category(drawing, rng))
         if ink is not None and rng.random() < 0.5:
             asked.append(Question(f"What color is the {self.noun}?", ink, "color"))
         if rng.random() < 0.3:
             asked.append(Question(rng.choice(CAPTION_ASKED), self.caption(drawing, ink, rng), "caption"))
         if rng.random() < 0.2:
-            asked.append(self._absent(drawing, rng))
+            asked.append(self.ask_absent(drawing, rng))
         return tuple(asked)
 
     def ask_name(self, rng: random.Random) -> str:
@@ -179,12 +190,14 @@ class Naming(Skill):
                 return name
         return rng.choice([name for name in self._names[""] if name not in own])
 
-    def _category(self, drawing: Drawing, rng: random.Random) -> Question:
+    def ask_category(self, drawing: Drawing, rng: random.Random) -> Question:
+        """A question for the kind of thing."""
         assert drawing.category is not None
         wording = rng.choice(("What kind of thing is it?", "What kind of thing is this?", "Which category is it?"))
         return Question(wording, drawing.category, "category")
 
-    def _absent(self, drawing: Drawing, rng: random.Random) -> Question:
+    def ask_absent(self, drawing: Drawing, rng: random.Random) -> Question:
+        """Something that is not there, which the answer says."""
         name = self.other_name(drawing, rng)
         wording = rng.choice(("What color is the {}?", "Where is the {}?", "How big is the {}?"))
         verb = "are" if is_plural(name) else "is"
@@ -193,6 +206,37 @@ class Naming(Skill):
             f"There {verb} no {name} in the picture.",
             "absent",
         )
+
+
+class Plates(Naming):
+    """Flat things that stand in the world, such as signs and flags: seen from the side, and not always sharply."""
+
+    slant, strongest_slant = 0.07, 0.18
+    """How far corners are moved in training, and in tests of distortion."""
+    things_absent = ("cake", "guitar", "flower", "cat", "chair", "banana", "book", "shoe")
+    """What is on none of them."""
+
+    def cutout(self, drawing: Drawing, rng: random.Random) -> Image.Image:
+        """The thing at some size and angle, often seen a little from the side; tests of distortion much more so."""
+        cutout = super().cutout(drawing, rng)
+        if drawing.is_distorted or rng.random() < 0.5:
+            strength = self.strongest_slant if drawing.is_distorted else self.slant
+            cutout = to_extent(trim(slant(cutout, strength, rng)), max(cutout.size))
+        return cutout
+
+    def picture(self, drawing: Drawing, rng: random.Random) -> Shown:
+        """The thing on a ground, when distorted as out of focus."""
+        image, box, ink = super().picture(drawing, rng)
+        if drawing.is_distorted:
+            image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.4, 1.3)))
+        return image, box, ink
+
+    def ask_absent(self, drawing: Drawing, rng: random.Random) -> Question:
+        """Something that is not there, which the answer says."""
+        thing = rng.choice(self.things_absent)
+        if rng.random() < 0.5:
+            return Question(f"Is there {with_article(thing)} in the picture?", "no", "absent")
+        return Question(f"What color is the {thing}?", f"There is no {thing} in the picture.", "absent")
 
 
 def _contain_each_other(first: str, second: str) -> bool:

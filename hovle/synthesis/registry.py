@@ -10,6 +10,11 @@ from .skill import AssetFolders, Skill
 SKILLS: Mapping[str, str] = MappingProxyType(
     {
         "reading": "reading:Reading",
+        "pictograms": "pictograms:Pictograms",
+        "icons": "icons:Icons",
+        "signs": "signs:Signs",
+        "flags": "flags:Flags",
+        "clipart": "clipart:ClipArt",
     }
 )
 """Name -> module below `skills` and class."""

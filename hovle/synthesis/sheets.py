@@ -2,6 +2,7 @@
 
 import io
 import textwrap
+import unicodedata
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
@@ -56,6 +57,11 @@ def caption_lines(sample: Sample) -> list[str]:
     """Questions and answers in short lines, no more than there is room for."""
     lines = []
     for question in sample.questions:
-        pair = f"{question.text} -> {question.answer}".replace("\n", " / ")
+        pair = _plain(f"{question.text} -> {question.answer}".replace("\n", " / "))
         lines += textwrap.wrap(pair, LINE_LENGTH, subsequent_indent="  ")
     return lines if len(lines) <= NUM_LINES else [*lines[: NUM_LINES - 1], "..."]
+
+
+def _plain(text: str) -> str:
+    """Text without accents: the font of the captions has none."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()

@@ -72,6 +72,12 @@ class WordNet:
         return entries
 
     @cached_property
+    def nouns(self) -> frozenset[str]:
+        """Nouns of one or more words, in small letters."""
+        lines = (self.folder / "index.noun").read_text(encoding="utf-8").splitlines()
+        return frozenset(line.split(" ")[0].replace("_", " ") for line in lines if not line.startswith(" "))
+
+    @cached_property
     def words(self) -> dict[str, dict[bool, list[str]]]:
         """Part -> whether common -> words."""
         bounds = {"test": (0, _NUM_HELD_OUT["test"])}

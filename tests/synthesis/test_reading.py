@@ -9,8 +9,9 @@ from PIL import Image
 
 from hovle.synthesis.fonts import FontFile, font_files
 from hovle.synthesis.lettering import Block, letter_crop, letter_page, wrap
+from hovle.synthesis.looks import draw_looks
 from hovle.synthesis.skill import AssetFolders
-from hovle.synthesis.skills.reading import ABSENT, FIXED_WORDS, Reading, draw_looks, paint
+from hovle.synthesis.skills.reading import ABSENT, FIXED_WORDS, Reading, paint
 from hovle.synthesis.words import WordNet, draw_of_split, split_of, words_of
 
 FAINT = 24

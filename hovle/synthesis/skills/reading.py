@@ -9,12 +9,12 @@ from types import MappingProxyType
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from ..colors import NAMED_COLORS, Rgb, name_of, to_lab, vary
 from ..encoding import to_jpeg, to_png
 from ..english import NUMBERS, with_article
 from ..fonts import FAMILIES, FontFile, font_files
 from ..grounds import draw_ground
 from ..lettering import Block, Lettering, letter_crop, letter_page, wrap
+from ..looks import Looks, draw_looks
 from ..samples import Question, Sample
 from ..skill import Skill
 from ..words import WORDNET, WordNet, draw_of_split, words_of
@@ -23,9 +23,6 @@ SMALLEST, LARGEST = 12, 64
 """Sizes of letters in pixels."""
 
 _LARGEST_NOTICE = 30
-
-_CLEAR_LIGHTNESS = 38
-"""Least difference of lightness (CIE 1976) between letters and what is behind them."""
 
 READ = (
     "What does it say?",
@@ -177,38 +174,6 @@ class Writer:
         name = f"{self.word().title()} {self.word().title()}"
         street = f"{self.number()} {self.word().title()} {self.rng.choice(('Street', 'Road'))}"
         return [self.rng.choice((f"Dr. {name}", name)), street, *([self.number()] if self.rng.random() < 0.5 else [])]
-
-
-@dataclass(frozen=True)
-class Looks:
-    """Colors of a picture of text."""
-
-    ink: Rgb
-    ground: Rgb
-
-    @property
-    def ink_name(self) -> str | None:
-        return name_of(self.ink)
-
-    @property
-    def ground_name(self) -> str | None:
-        return name_of(self.ground)
-
-
-def draw_looks(rng: random.Random) -> Looks:
-    """Two colors that differ clearly in lightness; often black and white."""
-    if rng.random() < 0.35:
-        dark, light = vary("black", rng), vary("white", rng)
-        return Looks(light, dark) if rng.random() < 0.25 else Looks(dark, light)
-    while True:
-        ink, ground = (
-            vary(rng.choice(list(NAMED_COLORS)), rng)
-            if rng.random() < 0.7
-            else (rng.randrange(256), rng.randrange(256), rng.randrange(256))
-            for _ in range(2)
-        )
-        if abs(to_lab(ink)[0] - to_lab(ground)[0]) >= _CLEAR_LIGHTNESS:
-            return Looks(ink, ground)
 
 
 def paint(lettering: Lettering, looks: Looks, rng: random.Random, may_frame: bool) -> Image.Image:
