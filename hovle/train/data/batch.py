@@ -79,6 +79,8 @@ class Place(NamedTuple):
     """Where a sample lies in a packed batch, and what is still to be read for it."""
 
     source: str
+    record: int
+    epoch: int
     name: str
     row: int
     start: int
@@ -158,7 +160,8 @@ class BatchLayout:
                 if sample.subsegment_ids is not None:
                     tokens["subsegment_ids"][row, start:end] = sample.subsegment_ids[sample.is_input]
                 label = label_of(sample.index)
-                places.append(Place(label, sample.name, row, start, end, sample.pictures, sample.num_tiles))
+                what = label, sample.index, sample.epoch, sample.name
+                places.append(Place(*what, row, start, end, sample.pictures, sample.num_tiles))
         length = len(windows[0].input_ids) if windows else 0
         return BatchPlan(tokens=tokens, places=places, num_language_rows=len(windows), language_length=length)
 
@@ -172,7 +175,7 @@ class BatchLayout:
                 names.append(place.name)
                 picture_keys += self.maker.picture_keys(place.pictures)
             except SkipSampleError as error:
-                skips.append(Skip(place.source, error.reason, error.name, error.detail))
+                skips.append(Skip(place.source, error.reason, error.name, error.detail, place.record, place.epoch))
                 damaged.append(place)
         tokens = plan.tokens
         for place in reversed(damaged):  # from the end of a row, so that the others' places hold

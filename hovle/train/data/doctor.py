@@ -12,7 +12,8 @@ examples:
   hovle data doctor demo/alignment model.checkpoint=null model.language_model=asset:smollm2-135m-instruct
                                                         before the stage it starts from has run
 
-Exit code 1 says that the run would stop, because more is skipped than max_skip_fraction allows.
+Exit code 1 says that the run would stop, because more records are bad than max_skip_fraction allows: the run counts as
+this does, each record once, whatever epoch reads it.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from .grouping import sharing_key
 from .mixture import Mixture, MixtureReader, describe_size, open_mixture
 from .packing import PackedBatches, StreamPosition
 from .samples import RandomTextSamples, Sample, SampleMaker, was_split
-from .skips import FEWEST_DRAWN, NO_FAULTS, NUM_WORST, UNREAD_KEY, SkipBudgetError, SkipSampleError
+from .skips import NO_FAULTS, NUM_WORST, UNREAD_KEY, SkipBudgetError, SkipSampleError, most_bad
 from .transforms import make_transform
 
 NUM_SHOWN = 5
@@ -60,6 +61,8 @@ class SourceReport:
     """Conversations that share their pictures' tokens with others."""
     shown: Counter = field(default_factory=Counter)
     """What conversations can share (`sharing_key`) -> how many do."""
+    num_bad: int = 0
+    """Records that were scanned and have a fault."""
     num_split: int = 0
     num_tiles: int = 0
     num_supervised: int = 0
@@ -71,11 +74,6 @@ class SourceReport:
     unread: Counter = field(default_factory=Counter)
     """Which keys nobody reads -> rows that have them."""
     examples: list[Sample] = field(default_factory=list)
-
-    @property
-    def num_charged(self) -> int:
-        """Skips that count against the budget."""
-        return sum(count for reason, count in self.reasons.items() if reason not in NO_FAULTS)
 
 
 @dataclass
@@ -110,12 +108,12 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
             report.num_conversations += 1
         report.num_scanned += 1
         report.num_split += was_split(made)
-        for item in made:
-            _count(report, item, maker)
+        report.num_bad += sum(_count(report, item, maker) for item in made) > 0  # all are counted
     return report
 
 
-def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMaker) -> None:
+def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMaker) -> bool:
+    """Count a sample or why there is none; whether that is a fault."""
     if isinstance(item, Sample):
         try:
             maker.load_pixels(item.name, item.pictures, item.num_tiles)
@@ -123,11 +121,11 @@ def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMa
             item = error
     if isinstance(item, SkipSampleError) and item.reason == UNREAD_KEY:
         report.unread[item.detail] += 1  # of a row that is used
-        return
+        return False
     if isinstance(item, SkipSampleError):
         report.reasons[item.reason] += 1
         report.worst[item.name, item.detail] += 1
-        return
+        return item.reason not in NO_FAULTS
     report.lengths.append(item.num_inputs)
     report.num_tiles += sum(item.num_tiles)
     if item.subsegment_ids is not None:
@@ -136,6 +134,7 @@ def _count(report: SourceReport, item: Sample | SkipSampleError, maker: SampleMa
     report.num_supervised += len(item.labels) if is_distilled else int((item.labels != IGNORE_INDEX).sum())
     if len(report.examples) < NUM_SHOWN:
         report.examples.append(item)
+    return False
 
 
 def measure_padding(mixture: Mixture, maker: SampleMaker, config: StageConfig, limit: int) -> float | None:
@@ -176,8 +175,9 @@ def examine(config: StageConfig, processor: HoVLEProcessor, limit: int, num_proc
 
 
 def would_stop(source: SourceReport, config: StageConfig) -> bool:
-    """Whether a run that drew what was scanned of this source would stop."""
-    return source.num_charged > config.max_skip_fraction * max(source.num_scanned, FEWEST_DRAWN)
+    """Whether a run that reads all of this source would stop; of a bounded scan, an estimate."""
+    size = source.num_records or source.num_scanned
+    return source.num_bad * size > source.num_scanned * most_bad(config.max_skip_fraction, size)
 
 
 def describe_source(source: SourceReport, report: DataReport, config: StageConfig) -> list[str]:

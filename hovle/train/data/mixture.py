@@ -95,6 +95,15 @@ class Mixture:
         """Records of all sources; None where one is a stream, whose end nobody knows."""
         return None if self.streams else sum(len(records) for records in self.lists.values())
 
+    def size_of(self, label: str, num_drawn: int) -> float:
+        """Records of the sources of a name; of a stream, what is expected of it among so many draws of all."""
+        parts = [
+            num_drawn * float(weight / sum(self.weights)) if isinstance(records, RecordStream) else len(records)
+            for own, records, weight in zip(self.labels, self.sources, self.weights, strict=True)
+            if own == label
+        ]
+        return sum(parts)
+
     def describe(self) -> list[str]:
         """One line per source: its name, size and share; then what they leave aside."""
         sizes = [describe_size(records) for records in self.sources]
@@ -171,12 +180,12 @@ class MixtureReader:
         """Whether the record of an index comes from a stream, which must be read in order."""
         return self.mixture.place(index)[0] in self.streams
 
-    def begins_again(self, index: int) -> bool:
-        """Whether the record of an index, which has just been read, is of a second epoch of its source."""
+    def epoch_of(self, index: int) -> int:
+        """How often its source had begun again when the record of an index, the last one read, came."""
         number, place = self.mixture.place(index)
         if number in self.streams:
-            return self.streams[number].epoch > 0
-        return place >= len(self.mixture.lists[number])
+            return self.streams[number].epoch
+        return place // len(self.mixture.lists[number])
 
     def record_at(self, index: int) -> Record:
         """Record of an index; indices must rise where they fall on streams."""

@@ -160,7 +160,8 @@ class Shard:
         if isinstance(item, SkipSampleError) and item.reason not in NO_FAULTS:
             reason, detail = item.reason, item.detail
         detail = f"drawn before the run was resumed, lost since: {detail}"
-        self.lost.append(Skip(self.label_of(index), reason, item.name, detail))
+        epoch = self.reader.epoch_of(index)
+        self.lost.append(Skip(self.label_of(index), reason, item.name, detail, index, epoch))
 
     def _forget_counts(self) -> None:
         self.num_drawn = self.num_split = self.num_skipped_in_a_row = 0
@@ -199,16 +200,17 @@ class Shard:
 
     def _draw(self) -> None:
         made, num_conversations = self._make(self.next_index)
-        if self.once and self.reader.begins_again(self.next_index):
+        if self.once and self.reader.epoch_of(self.next_index) > 0:
             self.is_over = True
             return
+        place = self.next_index, self.reader.epoch_of(self.next_index)
         label = self.label_of(self.next_index)
         self.next_index += self.num_shards
         self.num_drawn += num_conversations
         self.num_split += was_split(made)
         faults = [item for item in made if isinstance(item, SkipSampleError)]
         self.window += [item for item in made if isinstance(item, Sample)]
-        self.skips += [Skip(label, fault.reason, fault.name, fault.detail) for fault in faults]
+        self.skips += [Skip(label, fault.reason, fault.name, fault.detail, *place) for fault in faults]
         self.num_skipped_in_a_row = self.num_skipped_in_a_row + 1 if len(faults) == len(made) else 0
         if self.num_skipped_in_a_row >= MOST_IN_A_ROW:
             raise SkipBudgetError(
@@ -223,6 +225,9 @@ class Shard:
         except SkipSampleError as error:
             return [error], 1
         made = self.maker.make_all(record, index, self.config.longest_sample, self.config.max_tiles_per_batch)
+        for item in made:
+            if isinstance(item, Sample):
+                item.epoch = self.reader.epoch_of(index)
         return made, record.num_conversations
 
     def label_of(self, index: int) -> str:

@@ -48,6 +48,8 @@ class Sample:
     num_parts: int = 1
     """Parts its record was cut into, between conversations or turns."""
 
+    epoch: int = 0
+    """How often its source had begun again."""
     @functools.cached_property
     def is_input(self) -> torch.Tensor:
         """Tokens that take a place in a row, shape `(T,)`: all but a last one that is there to be predicted only."""

@@ -29,8 +29,8 @@ FILM = "video or audio"
 NO_FAULTS = frozenset({NO_PICTURE, UNANSWERED, UNREAD_KEY})
 """Reasons that are counted, but no fault, so the budget does not see them."""
 
-FEWEST_DRAWN = 1000
-"""The share of skipped samples is taken of at least so many: one bad file among the first ten is no trend."""
+FEWEST_RECORDS = 1000
+"""The share of bad records is taken of at least so many: one bad file among ten is no trend."""
 
 MOST_IN_A_ROW = 200
 """So many skips without a good sample between them stop a stream, which might never fill a batch."""
@@ -80,16 +80,28 @@ def sparing_the_run(name: str) -> Iterator[None]:
 
 
 class SkipBudgetError(StopRunError):
-    """More samples are skipped than `max_skip_fraction` allows; the message lists reasons and the worst offenders."""
+    """More records are bad than `max_skip_fraction` allows; the message lists reasons and the worst offenders."""
 
 
 class Skip(NamedTuple):
-    """One skipped sample; plain text, so that processes can exchange it."""
+    """One skipped sample; plain values, so that processes can exchange it."""
 
     source: str
     reason: str
     name: str
     detail: str
+    record: int = 0
+    """Stream index of its record."""
+    epoch: int = 0
+    """How often its source had begun again."""
+
+
+def most_bad(max_fraction: float, num_records: float) -> float:
+    """Records of a source that may be bad before a run stops; the run and `hovle data doctor` ask here.
+
+    Each counts once, however often it is read and whatever is wrong with it.
+    """
+    return max_fraction * max(num_records, FEWEST_RECORDS)
 
 
 @dataclass
@@ -97,7 +109,9 @@ class SkipLedger:
     """Counts of a run over all processes: fed with batches (`add`), brought up to date by `share`."""
 
     max_fraction: float
-    """Largest share of skipped samples."""
+    """Largest share of a source's records that may be bad."""
+    size_of: Callable[[str, int], float] = field(default=lambda source, num_drawn: num_drawn, compare=False)
+    """Says how many records a source has when so many were drawn of all; a stream's are those drawn of it."""
     num_drawn: int = 0
     """Conversations drawn so far, those skipped included."""
     num_split: int = 0
@@ -106,6 +120,8 @@ class SkipLedger:
     """(source, reason) -> skipped samples."""
     worst: Counter = field(default_factory=Counter)
     """(name, detail) -> times skipped."""
+    bad: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    """(source, epoch) -> stream indices of its records with a fault; an epoch reads each record once."""
     _own: list[tuple[int, int, list[Skip]]] = field(default_factory=list)
 
     def add(self, batch: "PackedBatch") -> None:
@@ -127,18 +143,23 @@ class SkipLedger:
         self.num_drawn += sum(drawn for drawn, _, _ in noted)
         self.num_split += sum(split for _, split, _ in noted)
         self.reasons.update((skip.source, skip.reason) for skip in skips)
-        self.worst.update((skip.name, skip.detail) for skip in skips if skip.reason not in NO_FAULTS)
+        faults = [skip for skip in skips if skip.reason not in NO_FAULTS]
+        self.worst.update((skip.name, skip.detail) for skip in faults)
+        for skip in faults:
+            self.bad.setdefault((skip.source, skip.epoch), set()).add(skip.record)
         return skips
 
     def check(self) -> None:
-        """Raise SkipBudgetError, on every process alike, when too many samples are skipped."""
-        charged = sum(count for (_, reason), count in self.reasons.items() if reason not in NO_FAULTS)
-        if charged > self.max_fraction * max(self.num_drawn, FEWEST_DRAWN):
-            raise SkipBudgetError(
-                f"{charged} of {self.num_drawn} samples were skipped, more than max_skip_fraction "
-                f"({self.max_fraction:g}) allows.\n{describe_skips(self.reasons, self.worst)}\nRepair the data "
-                "(`hovle data doctor RECIPE` looks through it), or raise max_skip_fraction."
-            )
+        """Raise SkipBudgetError, on every process alike, when too many records of a source are bad."""
+        for (source, _), records in self.bad.items():
+            size = self.size_of(source, self.num_drawn)
+            if len(records) > most_bad(self.max_fraction, size):
+                raise SkipBudgetError(
+                    f"{len(records):,} records of {source} cannot be used, more than max_skip_fraction "
+                    f"({self.max_fraction:g}) of {max(round(size), FEWEST_RECORDS):,} allows.\n"
+                    f"{describe_skips(self.reasons, self.worst)}\nRepair the data (`hovle data doctor RECIPE` looks "
+                    "through it), or raise max_skip_fraction."
+                )
 
     def summary(self) -> dict:
         """Counts since the beginning of the run, for its log."""
@@ -158,6 +179,7 @@ class SkipLedger:
             "num_split": self.num_split,
             "reasons": [[*key, count] for key, count in self.reasons.items()],
             "worst": [[*key, count] for key, count in self.worst.items()],
+            "bad": [[*key, sorted(records)] for key, records in self.bad.items()],
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -165,6 +187,7 @@ class SkipLedger:
         self.num_drawn, self.num_split = state["num_drawn"], state["num_split"]
         self.reasons = Counter({(source, reason): count for source, reason, count in state["reasons"]})
         self.worst = Counter({(name, detail): count for name, detail, count in state["worst"]})
+        self.bad = {(source, epoch): set(records) for source, epoch, records in state.get("bad", ())}
 
 
 def describe_skips(reasons: Counter, worst: Counter) -> str:

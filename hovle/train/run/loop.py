@@ -1,5 +1,7 @@
 """The training loop all stages share: draw, step, log, validate, save."""
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 from tqdm.auto import tqdm
@@ -19,6 +21,7 @@ def train(
     first_step: int,
     meter: Meter,
     log: Callable[[dict], None],
+    check: Callable[[], None],
     validate: Callable[[int, StreamPosition], None],
     save: Callable[[int, StreamPosition], None],
     name: str,
@@ -31,11 +34,13 @@ def train(
         first_step: 0, or the step a checkpoint was saved at.
         meter: Measures speed.
         log: Takes one entry with units in its keys.
+        check: Raises, on all ranks alike, where the data so far must end the run; what is learnt is saved before.
         validate: Takes the number of finished steps and where the data continues.
         save: Takes the same.
         name: Shown on the progress bar.
     """
     config = step.config
+    check()
     progress = tqdm(
         total=config.num_steps,
         initial=first_step,
@@ -45,27 +50,44 @@ def train(
     )
     meter.start()
     num_empty = 0
+    save_last: Callable[[], None] | None = None  # what the last step learnt, unless it is saved
     for number in range(first_step, config.num_steps):
-        with fail_on_all_ranks(), meter.waiting_for_data():  # the others' data is waited for outside the meter
+        with saving_before_a_stop(save_last), fail_on_all_ranks(), meter.waiting_for_data():
             micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         result = step.step(number, micro_batches)
         meter.add(micro_batches)
         num_empty += result.is_empty
         progress.update()
         finished = number + 1
+        reached = micro_batches[-1].position
+        assert reached is not None  # a stream's batches know it
+        save_last = functools.partial(save, finished, reached)
         is_last = finished == config.num_steps
         if finished % config.log_every == 0 or is_last:
             entry = log_entry(finished, result, step.learning_rate, num_empty, meter)
             num_empty = 0
             log(entry)
             progress.set_postfix_str(f"loss {result.loss:.3f}, {entry['tokens_per_second']:.0f} tokens/s")
+            with saving_before_a_stop(save_last):
+                check()
         with meter.paused():
-            for every, act in ((config.validate_every, validate), (config.checkpoint_every, save)):
-                if every and finished % every == 0 and not is_last:
-                    reached = micro_batches[-1].position
-                    assert reached is not None  # a stream's batches know it
-                    act(finished, reached)
+            if config.validate_every and finished % config.validate_every == 0 and not is_last:
+                validate(finished, reached)
+            if config.checkpoint_every and finished % config.checkpoint_every == 0 and not is_last:
+                save_last()
+                save_last = None
     progress.close()
+
+
+@contextlib.contextmanager
+def saving_before_a_stop(save: Callable[[], None] | None) -> Iterator[None]:
+    """Save what is learnt where an error in this block, on all ranks alike, ends the run; None: nothing new is."""
+    try:
+        yield
+    except Exception:
+        if save is not None:
+            save()
+        raise
 
 
 def log_entry(step: int, result: StepResult, learning_rate: float, num_empty: int, meter: Meter) -> dict[str, float]:

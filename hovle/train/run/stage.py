@@ -125,6 +125,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
             first_step=first_step,
             meter=meter,
             log=functools.partial(log_step, log, data, estimate),
+            check=data.skips.check,
             validate=functools.partial(examine_or_stop, examiner, writer),
             save=writer.save,
             name=output.name,

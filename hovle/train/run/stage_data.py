@@ -40,7 +40,7 @@ class StageData:
         self.processor = processor
         self.accelerator = accelerator
         self.start = StreamPosition()
-        self.skips = SkipLedger(config.max_skip_fraction)
+        self.skips = SkipLedger(config.max_skip_fraction, mixture.size_of)
         self.language: LanguageText | None
         self.held_out_language: LanguageText | None
         self.language, self.held_out_language = open_language(config, processor) or (None, None)
@@ -91,7 +91,7 @@ class StageData:
                 mixture, config, StreamPosition(), rank=0, world_size=1, once=True, language=self.held_out_language
             )
             batches = list(itertools.islice(stream, self.config.num_validation_batches))
-            skips = SkipLedger(self.config.max_skip_fraction)
+            skips = SkipLedger(self.config.max_skip_fraction, mixture.size_of)
             for batch in batches:
                 skips.add(batch)
             skips.share()
@@ -110,13 +110,8 @@ class StageData:
         return [batch for batch in held_out if batch.names]
 
     def log_skips(self, log: Callable[[dict], None], step: int) -> dict:
-        """Log each new skip of all processes, and give the counts for the step's own entry (all ranks).
-
-        Raises:
-            SkipBudgetError: When there are too many.
-        """
+        """Log each new skip of all processes, and give the counts for the step's own entry (all ranks)."""
         for skip in self.skips.share(gather):
             if skip.reason not in NO_FAULTS:  # no fault, and there may be millions: counted is enough
                 log({"event": "skip", "step": step, **skip._asdict()})
-        self.skips.check()
         return self.skips.summary()
