@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeGuard
@@ -464,6 +465,23 @@ class RandomTextSamples(SampleMaker):
         super().__init__(processor)
         self.num_random_tokens = num_random_tokens
         self.seed = seed
+def reply_end_ids(processor: HoVLEProcessor) -> list[int]:
+    """Special tokens with which replies end as training teaches them; none where the chat template ends them in words.
+
+    A reply in the middle of a conversation may end otherwise than the last one.
+    """
+    turns = [(role, text) for text in ("1", "2") for role in ("user", "assistant")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    made = ReplySamples(processor).make_all(Record("two turns", messages), 0, max_tokens=sys.maxsize)
+    special = special_ids(processor.tokenizer)
+    ends: dict[int, None] = {}
+    for sample in (item for item in made if isinstance(item, Sample)):
+        labels = [*sample.labels.tolist(), IGNORE_INDEX]
+        last = [label for label, following in itertools.pairwise(labels) if following == IGNORE_INDEX]
+        ends |= dict.fromkeys(label for label in last if label in special)
+    return list(ends)
+
+
         tokenizer = processor.tokenizer
         special = special_ids(tokenizer)
         self.ordinary_ids = torch.tensor([index for index in range(len(tokenizer)) if index not in special])

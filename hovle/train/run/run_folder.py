@@ -1,11 +1,13 @@
 """The folder of a run: who may use it, how far it is, and the model that is written into it at the end."""
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from ...files.atomic import remove_leftovers, rename_durably, write_folder
@@ -16,6 +18,7 @@ from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
 from ..data.batch import PackedBatch
+from ..data.samples import reply_end_ids
 from ..data.tiles import PixelNormalization
 from ..parallel import gather
 from .checkpoint import check_same_recipe, find_checkpoint
@@ -23,6 +26,9 @@ from .handoff import make_probe, write_probe
 
 RECIPE = "recipe.yaml"
 UNFINISHED_RECIPE = f".{RECIPE}.writing"
+
+SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings of generation that a random choice of tokens alone reads; published ones are often set without it."""
 
 
 def check_unused(output: Path) -> None:
@@ -89,6 +95,24 @@ def write_adapter(folder: Path, peft_model: Any, trained: dict[str, torch.Tensor
     write_folder(folder, functools.partial(peft_model.save_pretrained, state_dict=state))
 
 
+def end_at_taught_replies(model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> list[int]:
+    """Let generation end where training teaches replies to end; whatever ended it before goes on doing so.
+
+    Returns:
+        What ends replies; empty where the chat template has no special token for it.
+    """
+    taught = reply_end_ids(processor)
+    known = model.generation_config.eos_token_id
+    known = [] if known is None else [known] if isinstance(known, int) else list(known)
+    ends = [*known, *(token for token in taught if token not in known)]
+    if ends != known:
+        model.generation_config.eos_token_id = ends
+        if not model.generation_config.do_sample:  # then they mean nothing, but keep changed settings from being saved
+            for name in SAMPLING_ONLY:
+                setattr(model.generation_config, name, None)
+    return taught
+
+
 def write_model(
     folder: Path,
     config: HoVLEConfig,
@@ -96,13 +120,16 @@ def write_model(
     weights: dict[str, torch.Tensor],
     batch: PackedBatch,
     record: BareRecord | None,
+    generation_config: GenerationConfig | None = None,
 ) -> None:
     """Write a model and what it says of a batch, computed free of all that training wrapped around it.
 
-    The bare language model's record, if there is one, goes with it.
+    The bare language model's record, if there is one, goes with it, and so do the settings of generation.
     """
     with no_init_weights():
         model = HoVLEForConditionalGeneration(config)
+    if generation_config is not None:
+        model.generation_config = copy.deepcopy(generation_config)
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     probe = make_probe(model, batch, PixelNormalization.of(processor.image_processor))

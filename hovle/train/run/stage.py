@@ -22,7 +22,7 @@ from .checkpoint import checkpoint_folder, load_trainable
 from .dry_run import describe
 from .loop import train
 from .random_numbers import continue_random_numbers
-from .run_folder import check_resumable, check_unused, claim_output, find_standing
+from .run_folder import check_resumable, check_unused, claim_output, end_at_taught_replies, find_standing
 from .stage_data import StageData
 from .start import agree_on_dtype, load_start, load_state
 from .writer import Writer
@@ -70,6 +70,8 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     # The model it starts from, what of it learns, and towards what.
     model, processor, handoff = load_start(config)
     dtype = agree_on_dtype(config, state, accelerator)
+    if config.objective.name == "next_token" and not end_at_taught_replies(model, processor):
+        accelerator.print("The chat template ends replies with no special token: generation cannot tell their end.")
     trainable = prepare_model(model, config, dtype, accelerator.device)
     retention = TextRetention(config.retention, processor) if config.retention else None
     objective = make_objective(config, model, processor.image_processor, trainable.text_table, dtype)

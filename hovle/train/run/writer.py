@@ -93,7 +93,7 @@ class Writer:
                 write_adapter(self.output / "adapter", peft_model, trained)
             batch = next(iter(self.data.batches()))
             parts = (self.step.model.config, self.data.processor, weights, batch, self._bare_record(retention))
-            write_model(self.output / "model", *parts)
+            write_model(self.output / "model", *parts, self.step.model.generation_config)
 
     def _bare_record(self, retention: TextRetention | None) -> BareRecord | None:
         """The bare language model's perplexity: measured here, or handed on from the start checkpoint."""

@@ -1,5 +1,6 @@
 """Whole stages on tiny models: what changes and what may not, resuming, hand-off, launching."""
 
+import itertools
 import json
 import resource
 import runpy
@@ -14,12 +15,13 @@ from places import ROOT
 from safetensors.torch import load_file
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.chat.conversation import Conversation
 from hovle.cli import main
 from hovle.train import run_stage
 from hovle.train.config import load_stage
 from hovle.train.data.skips import SkipBudgetError
 from hovle.train.monitor import image_ablation as diagnosis
-from hovle.train.run import start
+from hovle.train.run import stage_data, start
 from hovle.train.run.checkpoint import SaveError, find_checkpoint, sorted_checkpoints
 from hovle.train.step import assembly
 from hovle.train.step.train_step import NonFiniteLossError
@@ -353,15 +355,110 @@ def test_distillation_takes_the_pictures_of_a_mixed_list_and_counts_what_has_non
     assert last["samples_drawn"] > last["samples_skipped"]["no picture"] > 0
 
 
-def test_too_many_skips_stop_the_run_and_name_the_worst(next_token_config, faulty, tmp_path):
+def test_too_many_bad_records_stop_the_run_name_the_worst_and_cost_no_step(next_token_config, faulty, tmp_path):
     with pytest.raises(SkipBudgetError) as caught:
         run_stage(next_token_config(faulty))
     message = str(caught.value)
-    assert "samples were skipped, more than max_skip_fraction (0.001) allows" in message
+    assert "2 records of chat:chat.jsonl cannot be used, more than max_skip_fraction (0.001) of 1,000" in message
     assert "chat:chat.jsonl: no supervised token" in message
     assert "chat.jsonl:6: no reply to learn from." in message
     assert "hovle data doctor" in message
-    assert [entry["event"] for entry in read_log(tmp_path / "run")] == ["start", "skip", "skip"]  # logged all the same
+    log = read_log(tmp_path / "run")
+    assert [entry["event"] for entry in log if "event" in entry][:3] == [
+        "start",
+        "skip",
+        "skip",
+    ]  # logged all the same
+    stopped = [entry["step"] for entry in log if "loss" in entry][-1]
+    assert find_checkpoint(tmp_path / "run").name == f"checkpoint-{stopped:06d}"
+    with pytest.raises(SkipBudgetError, match="2 records"):  # at once, as nothing has changed
+        run_stage(next_token_config(faulty), resume=True)
+    resumed = weights_in(run_stage(next_token_config(faulty, "max_skip_fraction=1"), resume=True))
+    straight = run_stage(next_token_config(faulty, "max_skip_fraction=1", f"output={tmp_path / 'straight'}"))
+    assert_same_weights(resumed, weights_in(straight))
+
+
+def test_a_damaged_picture_that_the_doctor_lets_pass_stops_no_epoch(next_token_config, data, tmp_path, capsys):
+    copied = Path(shutil.copytree(data, tmp_path / "copied"))
+    (copied / "pictures" / "01.png").write_bytes((data / "pictures" / "01.png").read_bytes()[:60])
+    (copied / "chat.jsonl").write_text("\n".join((data / "chat.jsonl").read_text().splitlines()[:6]))
+    source = f"data.path={copied / 'chat.jsonl'}"
+    next_token_config()
+    recipe = str(tmp_path / "next_token.yaml")
+    assert main(["data", "doctor", recipe, source, "--out", str(tmp_path / "lengths.png")]) == 0
+    assert "skipped        1 " in capsys.readouterr().out
+    run_stage(next_token_config(source, "num_steps=12"))
+    last = [entry for entry in read_log(tmp_path / "run") if "loss" in entry][-1]
+    assert last["samples_skipped"]["unreadable picture"] > 2  # more reads than bad records are allowed
+
+
+def test_data_that_cannot_be_drawn_any_more_costs_no_step(next_token_config, monkeypatch, tmp_path):
+    load_batches = stage_data.load_batches
+
+    def failing(*arguments):
+        yield from itertools.islice(load_batches(*arguments), 3)
+        raise SkipBudgetError("200 samples in a row had to be skipped.")
+
+    straight = weights_in(run_stage(next_token_config(f"output={tmp_path / 'straight'}")))
+    with monkeypatch.context() as patch:
+        patch.setattr(stage_data, "load_batches", failing)
+        with pytest.raises(SkipBudgetError, match="200 samples in a row"):
+            run_stage(next_token_config())
+    assert find_checkpoint(tmp_path / "run").name == "checkpoint-000003"
+    assert_same_weights(weights_in(run_stage(next_token_config(), resume=True)), straight)
+
+
+# --- where generation ends -------------------------------------------------------------------------------------------
+
+ENDED_OTHERWISE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% if loop.last and message.role == 'assistant' %}LAST{% else %}<|im_end|>{% endif %}
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def with_template(checkpoint: str, folder: Path, template: str) -> str:
+    """A copy of a checkpoint with another chat template and settings of generation."""
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps({**settings, "eos_token_id": 5, "top_k": 7, "repetition_penalty": 1.5})
+    )
+    return f"model.checkpoint={folder}"
+
+
+@pytest.mark.parametrize(("last", "ends"), [("<|endoftext|>", [5, 0]), ("<|im_end|>", [5, 2])])
+def test_what_ends_the_replies_that_are_taught_ends_generation(next_token_config, checkpoints, tmp_path, last, ends):
+    start = with_template(checkpoints["tied"], tmp_path / "start", ENDED_OTHERWISE.replace("LAST", last))
+    config = next_token_config(start, f"data.path={write_texts(tmp_path)}", "num_steps=2", "checkpoint_every=1")
+    folder = run_stage(config)
+    for place in (folder, folder.parent / "checkpoint-000001"):
+        written = json.loads((place / "generation_config.json").read_text())
+        assert written["eos_token_id"] == ends, place
+        assert written["repetition_penalty"] == 1.5
+        assert written.get("top_k") is None  # without do_sample it means nothing, and could not be saved
+    conversation = Conversation(folder)
+    assert conversation._end_ids == ends
+    always_the_end = [
+        lambda input_ids, scores: torch.nn.functional.one_hot(torch.tensor([ends[-1]]), scores.shape[-1]).float()
+    ]
+    inputs = conversation.processor(text="<|im_start|>user", return_tensors="pt")
+    said = conversation.model.generate(**inputs, max_new_tokens=9, do_sample=False, logits_processor=always_the_end)
+    assert said.shape[1] == inputs["input_ids"].shape[1] + 1
+
+
+def test_a_template_that_ends_replies_in_words_is_told_of(next_token_config, checkpoints, tmp_path, capsys):
+    template = ENDED_OTHERWISE.replace("LAST", "(over)").replace("<|im_end|>", "(next)")
+    start = with_template(checkpoints["tied"], tmp_path / "start", template)
+    run_stage(next_token_config(start, f"data.path={write_texts(tmp_path)}", "num_steps=1"))
+    assert "ends replies with no special token" in capsys.readouterr().out
+
+
+def write_texts(folder: Path) -> Path:
+    """Chats of text alone."""
+    messages = [{"role": "user", "content": "A tree?"}, {"role": "assistant", "content": "A bus and a dog."}]
+    (folder / "texts.jsonl").write_text("\n".join([json.dumps({"messages": messages})] * 4))
+    return folder / "texts.jsonl"
 
 
 def test_the_number_format_is_measured_once(next_token_config, monkeypatch, tmp_path):
