@@ -15,6 +15,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_utils import PreTrainedModel
 
+from .rotary import rotary_table
+
 MASK_FUNCTIONS = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
 """Attention patterns a layer may have, under their transformers names."""
 
@@ -146,8 +148,8 @@ def rotary_tables(
     """Cosines and sines of the positions for each attention pattern among some layers."""
     patterns = sorted(set(types))
     if has_rotary_per_pattern(rotary_emb):
-        return {pattern: rotary_emb(hidden_states, position_ids, pattern) for pattern in patterns}
-    return dict.fromkeys(patterns, rotary_emb(hidden_states, position_ids=position_ids))
+        return {pattern: rotary_table(rotary_emb, hidden_states, position_ids, pattern) for pattern in patterns}
+    return dict.fromkeys(patterns, rotary_table(rotary_emb, hidden_states, position_ids))
 
 
 def scale_embeddings(embeds: torch.Tensor, text_config: PreTrainedConfig, training: bool = False) -> torch.Tensor:

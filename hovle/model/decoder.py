@@ -21,6 +21,7 @@ from .checks import may_read_values
 from .configuration_hovle import HoVLEConfig
 from .holistic_sequence import LanguageInputs, SectionInputs
 from .masks import Masks, flash_arguments
+from .rotary import depends_on_length
 
 STOCK_FAMILIES = frozenset(
     (
@@ -52,12 +53,12 @@ def is_stock_decoder(decoder: PreTrainedModel, inputs: LanguageInputs, config: H
 
     Not so where something happens between holistic layers and language model: another sequence (HoVLE-HD), other
     masks (bidirectional images), a division by the norm. Not for a family outside `STOCK_FAMILIES`, which nobody has
-    compared. And not with images in a graph, of a layer (as in training) or of the whole model: what the holistic
-    layers give is then out of reach.
+    compared. Not for rotary tables that look at the length of all that is packed (`rotary_table`). And not with images
+    in a graph, of a layer (as in training) or of the whole model: what the holistic layers give is then out of reach.
     """
     is_plain = config.pixel_shuffle_loc != "post" and config.image_attention == "causal"
     is_known = config.text_config.model_type in STOCK_FAMILIES
-    if not is_plain or not is_known or config.normalize_encoder_output:
+    if not is_plain or not is_known or config.normalize_encoder_output or depends_on_length(decoder.rotary_emb):
         return False
     is_compiled = getattr(_first_language_layer(decoder, config), "_compiled_call_impl", None) is not None
     return inputs.image_features is None or (may_read_values() and not is_compiled)

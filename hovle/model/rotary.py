@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
@@ -67,12 +68,76 @@ def embedding_rope_config(text_config: PreTrainedConfig, own: dict[str, Any] | N
     return rope_config
 
 
+def _patterns(rotary_emb: nn.Module) -> list[dict[str, Any]]:
+    """Parameters of a table, and those of each attention pattern where it has several."""
+    parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
+    return [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+
+
+def depends_on_length(rotary_emb: nn.Module) -> bool:
+    """Whether a table rotates a token otherwise in a longer sequence."""
+    types = [str(pattern.get("rope_type")) for pattern in _patterns(rotary_emb)]
+    return any(rope_type == "longrope" or "dynamic" in rope_type for rope_type in types)
+
+
 def rope_switch(rotary_emb: nn.Module) -> float:
     """Longest sequence that a longrope table rotates with its short factors; infinite for tables that never switch."""
-    parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
-    patterns = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    longropes = [pattern for pattern in patterns if pattern.get("rope_type") == "longrope"]
+    longropes = [pattern for pattern in _patterns(rotary_emb) if pattern.get("rope_type") == "longrope"]
     return min((pattern["original_max_position_embeddings"] for pattern in longropes), default=math.inf)
+
+
+Table = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of positions, each of shape `(B, T, R)`."""
+
+
+def rotary_table(
+    rotary_emb: nn.Module, hidden_states: torch.Tensor, position_ids: torch.Tensor, pattern: str | None = None
+) -> Table:
+    """Cosines and sines in which every document of a batch rotates as it does alone.
+
+    Longrope and dynamic scaling choose their frequencies by the longest sequence. transformers takes that of the whole
+    batch, so that a document beyond their switch would change all those that are packed beside it.
+
+    Args:
+        rotary_emb: The table of a family.
+        hidden_states: Gives device and number format.
+        position_ids: Those of documents side by side rise by one within each, shape `(B, T)`.
+        pattern: Attention pattern, where the family has a table for each.
+    """
+
+    def table(positions: torch.Tensor) -> Table:
+        return rotary_emb(hidden_states, positions, *([] if pattern is None else [pattern]))
+
+    parameters = getattr(rotary_emb.config, "rope_parameters", None) or {}
+    parameters = parameters.get(pattern, parameters) if pattern else parameters
+    rope_type = parameters.get("rope_type", "default")
+    if rope_type == "longrope":
+        switch = parameters[ORIGINAL_LENGTH]
+        is_long = (_document_lengths(position_ids) > switch)[..., None]
+        short, long = table(position_ids.clamp(max=switch - 1)), table(position_ids)
+        return torch.where(is_long, long[0], short[0]), torch.where(is_long, long[1], short[1])
+    switch = getattr(rotary_emb, "original_max_seq_len", math.inf)
+    if "dynamic" not in rope_type or position_ids.max() < switch - 1:
+        return table(position_ids)
+    lengths = _document_lengths(position_ids)
+    table(position_ids.clamp(max=0))  # else it keeps the frequencies of the longest sequence it has met
+    cosines, sines = table(position_ids.clamp(max=switch - 1))
+    for length in lengths[lengths > switch].unique().tolist():  # from the shortest on, each longer than all it has met
+        is_own = lengths == length
+        own = table(position_ids.where(is_own, 0))
+        cosines, sines = (
+            torch.where(is_own[..., None], new, old) for new, old in zip(own, (cosines, sines), strict=True)
+        )
+    return cosines, sines
+
+
+def _document_lengths(position_ids: torch.Tensor) -> torch.Tensor:
+    """Of each token the length of its document, shape `(B, T)`."""
+    begins = torch.ones_like(position_ids)
+    begins[:, 1:] = (position_ids.diff(dim=1) != 1).to(begins.dtype)
+    numbers = begins.cumsum(1) - 1
+    last = torch.zeros_like(position_ids).scatter_reduce(1, numbers, position_ids, "amax")
+    return last.gather(1, numbers) + 1
 
 
 def check_own_rope(own: Mapping[str, Any]) -> None:

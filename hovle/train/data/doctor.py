@@ -26,7 +26,7 @@ from pathlib import Path
 from ...model.modeling_hovle import IGNORE_INDEX
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig, load_stage
-from ..model.start import start_processor
+from ..model.start import start_positions, start_processor
 from .grouping import sharing_key
 from .mixture import Mixture, MixtureReader, describe_size, open_mixture
 from .packing import PackedBatches, StreamPosition
@@ -99,7 +99,7 @@ def scan_source(mixture: Mixture, number: int, maker: SampleMaker, config: Stage
     for index in range(min(limit or size or 0, size or limit)):
         try:
             record = reader.record_at(index)
-            made = maker.make_all(record, index, config.row_length, config.max_tiles_per_batch)
+            made = maker.make_all(record, index, config.longest_sample, config.max_tiles_per_batch)
             report.num_conversations += record.num_conversations
             if not isinstance(maker, RandomTextSamples):  # which has one question per picture at most
                 report.shown.update(filter(None, map(sharing_key, (record.messages, *record.others))))
@@ -154,7 +154,13 @@ def measure_padding(mixture: Mixture, maker: SampleMaker, config: StageConfig, l
     return 1 - num_filled / num_places
 
 
-def examine(config: StageConfig, processor: HoVLEProcessor, limit: int, num_processes: int = 1) -> DataReport:
+def examine(
+    config: StageConfig,
+    processor: HoVLEProcessor,
+    limit: int,
+    num_processes: int = 1,
+    max_positions: int | None = None,
+) -> DataReport:
     """Look through the sources of a recipe and pack some of the mix.
 
     Args:
@@ -162,9 +168,10 @@ def examine(config: StageConfig, processor: HoVLEProcessor, limit: int, num_proc
         processor: Of the model it trains.
         limit: Records read of each source; 0 for all.
         num_processes: Processes of the planned run, for the number of epochs.
+        max_positions: Those of its language model.
     """
     mixture = open_mixture(config.data, config.seed)
-    maker = make_transform(config, processor)
+    maker = make_transform(config, processor, max_positions)
     sources = [scan_source(mixture, number, maker, config, limit) for number in range(len(mixture.sources))]
     padding = measure_padding(mixture, maker, config, limit or sum(source.num_conversations for source in sources))
     places = config.num_steps * config.gradient_accumulation_steps * num_processes
@@ -282,7 +289,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--samples must be 0 or more, --processes 1 or more.")
     config = load_stage(args.recipe, args.overrides)
     processor = start_processor(config.model)
-    report = examine(config, processor, args.samples, args.processes)
+    report = examine(config, processor, args.samples, args.processes, start_positions(config.model))
     print(describe_data(report, config))  # noqa: T201 - this is the command's output
     colours = (LEARNT, PLAIN) if sys.stdout.isatty() else (">>", "<<")
     print(f"\nSamples; {colours[0]}this{colours[1]} is what the model learns to say.")  # noqa: T201

@@ -48,9 +48,9 @@ class Sample:
     """Counts the samples of a record."""
     num_parts: int = 1
     """Parts its record was cut into, between conversations or turns."""
-
     epoch: int = 0
     """How often its source had begun again."""
+
     @functools.cached_property
     def is_input(self) -> torch.Tensor:
         """Tokens that take a place in a row, shape `(T,)`: all but a last one that is there to be predicted only."""
@@ -92,6 +92,9 @@ class SampleMaker:
     Args:
         processor: Of the model that is trained.
     """
+
+    max_positions: int | None = None
+    """Positions of the language model, beyond which it learns nothing that it can use; None: not limited."""
 
     def __init__(self, processor: HoVLEProcessor):
         self.processor = processor
@@ -193,6 +196,13 @@ class SampleMaker:
             detail = (
                 f"has {num_tokens} tokens, more than row_length ({max_tokens}); pictures and turns are never cut: "
                 "raise row_length, or ask fewer questions or use fewer tiles per sample."
+            )
+            return SkipSampleError(record.name, OVER_LONG, detail)
+        num_positions = int(sample.position_ids[sample.is_input].max()) + 1
+        if self.max_positions is not None and num_positions > self.max_positions:
+            detail = (
+                f"takes {num_positions} positions, more than the language model has ({self.max_positions}); pictures "
+                "and turns are never cut: use fewer tiles, or set row_length to no more than that."
             )
             return SkipSampleError(record.name, OVER_LONG, detail)
         if max_tiles is not None and num_tiles > max_tiles:
@@ -455,16 +465,6 @@ def special_ids(tokenizer) -> set[int]:
     return set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
 
 
-class RandomTextSamples(SampleMaker):
-    """Pictures with unrelated random tokens (`distillation`): the whole vocabulary is covered, no pairs are needed."""
-
-    STAND_IN = "\uf8ff"
-    """Marks in the rendered chat where random tokens go: a private character no template contains."""
-
-    def __init__(self, processor: HoVLEProcessor, num_random_tokens: int, seed: int):
-        super().__init__(processor)
-        self.num_random_tokens = num_random_tokens
-        self.seed = seed
 def reply_end_ids(processor: HoVLEProcessor) -> list[int]:
     """Special tokens with which replies end as training teaches them; none where the chat template ends them in words.
 
@@ -482,6 +482,16 @@ def reply_end_ids(processor: HoVLEProcessor) -> list[int]:
     return list(ends)
 
 
+class RandomTextSamples(SampleMaker):
+    """Pictures with unrelated random tokens (`distillation`): the whole vocabulary is covered, no pairs are needed."""
+
+    STAND_IN = "\uf8ff"
+    """Marks in the rendered chat where random tokens go: a private character no template contains."""
+
+    def __init__(self, processor: HoVLEProcessor, num_random_tokens: int, seed: int):
+        super().__init__(processor)
+        self.num_random_tokens = num_random_tokens
+        self.seed = seed
         tokenizer = processor.tokenizer
         special = special_ids(tokenizer)
         self.ordinary_ids = torch.tensor([index for index in range(len(tokenizer)) if index not in special])

@@ -4,7 +4,7 @@ import copy
 
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
-from .samples import RandomTextSamples, ReplySamples
+from .samples import RandomTextSamples, ReplySamples, SampleMaker
 
 
 def limited_processor(config: StageConfig, processor: HoVLEProcessor) -> HoVLEProcessor:
@@ -17,9 +17,19 @@ def limited_processor(config: StageConfig, processor: HoVLEProcessor) -> HoVLEPr
     return limited
 
 
-def make_transform(config: StageConfig, processor: HoVLEProcessor):
-    """What turns records into samples for the objective."""
+def make_transform(config: StageConfig, processor: HoVLEProcessor, max_positions: int | None = None) -> SampleMaker:
+    """What turns records into samples for the objective.
+
+    Args:
+        config: The stage.
+        processor: Of the model.
+        max_positions: Those of the language model; None where they are not known, or not limited.
+    """
     processor = limited_processor(config, processor)
+    maker: SampleMaker
     if config.objective.name == "distillation":
-        return RandomTextSamples(processor, config.objective.num_random_tokens, config.seed)
-    return ReplySamples(processor)
+        maker = RandomTextSamples(processor, config.objective.num_random_tokens, config.seed)
+    else:
+        maker = ReplySamples(processor)
+    maker.max_positions = max_positions
+    return maker

@@ -1,9 +1,12 @@
 """Load the model and the processor a stage starts from."""
 
 import torch
+from transformers import PreTrainedConfig
 
 from ...assets import resolve_asset
 from ...files.model_folder import refuse_missing_folder
+from ...model.configuration_hovle import HoVLEConfig
+from ...model.language_model import load_language_config
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import Architecture, Geometry, ModelConfig, StageConfig
@@ -31,6 +34,20 @@ def start_processor(start: ModelConfig) -> HoVLEProcessor:
         return HoVLEProcessor.from_pretrained(start.checkpoint)
     assert start.language_model is not None  # ModelConfig wants one of the two
     return _new_processor(resolve_asset(start.language_model), start, **start.part(Geometry))
+
+
+def start_positions(start: ModelConfig) -> int | None:
+    """Positions of the language model a stage starts from, without the model; None where its config has no limit."""
+    if start.checkpoint is not None:
+        check_checkpoint(start.checkpoint)
+        return positions_of(HoVLEConfig.from_pretrained(start.checkpoint).text_config)
+    assert start.language_model is not None  # ModelConfig wants one of the two
+    return positions_of(load_language_config(resolve_asset(start.language_model)))
+
+
+def positions_of(text_config: PreTrainedConfig) -> int | None:
+    """Positions of a language model."""
+    return getattr(text_config, "max_position_embeddings", None)
 
 
 def _new_processor(name: str, start: ModelConfig, **geometry) -> HoVLEProcessor:

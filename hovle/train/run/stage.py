@@ -10,6 +10,7 @@ from ...machine.memory import keep_freed_memory
 from ..config import StageConfig
 from ..data.mixture import open_mixture
 from ..data.packing import StreamPosition
+from ..model.start import positions_of
 from ..monitor.estimate import Estimate
 from ..monitor.image_ablation import Examiner
 from ..monitor.language_check import LanguageCheck
@@ -69,15 +70,16 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
 
     # The model it starts from, what of it learns, and towards what.
     model, processor, handoff = load_start(config)
-    dtype = agree_on_dtype(config, state, accelerator)
     if config.objective.name == "next_token" and not end_at_taught_replies(model, processor):
         accelerator.print("The chat template ends replies with no special token: generation cannot tell their end.")
+    dtype = agree_on_dtype(config, state, accelerator)
     trainable = prepare_model(model, config, dtype, accelerator.device)
     retention = TextRetention(config.retention, processor) if config.retention else None
     objective = make_objective(config, model, processor.image_processor, trainable.text_table, dtype)
     if state:
         load_trainable(objective, state.pop("trainable"))
-    data = StageData(config, mixture, processor, accelerator, state)
+    max_positions = positions_of(model.config.text_config)
+    data = StageData(config, mixture, processor, accelerator, state, max_positions)
     if dry_run:
         accelerator.print(describe(objective, next(iter(data.batches())), processor, mixture, config))
         return output / "model"

@@ -25,6 +25,7 @@ class StageData:
         processor: Of the model.
         accelerator: Knows the processes.
         state: What the checkpoint to resume from holds, or None.
+        max_positions: Those of the language model; None where they are not limited.
     """
 
     def __init__(
@@ -34,11 +35,13 @@ class StageData:
         processor: HoVLEProcessor,
         accelerator: Any,
         state: dict | None = None,
+        max_positions: int | None = None,
     ):
         self.config = config
         self.mixture = mixture
         self.processor = processor
         self.accelerator = accelerator
+        self.max_positions = max_positions
         self.start = StreamPosition()
         self.skips = SkipLedger(config.max_skip_fraction, mixture.size_of)
         self.language: LanguageText | None
@@ -56,7 +59,8 @@ class StageData:
             self.skips.load_state_dict(state["skips"])
 
     def _packed(self, mixture: Mixture, config: StageConfig, start: StreamPosition, **options) -> PackedBatches:
-        maker, pad_token_id = make_transform(config, self.processor), self.processor.tokenizer.pad_token_id or 0
+        maker = make_transform(config, self.processor, self.max_positions)
+        pad_token_id = self.processor.tokenizer.pad_token_id or 0
         return PackedBatches(mixture, maker, config, start, pad_token_id=pad_token_id, **options)
 
     def batches(self, start: StreamPosition | None = None) -> PackedBatches:

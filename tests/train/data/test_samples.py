@@ -363,6 +363,22 @@ def test_only_the_turn_that_fits_no_row_is_left_out(processor):
     assert "more than row_length (30)" in str(made[1])
 
 
+def test_no_sample_takes_more_positions_than_the_language_model_has(processor, questions):
+    messages = conversation_of("A?", "1", "B?", "the quick brown fox jumps over the lazy dog " * 3, "C?", "2")
+    sampler = ReplySamples(processor)
+    sampler.max_positions = 30
+    made = sampler.make_all(Record("uneven", messages), 0, max_tokens=1000)
+    reasons = [item.reason if isinstance(item, SkipSampleError) else "sample" for item in made]
+    assert reasons == ["sample", "over-long", "sample"]
+    assert "more than the language model has (30)" in str(made[1])
+    whole = sampler.make(questions, 0)  # of which each sees the pictures and itself only
+    sampler.max_positions = int(whole.position_ids[whole.is_input].max()) + 1
+    assert sampler.max_positions < whole.num_inputs
+    assert len(sampler.make_all(questions, 0, max_tokens=1000)) == 1
+    sampler.max_positions -= 1
+    assert len(sampler.make_all(questions, 0, max_tokens=1000)) == 2
+
+
 def test_questions_about_one_picture_are_shared_out_between_samples_when_they_are_too_many(processor, questions):
     sampler = ReplySamples(processor)
     whole = sampler.make(questions, 0)
