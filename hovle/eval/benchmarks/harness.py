@@ -18,6 +18,7 @@ from .adaptations import ADAPTATIONS, WithPictures, parquet_files
 from .judges import JudgeSilent, judge_must_answer
 from .lmms_eval_plugin import HoVLEChat, generation_arguments
 from .suites import TASKS_FOLDER, Benchmark
+from .unread import unread_answers
 
 TOLERANCE = 1e-4
 """The harness rounds some scores to four decimals."""
@@ -67,7 +68,7 @@ def load_task(benchmark: Benchmark, manager: Any, data: Path | None = None):
         changes |= {} if data is None else _local_data(benchmark.name, data)
         (task,) = manager.load_task_or_group([{"task": benchmark.task, **changes}], "chat").values()
     except Exception as error:  # whatever the harness, its tasks and data sets raise
-        reason = reason_of(error)
+        reason = reason_of(error) + ("" if data is None else _splits_found(benchmark.name, data))
         raise BenchmarkError(f"its task or data cannot be loaded: {reason}") from error
     if benchmark.generation:
         task.set_config("generation_kwargs", benchmark.generation, update=True)
@@ -79,6 +80,15 @@ def _local_data(name: str, data: Path) -> dict[str, Any]:
     changes = {"dataset_path": "parquet", "dataset_name": None, "dataset_kwargs": parquet_files(data / name)}
     pictures = data / f"{name}_images"
     return changes | ({"process_docs": WithPictures(pictures)} if pictures.is_dir() else {})
+
+
+def _splits_found(name: str, data: Path) -> str:
+    """Which splits local files are of, for a task that may want another one."""
+    try:
+        found = ", ".join(parquet_files(data / name)["data_files"])
+    except ValueError:
+        return ""
+    return f"; the files in {data / name} are of the split {found}, as the beginnings of their names say"
 
 
 def reason_of(error: BaseException) -> str:
@@ -133,7 +143,8 @@ def _read(
     if not samples:
         raise BenchmarkError("the harness returned no answers.")
     score, interval = _score(benchmark, task, samples, figures)
-    unread = UNREAD[benchmark.units](_values(benchmark, samples)) if benchmark.units in UNREAD else ""
+    own = UNREAD.get(benchmark.units)
+    unread = own(_values(benchmark, samples)) if own else unread_answers(samples, benchmark.metrics)
     arguments, stops = generation_arguments(task.config.generation_kwargs or {}, lm.max_new_tokens)
     result = {
         "benchmark": benchmark.name,

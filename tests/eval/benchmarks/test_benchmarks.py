@@ -65,6 +65,35 @@ def test_every_adapter_gives_full_marks_to_a_model_that_knows_the_answers(
     assert len(answers) == result["num_questions"] == len(miniature.rows) - (name == "seed")  # without its video
 
 
+NOT_BY_FORM = {"mmbench", "mmmu"}
+"""Benchmarks whose rules find options within sentences, or say what is right for all answers together only."""
+
+
+@pytest.mark.parametrize("name", [name for name in PAPER if name not in NOT_BY_FORM])
+def test_right_answers_in_another_form_score_or_are_counted(
+    name, lm, manager, miniatures, miniature_data, perfect_answer, tmp_path, monkeypatch
+):
+    from hovle.eval.benchmarks.harness import run_benchmark
+    from hovle.eval.benchmarks.lmms_eval_plugin import Answer
+
+    def say(chats, *_):
+        return [Answer(f"The answer is {perfect_answer(miniatures[name], chat)}.", 1, 1) for chat in chats]
+
+    monkeypatch.setattr(lm, "_generate", say)
+    benchmark = load_suites().benchmark(name)
+    result, _ = run_benchmark(benchmark, lm, manager, tmp_path / "submissions", None, miniature_data)
+    is_told = " answers say what is expected in a form" in result["note"] or 'neither "yes" nor' in result["note"]
+    assert is_told == (result["score"] < miniatures[name].full - 1e-6)
+    assert not (is_told and result["comparable"])
+
+
+def test_local_data_of_another_split_say_which_it_is(run, pope_data, capsys):
+    (pope_data / "pope" / "test-00000-of-00001.parquet").rename(pope_data / "pope" / "train-00000-of-00001.parquet")
+    code, _ = run("--tasks", "pope", "--data", pope_data)
+    assert code == 1
+    assert re.search(r"the files in .*pope are of the split train, as the beginn", capsys.readouterr().out)
+
+
 @pytest.fixture
 def pope_data(tmp_path):
     """Ten questions of POPE's kind, six to be answered with yes; their words end in their numbers."""
