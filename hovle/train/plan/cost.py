@@ -16,8 +16,8 @@ Memory counts tensors; `memory.py` finds what autograd keeps. What settings chan
 - `quantize_frozen`: weights of the language model's linear maps in 8 or 4 bits with their scales, on a CPU beside the
   exact ones; products count as before.
 - `teacher.cache`: a step has no teacher; what filling the cache costs is not in it.
-- `language`: text takes places in the rows; the bare language model passes over it, and both heads run there. What of the
-  language model learns is there twice.
+- `language`: text takes places in the rows; the bare language model passes over it, and both heads run there. What of
+  the language model learns is there twice.
 """
 
 import dataclasses
