@@ -3,6 +3,7 @@
 examples:
   hovle chat --model runs/demo/instruction_tuning/model --image a.png
   hovle chat --model DIR --image a.png --image b.png -q "what differs?"     one answer, for scripts
+  hovle chat --model GGUF_DIR --engine llama.cpp --quantization q8_0       what `hovle export --to gguf` wrote
   hovle chat --model DIR --system "Answer in one word." --temperature 0.7
 
 In a conversation: /image PATH adds a picture to the next question, /new starts over, /save FILE writes what was said
@@ -14,8 +15,9 @@ import argparse
 import io
 import sys
 
+from ..export.gguf import QUANTIZATIONS
 from ..options import add_picture_arguments, positive
-from .conversation import Conversation
+from .conversation import ENGINES, Conversation
 from .dropped import leading_pictures, local_name, picture_sources
 
 HELP = (
@@ -35,6 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest answer in tokens")
     parser.add_argument("--max-tiles", type=positive, help="most tiles of a picture; the model's own limit by default")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="torch", help="llama.cpp runs what `hovle export --to gguf` wrote"
+    )
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="f16", help="which file llama.cpp reads")
     add_picture_arguments(parser)
 
 
@@ -49,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         [local_name(source) for source in args.image],
         args.system,
         args.temperature,
+        args.engine,
+        args.quantization,
     )
     if args.question is not None:
         _say(conversation.answer(args.question))

@@ -9,12 +9,16 @@ import jinja2
 import torch
 from transformers import BatchFeature
 
+from ..export.llama_cpp import LlamaCppForConditionalGeneration
 from ..files.model_folder import refuse_missing_folder, refuse_missing_processor
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.pictures import load_picture
 from ..model.processing_hovle import HoVLEProcessor
 from .saved import origin, write_messages
 from .streaming import AnswerPrinter
+
+ENGINES = ("torch", "llama.cpp")
+"""What can run the model of a conversation."""
 
 
 class Conversation:
@@ -30,6 +34,8 @@ class Conversation:
             load.
         system: What the model is told before the conversation begins.
         temperature: 0 for the likeliest token each time, above it for a random choice by probability.
+        engine: What runs the model: "torch", or "llama.cpp" for a folder that `hovle export --to gguf` wrote.
+        quantization: Which file llama.cpp reads, one of `hovle.export.gguf.QUANTIZATIONS`.
 
     Attributes:
         messages: What was said so far, without `system`.
@@ -50,6 +56,8 @@ class Conversation:
         images: Sequence[Any] = (),
         system: str | None = None,
         temperature: float = 0.0,
+        engine: str = "torch",
+        quantization: str = "f16",
     ):
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 (no chance) or a finite number above it, got {temperature}.")
@@ -57,9 +65,8 @@ class Conversation:
         self.add_images(images)
         refuse_missing_folder(model)
         refuse_missing_processor(model)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         self.processor = HoVLEProcessor.from_pretrained(model)
-        self.model = HoVLEForConditionalGeneration.from_pretrained(model).to(device).eval()
+        self.model = _load_model(model, engine, quantization)
         self.max_new_tokens = max_new_tokens
         limits = {"max_tiles": max_tiles, "max_image_tokens": max_image_tokens}
         self.image_kwargs = {name: limit for name, limit in limits.items() if limit is not None}
@@ -167,6 +174,16 @@ class Conversation:
             raise ValueError(
                 "The model's chat template does not show system messages: put what it should know into the question."
             )
+
+
+def _load_model(model: str | os.PathLike, engine: str, quantization: str) -> Any:
+    """What has `generate`, `config` and `generation_config` of a HoVLE, in the engine that is asked for."""
+    if engine == "llama.cpp":
+        return LlamaCppForConditionalGeneration.load(model, quantization)
+    if engine != "torch":
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r:.40}.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return HoVLEForConditionalGeneration.from_pretrained(model).to(device).eval()
 
 
 def _message(role: str, text: str, pictures: Sequence[dict] = ()) -> dict:

@@ -1,6 +1,7 @@
 """Export a model for engines that know nothing of hovle: a stock decoder, and the stem that reads pictures beside it.
 
   hovle export MODEL DST --to llama       a folder of transformers (LlamaForCausalLM, or the decoder's own class)
+  hovle export MODEL DST --to gguf        llama.cpp's files in f16, 8 and 4 bits (pip install 'hovle[llamacpp]')
 
 Where holistic layers and language model share their rope and nothing happens between them, a HoVLE is one stock
 decoder of N + M layers on embeddings of words and images. Others are refused, with the reason and what remains
@@ -14,11 +15,11 @@ from pathlib import Path
 
 from ..errors import printable
 from ..files.atomic import appear_when_complete
-from . import llama
+from . import gguf, llama
 from .flat import load_flat
 from .needs import need
 
-FORMATS = {"llama": llama}
+FORMATS = {"llama": llama, "gguf": gguf}
 """Name -> the module whose `write` fills an empty folder with a model and returns what the user should know. `NEEDS`
 are the packages it cannot do without."""
 

@@ -22,6 +22,7 @@ OPTIONAL = {
     "open_clip_torch": ("hovle[teacher]", "OpenCLIP teachers"),
     "matplotlib": ("hovle[demo]", "reports of runs and the demo"),
     "gguf": ("hovle[demo]", "the demo's language model"),
+    "llama_cpp_python": ("hovle[llamacpp]", "hovle chat --engine llama.cpp"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "protobuf": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "bitsandbytes": ("hovle[quant]", "alignment against an 8- or 4-bit language model"),

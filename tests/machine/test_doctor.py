@@ -96,6 +96,7 @@ def test_every_package_of_an_extra_is_looked_for():
     }
     known = {name.lower().replace("_", "-"): requirement for name, (requirement, _) in doctor.OPTIONAL.items()}
     also = {
+        ("gguf", "llamacpp"),
         ("hovle", "demo"),
         ("hovle", "smol"),
         ("transformers", "serve"),
