@@ -26,11 +26,17 @@ NAMED_COLORS = MappingProxyType(
 )
 """What a name stands for; `vary` keeps within what nobody would call otherwise."""
 
-CLEAR_DISTANCE = 30.0
-"""Least distance of two colors, in CIE 1976 units, for one to stand out from the other."""
+_CLEAR_LIGHTNESS = 22.0
+"""Difference of lightness, of 100, by which a color stands out from another whatever their hues."""
+
+_CLEAR_DISTANCE, _LEAST_LIGHTNESS = 45.0, 35.0
+"""Distance by which two colors that are not dark stand out from each other by their hues."""
 
 _NEARER_BY = 1.8
 """How many times nearer a varied color is to its own name than to any other."""
+
+_FARTHEST = 18.0
+"""Distance of a varied color from what its name stands for, at most."""
 
 _TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 _WHITE = np.array([0.9505, 1.0, 1.089])
@@ -58,6 +64,14 @@ def distance(first: ArrayLike, second: ArrayLike) -> float:
     return float(np.linalg.norm(to_lab(first) - to_lab(second)))
 
 
+def stands_out(first: ArrayLike, second: ArrayLike) -> bool:
+    """Whether a thing of one color is seen well on another: by its lightness, or by its hue where both are light."""
+    lightness = sorted((to_lab(first)[0], to_lab(second)[0]))
+    if lightness[1] - lightness[0] >= _CLEAR_LIGHTNESS:
+        return True
+    return bool(lightness[0] >= _LEAST_LIGHTNESS) and distance(first, second) >= _CLEAR_DISTANCE
+
+
 _NAMES = tuple(NAMED_COLORS)
 _LAB = to_lab([NAMED_COLORS[name] for name in _NAMES])
 
@@ -74,6 +88,7 @@ def vary(name: str, rng: random.Random) -> Rgb:
     spread = 26
     while True:
         red, green, blue = (min(255, max(0, part + rng.randint(-spread, spread))) for part in NAMED_COLORS[name])
-        if name_of((red, green, blue)) == name:
-            return red, green, blue
+        color = (red, green, blue)
+        if name_of(color) == name and distance(color, NAMED_COLORS[name]) <= _FARTHEST:
+            return color
         spread = max(2, spread - 2)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image
 
-from .colors import CLEAR_DISTANCE, Rgb, distance
+from .colors import Rgb, stands_out
 
 _CLOSEST = 14
 """How far a texture strays from the ground's color, in steps of 255."""
@@ -22,7 +22,7 @@ def choose_ground(rng: random.Random, things: Iterable[Rgb]) -> Rgb:
     for _ in range(400):
         low, high = rng.choice(((0, 255), (170, 255), (225, 255), (0, 90)))
         color = (rng.randint(low, high), rng.randint(low, high), rng.randint(low, high))
-        if all(distance(color, thing) >= CLEAR_DISTANCE for thing in things):
+        if all(stands_out(color, thing) for thing in things):
             return color
     raise ValueError(f"No ground stands out from all of {len(things)} colors ({things}); give fewer.")
 

@@ -15,6 +15,7 @@ SKILLS: Mapping[str, str] = MappingProxyType(
         "signs": "signs:Signs",
         "flags": "flags:Flags",
         "clipart": "clipart:ClipArt",
+        "scenes": "scenes:Scenes",
     }
 )
 """Name -> module below `skills` and class."""
