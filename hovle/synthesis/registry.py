@@ -16,6 +16,7 @@ SKILLS: Mapping[str, str] = MappingProxyType(
         "flags": "flags:Flags",
         "clipart": "clipart:ClipArt",
         "scenes": "scenes:Scenes",
+        "clocks": "clocks:Clocks",
     }
 )
 """Name -> module below `skills` and class."""
