@@ -17,6 +17,7 @@ SKILLS: Mapping[str, str] = MappingProxyType(
         "clipart": "clipart:ClipArt",
         "scenes": "scenes:Scenes",
         "clocks": "clocks:Clocks",
+        "clothing": "clothing:Clothing",
     }
 )
 """Name -> module below `skills` and class."""
