@@ -128,7 +128,7 @@ def between(layout: Layout, first: Thing, second: Thing) -> Thing | None:
     return middle if is_in_line else None
 
 
-def _touches(box: Sequence[int], other: Sequence[int]) -> bool:
+def _touches(box: Sequence[float], other: Sequence[float]) -> bool:
     return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
 
 
@@ -194,7 +194,7 @@ def _try_to_scatter(size: Size, extents: Sequence[Size], rng: random.Random) -> 
             if box is None:
                 return None
             padded = (box[0] - gap, box[1] - gap, box[2] + gap, box[3] + gap)
-            if not any(_touches(padded, other) for other in placed.values()):  # type: ignore[arg-type]
+            if not any(_touches(padded, other) for other in placed.values()):
                 placed[place] = box
                 break
         else:

@@ -2,7 +2,6 @@
 
 import io
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -14,6 +13,7 @@ from PIL import Image
 from .colors import Rgb
 from .layouts import Size
 from .shapes import SHAPE_NAMES, draw_shape
+from .skill import AssetFolders
 from .vector import rasterize
 
 PICTOGRAMS = MappingProxyType(
@@ -105,7 +105,7 @@ def _edge_color(stamp: Stamp) -> Rgb:
 class StampBox:
     """All stamps of the families `shapes`, `icons` and `pictograms`."""
 
-    def __init__(self, assets: Mapping[str, Path]):
+    def __init__(self, assets: AssetFolders):
         self._assets = assets
 
     def names(self, family: str) -> tuple[str, ...]:

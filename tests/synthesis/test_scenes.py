@@ -18,7 +18,7 @@ from hovle.synthesis.skill import AssetFolders
 from hovle.synthesis.skills.scenes import Scenes, held_out_color
 from hovle.synthesis.stamps import ICONS, PICTOGRAMS
 
-NUM_SCENES = 300
+NUM_SCENES = 240
 
 NAMES = {*SHAPE_NAMES, *ICONS, *PICTOGRAMS}
 MANY = {plural(name): name for name in NAMES}
@@ -146,8 +146,7 @@ def truth(question, seen):  # one rule per type of question
         first, second = seen.colors
         return "yes" if first == second else "no"
     assert kind == "more", kind
-    more, fewer = re.search(r"(?:more|of) (.+) (?:than|larger than that of) (.+)$", text).groups()
-    more = more.removesuffix(" is")
+    more, fewer = re.search(r"(?:more|number of) (.+?) (?:larger than that of|than) (.+)$", text).groups()
     return "yes" if seen.names.count(MANY[more]) > seen.names.count(MANY[fewer]) else "no"
 
 
@@ -172,7 +171,7 @@ def test_things_stand_apart_and_within_the_picture(samples):
 
 
 def test_painted_things_have_the_color_they_are_called(samples):
-    for sample in samples:
+    for sample in samples[::4]:
         pixels = np.asarray(Image.open(io.BytesIO(sample.image)).convert("RGB"))
         for region in sample.regions:
             color = region.text.split(" ")[0]

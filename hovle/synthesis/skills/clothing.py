@@ -180,9 +180,10 @@ def _tones(rng: random.Random) -> tuple[Rgb, Rgb, Rgb]:
         light = (rng.randint(0, 255), rng.randint(0, 255), rng.randint(0, 255))
         if kind == "gray":
             light = (light[0], light[0], light[0])
-        dark = tuple(round(part * 0.2) for part in light)
+        red, green, blue = light
+        dark = (red // 5, green // 5, blue // 5)
         if stands_out(dark, light):
-            return dark, light, choose_ground(rng, [dark, light])  # type: ignore[return-value]
+            return dark, light, choose_ground(rng, [dark, light])
 
 
 def ask(name: str, rng: random.Random) -> tuple[Question, ...]:

@@ -269,7 +269,7 @@ class Scenes(Skill):
             for thing in layout.things
             if thing.color == held_out_color(thing.name)
         }
-        facets = {"plan": plan_name, "family": family, "things": len(layout.things)}
+        facets: dict[str, str | int] = {"plan": plan_name, "family": family, "things": len(layout.things)}
         return Sample(to_png(image), size, tuple(questions), regions, tuple(sorted(source_ids)), facets)
 
 
