@@ -16,6 +16,7 @@ SKILLS: Mapping[str, str] = MappingProxyType(
         "flags": "flags:Flags",
         "clipart": "clipart:ClipArt",
         "scenes": "scenes:Scenes",
+        "charts": "charts:Charts",
         "clocks": "clocks:Clocks",
         "clothing": "clothing:Clothing",
     }
