@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hovle.assets import load_manifest
+from hovle.assets.cache import megabytes
+from hovle.assets.manifest import DEFAULT_GROUP, find_assets
 from hovle.eval.analyses import retention
 from hovle.eval.benchmarks.report import notes, published_text, results_table
 from hovle.eval.benchmarks.suites import load_suites
 from hovle.eval.results import read_results
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "eval/README.md", "model_cards/demo.md")
+DOCUMENTS = ("README.md", "eval/README.md", "hovle/assets/README.md", "model_cards/demo.md")
 
 SCORES = ("accuracy", "blank_pictures", "shuffled_pictures", "accuracy_unbalanced", "blank_pictures_unbalanced")
 
@@ -138,7 +140,48 @@ def paper_suite_table(_: Path) -> str:
     return markdown(["benchmark", "task of lmms-eval", *suites.models, ""], rows)
 
 
+def assets_table(_: Path) -> str:
+    """What `hovle fetch` brings."""
+    rows = [
+        [
+            f"`{asset.name}`",
+            asset.description,
+            asset.licence,
+            f"{asset.archive.registry}: `{asset.archive.package}` {asset.archive.version}",
+            megabytes(asset.archive.size),
+            ", ".join(asset.groups),
+        ]
+        for asset in load_manifest().values()
+    ]
+    return markdown(["name", "what", "licence", "from", "download", "groups"], rows)
+
+
+def notice() -> str:
+    """The file NOTICE: whose work `hovle fetch` brings."""
+    parts = [NOTICE_HEAD]
+    for asset in load_manifest().values():
+        archive = asset.archive
+        lines = [f"{asset.name}: {asset.description}", asset.attribution, f"Licence: {asset.licence}"]
+        lines += [
+            f"From: {archive.registry} package {archive.package} {archive.version}, {archive.url}",
+            asset.homepage,
+        ]
+        parts.append("\n  ".join(lines))
+    return "\n\n".join(parts) + "\n"
+
+
+NOTICE_HEAD = """hovle
+Licensed under the Apache License, Version 2.0 (see LICENSE).
+
+None of the works below is part of this package. `hovle fetch` downloads them from package registries, each in the
+version and with the hash that hovle/assets/manifest.json pins; their licences lie beside the unpacked files. This list
+is made from the manifest (`make tables`)."""
+
+GENERATED: dict[str, Callable[[], str]] = {"NOTICE": notice}
+"""Files that are written as a whole."""
+
 TABLES = {
+    "assets": assets_table,
     "demo": demo_table,
     "data_speed": data_speed_table,
     "train_speed": train_speed_table,
@@ -176,7 +219,7 @@ VALUES: dict[str, Callable[[Path], str]] = {
         name: lambda root, name=name: f"{_of_questions(name)(root):,}"
         for name in ("train_pictures", "train_questions", "test_pictures")
     },
-    "fetched_megabytes": lambda _: f"{sum(asset.pypi.size for asset in load_manifest().values()) / 1e6:.0f}",
+    "fetched_megabytes": lambda _: f"{sum(asset.archive.size for asset in find_assets([DEFAULT_GROUP])) / 1e6:.0f}",
 }
 
 
@@ -205,10 +248,10 @@ def fill(text: str, root: Path) -> tuple[str, list[str]]:
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Fill or check every document; return 1 when a checked one is stale, or a table cannot be made."""
     stale, errors = [], []
-    for name in DOCUMENTS:
+    for name in (*DOCUMENTS, *GENERATED):
         path = root / name
         text = path.read_text(encoding="utf-8")
-        filled, found = fill(text, root)
+        filled, found = (GENERATED[name](), []) if name in GENERATED else fill(text, root)
         errors += [f"{name}: {error}" for error in found]
         if filled == text:
             continue

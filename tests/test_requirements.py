@@ -147,7 +147,7 @@ def test_a_wheel_carries_every_file_of_the_package(tmp_path):
     root = ROOT
     source = tmp_path / "source"
     shutil.copytree(root / "hovle", source / "hovle", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "NOTICE"):
         shutil.copy(root / name, source)
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", tmp_path, source], check=True)

@@ -17,14 +17,14 @@ CONVERTER_VERSION = 2
 
 
 def _member(asset: Asset) -> Member:
-    (member,) = (member for member in asset.pypi.members if member.to.endswith(".gguf"))
+    (member,) = (member for member in asset.archive.members if member.to.endswith(".gguf"))
     return member
 
 
 def place(asset: Asset) -> tuple[Path, dict[str, Any]]:
     """Say where the converted folder belongs and what its marker says."""
     identity = {"name": asset.name, "gguf": _member(asset).sha256, "converter": CONVERTER_VERSION}
-    return cache_folder() / f"{asset.name}-{asset.pypi.version}-bfloat16", identity
+    return cache_folder() / f"{asset.name}-{asset.archive.version}-bfloat16", identity
 
 
 def convert(asset: Asset, folder: Path) -> Path:

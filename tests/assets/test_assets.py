@@ -3,6 +3,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import stat
@@ -21,7 +22,7 @@ from hovle import assets, cli
 from hovle.assets import cache as cache_room
 from hovle.assets import gguf as gguf_room
 from hovle.assets import manifest as manifest_room
-from hovle.assets import wheel
+from hovle.assets import registry, wheel
 
 WEIGHTS = bytes(range(256)) * 40
 
@@ -35,7 +36,7 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of this test's own."""
     folder = tmp_path / "cache"
     monkeypatch.setenv("HOVLE_CACHE", str(folder))
-    monkeypatch.delenv("HOVLE_WHEELS", raising=False)
+    monkeypatch.delenv("HOVLE_DOWNLOADS", raising=False)
     return folder
 
 
@@ -69,11 +70,11 @@ def make_wheel(folder, extra=(), weights=WEIGHTS):
 def make_manifest(wheel, path, **changes):
     """Write a manifest for `make_wheel`'s wheel; returns the asset it describes."""
     content = wheel.read_bytes()
-    source = {
+    archive = {
+        "registry": "pypi",
         "package": "hovle-toy",
         "version": "1.0",
         "filename": wheel.name,
-        "url": "https://example.org/hovle-toy",
         "sha256": sha256(content),
         "size": len(content),
         "members": [
@@ -94,8 +95,9 @@ def make_manifest(wheel, path, **changes):
         "files": ["config.json", "model.safetensors", "merges.txt"],
         "required": ["config.json", "model.safetensors"],
     }
-    entry = {"name": "toy", "kind": "teacher", "description": "", "licence": "MIT", "homepage": "https://example.org"}
-    manifest = {"format": 1, "assets": [{**entry, "sources": {"pypi": {**source, **changes}, "hub": hub}}]}
+    entry = {"name": "toy", "kind": "teacher", "groups": ["demo"], "description": "", "licence": "MIT"}
+    entry |= {"attribution": "", "homepage": "https://example.org", "archive": {**archive, **changes}, "hub": hub}
+    manifest = {"format": 2, "assets": [entry], "families": []}
     path.write_text(json.dumps(manifest), encoding="utf-8")
     return assets.load_manifest(path)["toy"]
 
@@ -120,36 +122,36 @@ def leftovers(cache):
 
 
 def test_only_the_files_of_the_manifest_are_unpacked(toy, wheels, cache):
-    folder = assets.fetch_asset(toy, wheels=wheels)
+    folder = assets.fetch_asset(toy, downloads=wheels)
     assert folder.parent == cache
     assert unpacked(folder) == GOOD
     assert (folder / "weights.bin").read_bytes() == WEIGHTS
     assert (folder / "images/1.png").read_text() == "picture 1"
     assert leftovers(cache) == []
-    assert (wheels / toy.pypi.filename).exists()
+    assert (wheels / toy.archive.filename).exists()
 
 
 def test_a_complete_folder_is_taken_without_the_wheel_and_without_the_lock(toy, wheels, monkeypatch, cache):
-    first = assets.fetch_asset(toy, wheels=wheels)
-    (wheels / toy.pypi.filename).unlink()
+    first = assets.fetch_asset(toy, downloads=wheels)
+    (wheels / toy.archive.filename).unlink()
     monkeypatch.setattr(cache_room, "_locked", None)
-    assert assets.fetch_asset(toy, wheels=wheels) == first
+    assert assets.fetch_asset(toy, downloads=wheels) == first
 
 
 def test_the_folder_of_wheels_may_come_from_the_environment(toy, wheels, monkeypatch, cache):
-    monkeypatch.setenv("HOVLE_WHEELS", str(wheels))
+    monkeypatch.setenv("HOVLE_DOWNLOADS", str(wheels))
     assert unpacked(assets.fetch_asset(toy)) == GOOD
 
 
 def test_a_wrong_hash_is_refused_before_unpacking(wheels, tmp_path, monkeypatch, cache):
     toy = make_manifest(make_wheel(wheels), tmp_path / "manifest.json")
     tampered = make_wheel(wheels, weights=WEIGHTS[::-1]).read_bytes()
-    monkeypatch.setattr(wheel, "_unpack", None)
+    monkeypatch.setattr(registry, "_unpack", None)
     with pytest.raises(ValueError, match="nothing was unpacked") as error:
-        assets.fetch_asset(toy, wheels=wheels)
-    assert toy.pypi.sha256 in str(error.value)
+        assets.fetch_asset(toy, downloads=wheels)
+    assert toy.archive.sha256 in str(error.value)
     assert sha256(tampered) in str(error.value)
-    assert (wheels / toy.pypi.filename).read_bytes() == tampered, "the user's file was touched"
+    assert (wheels / toy.archive.filename).read_bytes() == tampered, "the user's file was touched"
     assert leftovers(cache) == []
 
 
@@ -185,7 +187,7 @@ def special(name):
 def test_a_wheel_with_an_unsafe_member_is_refused_as_a_whole(extra, wheels, tmp_path, cache):
     toy = make_manifest(make_wheel(wheels, [extra]), tmp_path / "manifest.json")
     with pytest.raises(ValueError, match=r"unsafe name|link or special"):
-        assets.fetch_asset(toy, wheels=wheels)
+        assets.fetch_asset(toy, downloads=wheels)
     assert not list(tmp_path.rglob("*evil*"))
     assert not list(cache.glob("toy*"))
     assert leftovers(cache) == []
@@ -195,7 +197,7 @@ def test_a_wheel_with_an_unsafe_member_is_refused_as_a_whole(extra, wheels, tmp_
 def test_a_wheel_with_two_files_of_one_name_is_refused(wheels, tmp_path, cache):
     toy = make_manifest(make_wheel(wheels, [("hovle_toy/weights.bin", b"x")]), tmp_path / "manifest.json")
     with pytest.raises(ValueError, match="two files of the same name"):
-        assets.fetch_asset(toy, wheels=wheels)
+        assets.fetch_asset(toy, downloads=wheels)
 
 
 @pytest.mark.parametrize(
@@ -210,7 +212,7 @@ def test_members_that_differ_from_the_manifest_are_refused(change, message, whee
     member = {"pattern": "hovle_toy/weights.bin", "to": "weights.bin", "count": 1, "size": len(WEIGHTS), **change}
     toy = make_manifest(make_wheel(wheels), tmp_path / "manifest.json", members=[member])
     with pytest.raises(ValueError, match=message):
-        assets.fetch_asset(toy, wheels=wheels)
+        assets.fetch_asset(toy, downloads=wheels)
     assert not list(cache.glob("toy*"))
 
 
@@ -218,25 +220,25 @@ def test_members_that_differ_from_the_manifest_are_refused(change, message, whee
 
 
 def test_an_interrupted_unpacking_leaves_nothing_and_the_next_run_completes_it(toy, wheels, monkeypatch, cache):
-    whole = wheel._unpack_member
+    whole = registry._copy
 
-    def interrupted(archive, entries, member, *rest):
-        whole(archive, entries, member, *rest)
+    def interrupted(entry, member, *rest):
+        whole(entry, member, *rest)
         if member.to == "weights.bin":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(wheel, "_unpack_member", interrupted)
+    monkeypatch.setattr(registry, "_copy", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        assets.fetch_asset(toy, wheels=wheels)
+        assets.fetch_asset(toy, downloads=wheels)
     assert not list(cache.glob("toy*"))
     assert leftovers(cache) == []
-    monkeypatch.setattr(wheel, "_unpack_member", whole)
-    assert unpacked(assets.fetch_asset(toy, wheels=wheels)) == GOOD
+    monkeypatch.setattr(registry, "_copy", whole)
+    assert unpacked(assets.fetch_asset(toy, downloads=wheels)) == GOOD
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing file", "missing marker", "broken marker", "other source"])
 def test_a_damaged_folder_is_noticed_and_made_anew(damage, toy, wheels, cache):
-    folder = assets.fetch_asset(toy, wheels=wheels)
+    folder = assets.fetch_asset(toy, downloads=wheels)
     before = (folder / ".complete.json").read_text()
     if damage == "truncated":
         os.truncate(folder / "weights.bin", 100)
@@ -249,7 +251,7 @@ def test_a_damaged_folder_is_noticed_and_made_anew(damage, toy, wheels, cache):
     else:
         marker = json.loads((folder / ".complete.json").read_text())
         (folder / ".complete.json").write_text(json.dumps({**marker, "sha256": "0" * 64}))
-    assert assets.fetch_asset(toy, wheels=wheels) == folder
+    assert assets.fetch_asset(toy, downloads=wheels) == folder
     assert unpacked(folder) == GOOD
     assert (folder / ".complete.json").read_text() == before
     assert (folder / "weights.bin").read_bytes() == WEIGHTS
@@ -261,19 +263,19 @@ import importlib, pathlib, sys, time, types
 # The folder as a bare package: importing hovle itself would cost each process seconds for torch.
 sys.modules["hovle"] = types.ModuleType("hovle")
 sys.modules["hovle"].__path__ = [{package!r}]
-assets, wheel = map(importlib.import_module, ["hovle.assets", "hovle.assets.wheel"])
+assets, registry = map(importlib.import_module, ["hovle.assets", "hovle.assets.registry"])
 toy = assets.load_manifest(pathlib.Path({manifest!r}))["toy"]
-unpack = wheel._unpack
+unpack = registry._unpack
 def slow_unpack(file, source, folder):
     (folder / "weights.bin").write_text("half")
     print("unpacking", flush=True)
     time.sleep({seconds})
     (folder / "weights.bin").unlink()
     unpack(file, source, folder)
-wheel._unpack = slow_unpack
+registry._unpack = slow_unpack
 print("ready", flush=True)
 sys.stdin.readline()
-print(assets.fetch_asset(toy, wheels=pathlib.Path({wheels!r})), flush=True)
+print(assets.fetch_asset(toy, downloads=pathlib.Path({wheels!r})), flush=True)
 """
 
 
@@ -316,7 +318,7 @@ def test_a_killed_process_leaves_no_lock_and_no_complete_looking_folder(toy, whe
     process.communicate()
     assert len(leftovers(cache)) == 1
     assert not (cache / "toy-1.0").exists()
-    assert unpacked(assets.fetch_asset(toy, wheels=wheels)) == GOOD
+    assert unpacked(assets.fetch_asset(toy, downloads=wheels)) == GOOD
     assert leftovers(cache) == []
 
 
@@ -335,74 +337,74 @@ def offline_pip(monkeypatch):
 
 def test_pip_brings_the_wheel_and_a_wrong_one_is_set_aside(toy, wheels, tmp_path, offline_pip, cache):
     offline_pip(wheels)
-    good = (wheels / toy.pypi.filename).read_bytes()
+    good = (wheels / toy.archive.filename).read_bytes()
     make_wheel(wheels, weights=WEIGHTS[::-1])
     with pytest.raises(ValueError, match="the next run downloads it again"):
         assets.fetch_asset(toy)
-    assert [path.name for path in leftovers(cache)] == [f"{toy.pypi.filename}.rejected"]
-    (wheels / toy.pypi.filename).write_bytes(good)
+    assert [path.name for path in leftovers(cache)] == [f"{toy.archive.filename}.rejected"]
+    (wheels / toy.archive.filename).write_bytes(good)
     assert unpacked(assets.fetch_asset(toy)) == GOOD
-    assert [path.name for path in leftovers(cache)] == [f"{toy.pypi.filename}.rejected"]
+    assert [path.name for path in leftovers(cache)] == [f"{toy.archive.filename}.rejected"]
 
 
 def test_without_a_network_the_error_says_which_wheel_to_copy(toy, offline_pip, cache):
-    with pytest.raises(ValueError, match=r"pip could not download hovle-toy==1.0 \(exit code 1\)") as error:
+    with pytest.raises(ValueError, match=r"pip could not download hovle-toy 1.0 \(exit code 1\)") as error:
         assets.fetch_asset(toy)
     message = str(error.value)
     assert "No matching distribution" in message
     assert "python -m pip download --no-deps --only-binary=:all: hovle-toy==1.0" in message
-    assert f"copy {toy.pypi.filename} into a folder" in message
+    assert f"copy {toy.archive.filename} into a folder" in message
     assert "hovle fetch toy --from FOLDER" in message
     assert leftovers(cache) == []
 
 
 def test_a_wheel_downloaded_whole_before_an_interruption_is_not_downloaded_again(toy, wheels, monkeypatch, cache):
-    def copy(asset, folder):
-        shutil.copy(wheels / asset.pypi.filename, folder)
+    def copy(archive, folder):
+        shutil.copy(wheels / archive.filename, folder)
 
     def interrupted(*_):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(wheel, "_run_pip", copy)
-        patch.setattr(wheel, "_unpack", interrupted)
+        patch.setattr(wheel, "download", copy)
+        patch.setattr(registry, "_unpack", interrupted)
         with pytest.raises(KeyboardInterrupt):
             assets.fetch_asset(toy)
-    monkeypatch.setattr(wheel, "_run_pip", None)
+    monkeypatch.setattr(wheel, "download", None)
     assert unpacked(assets.fetch_asset(toy)) == GOOD
     assert leftovers(cache) == []
 
 
 def test_partial_downloads_are_thrown_away(toy, wheels, monkeypatch, cache):
-    def copy(asset, folder):
+    def copy(archive, folder):
         assert list(folder.iterdir()) == []
-        shutil.copy(wheels / asset.pypi.filename, folder)
+        shutil.copy(wheels / archive.filename, folder)
 
     partial = cache / "downloads" / "toy.incoming-killed"
     partial.mkdir(parents=True)
-    (partial / toy.pypi.filename).write_bytes(b"half")
-    (cache / "downloads" / toy.pypi.filename).write_bytes(b"half")
-    monkeypatch.setattr(wheel, "_run_pip", copy)
+    (partial / toy.archive.filename).write_bytes(b"half")
+    (cache / "downloads" / toy.archive.filename).write_bytes(b"half")
+    monkeypatch.setattr(wheel, "download", copy)
     assert unpacked(assets.fetch_asset(toy)) == GOOD
     assert leftovers(cache) == []
 
 
 def test_an_interpreter_without_pip_is_explained(toy, monkeypatch, cache):
     monkeypatch.setattr(wheel, "installed_version", lambda package: None)
-    with pytest.raises(ValueError, match=r"has no pip .* ensurepip.*hovle fetch toy --from FOLDER"):
+    with pytest.raises(ValueError, match=r"(?s)has no pip .* ensurepip.*hovle fetch toy --from FOLDER"):
         assets.fetch_asset(toy)
 
 
 def test_a_wheel_missing_from_the_given_folder_is_named(toy, tmp_path, cache):
     with pytest.raises(ValueError, match=r"elsewhere does not hold hovle_toy-1.0-py3-none-any.whl.*pip download"):
-        assets.fetch_asset(toy, wheels=tmp_path / "elsewhere")
+        assets.fetch_asset(toy, downloads=tmp_path / "elsewhere")
 
 
 # The disk
 
 
 def test_too_little_space_is_said_before_downloading(toy, monkeypatch, cache):
-    monkeypatch.setattr(wheel, "_run_pip", None)
+    monkeypatch.setattr(wheel, "download", None)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=3_000))
     with pytest.raises(ValueError, match=r"0\.0 MB free .* HOVLE_CACHE"):
         assets.fetch_asset(toy)
@@ -413,9 +415,9 @@ def test_a_disk_that_refuses_is_explained_and_leaves_nothing_half_made(code, adv
     def refuse(*_):
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(wheel, "_unpack_member", refuse)
+    monkeypatch.setattr(registry, "_copy", refuse)
     with pytest.raises(ValueError, match=advice):
-        assets.fetch_asset(toy, wheels=wheels)
+        assets.fetch_asset(toy, downloads=wheels)
     assert leftovers(cache) == []
 
 
@@ -483,7 +485,7 @@ def test_a_hub_that_cannot_be_reached_names_the_other_source(toy, monkeypatch, c
             raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    with pytest.raises(ValueError, match=r"(?s)no route.*hovle fetch toy --source pypi"):
+    with pytest.raises(ValueError, match=r"(?s)no route.*hovle fetch toy --source registry"):
         assets.fetch_asset(toy, source="hub")
 
 
@@ -510,11 +512,11 @@ def test_the_command_fetches_from_a_folder_and_prints_where(toy, wheels, tmp_pat
     assert cli.main(["fetch", "--list"]) == 0
     listed = capsys.readouterr().out
     assert "not fetched" in listed
-    assert f"  {toy.pypi.filename}\n    python -m pip download --no-deps" in listed
+    assert f"  {toy.archive.filename}\n    python -m pip download --no-deps" in listed
     assert not cache.exists(), "--list made something"
     assert cli.main(["fetch", "toy", "--from", str(wheels)]) == 0
     row = capsys.readouterr().out.splitlines()[1]
-    assert row.split() == ["toy", "teacher", "1.0", "MIT", "0.0", "MB", str(cache / "toy-1.0")]
+    assert row.split() == ["toy", "teacher", "demo", "pypi", "1.0", "MIT", "0.0", "MB", str(cache / "toy-1.0")]
 
 
 def test_the_command_refuses_in_one_message(capsys, wheels, cache):
@@ -525,7 +527,7 @@ def test_the_command_refuses_in_one_message(capsys, wheels, cache):
 
 
 def test_an_unknown_source_is_refused(toy):
-    with pytest.raises(ValueError, match=r"source \('ftp'\) must be 'pypi' or 'hub'"):
+    with pytest.raises(ValueError, match=r"source \('ftp'\) must be 'registry' or 'hub'"):
         assets.fetch_asset(toy, source="ftp")
 
 
@@ -534,21 +536,30 @@ def test_an_unknown_source_is_refused(toy):
 
 @pytest.mark.parametrize("asset", assets.load_manifest().values(), ids=lambda asset: asset.name)
 def test_every_asset_is_pinned_and_licensed(asset):
-    assert asset.kind in ("language_model", "teacher", "dataset")
-    assert asset.licence in ("Apache-2.0", "MIT")
-    assert "LICENSE" in [member.to for member in asset.pypi.members]
-    for digest in [asset.pypi.sha256, *(member.sha256 for member in asset.pypi.members if member.sha256)]:
+    assert asset.kind in ("language_model", "teacher", "dataset", "text", "font")
+    assert asset.groups
+    assert any(re.search(r"licen[cs]e|copyright|readme", member.to, re.IGNORECASE) for member in asset.archive.members)
+    notice = (ROOT / "NOTICE").read_text()
+    for fact in (asset.licence, asset.attribution, f"{asset.archive.package} {asset.archive.version}", asset.homepage):
+        assert fact
+        assert fact in notice
+    if not {"unseen"} & set(asset.groups):
+        assert not re.search(r"-SA|-NC|-ND|GPL", asset.licence), "copyleft is for tests only"
+    for digest in [asset.archive.sha256, *(member.sha256 for member in asset.archive.members if member.sha256)]:
         assert len(bytes.fromhex(digest)) == 32
-    assert asset.pypi.filename.startswith(f"{asset.pypi.package.replace('-', '_')}-{asset.pypi.version}-")
-    assert all(member.sha256 for member in asset.pypi.members if member.count == 1 and member.size > 100_000)
+    name = asset.archive.package.removeprefix("@").replace("/", "-")
+    begins = f"{name.replace('_', '-')}-{asset.archive.version.replace(':', '%3a')}"
+    assert asset.archive.filename.replace("_", "-").startswith(begins)
+    assert asset.archive.filename.endswith({"pypi": ".whl", "npm": ".tgz", "debian": ".deb"}[asset.archive.registry])
+    assert all(member.sha256 for member in asset.archive.members if member.count == 1 and member.size > 100_000)
     if asset.hub is not None:
         assert set(asset.hub.required) <= set(asset.hub.files)
         assert {Path(name).suffix for name in asset.hub.files} <= {".json", ".safetensors", ".txt", ".jinja"}
 
 
 def test_a_manifest_of_another_format_is_refused(tmp_path):
-    (tmp_path / "manifest.json").write_text('{"format": 2, "assets": []}')
-    with pytest.raises(ValueError, match="manifest format 2; this version of hovle reads format 1"):
+    (tmp_path / "manifest.json").write_text('{"format": 1, "assets": []}')
+    with pytest.raises(ValueError, match="manifest format 1; this version of hovle reads format 2"):
         assets.load_manifest(tmp_path / "manifest.json")
 
 

@@ -27,7 +27,7 @@ def tables():
 @pytest.fixture
 def copy(tables, tmp_path) -> Path:
     """Documents and result files, free to be changed."""
-    for name in tables.DOCUMENTS:
+    for name in (*tables.DOCUMENTS, *tables.GENERATED):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "eval" / "results", tmp_path / "eval" / "results")

@@ -274,7 +274,7 @@ def _data_facts(benchmark: Benchmark, task: Any, data: Path | None) -> dict[str,
 def _pinned_version(name: str | None) -> str | None:
     """Version and hash of an asset of ours; None for other data."""
     asset = load_manifest().get(name or "")
-    return None if asset is None else f"{asset.pypi.version}, sha256 {asset.pypi.sha256[:16]}"
+    return None if asset is None else f"{asset.archive.version}, sha256 {asset.archive.sha256[:16]}"
 
 
 def _texts(doc: dict) -> dict:
