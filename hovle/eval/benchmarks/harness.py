@@ -4,6 +4,7 @@ The harness's command line ends with 0 when a task is missing or raises. Here ev
 """
 
 import argparse
+import functools
 import os
 import re
 import shutil
@@ -144,7 +145,8 @@ def _read(
         raise BenchmarkError("the harness returned no answers.")
     score, interval = _score(benchmark, task, samples, figures)
     own = UNREAD.get(benchmark.units)
-    unread = own(_values(benchmark, samples)) if own else unread_answers(samples, benchmark.metrics)
+    score_alone = functools.partial(_score_alone, benchmark, task)
+    unread = own(_values(benchmark, samples)) if own else unread_answers(samples, benchmark.metrics, score_alone)
     arguments, stops = generation_arguments(task.config.generation_kwargs or {}, lm.max_new_tokens)
     result = {
         "benchmark": benchmark.name,
@@ -206,6 +208,15 @@ def _score(
     _compare_with_harness(units, total)
     low, high = units.interval()
     return benchmark.scale * units.score, (benchmark.scale * low, benchmark.scale * high)
+
+
+def _score_alone(benchmark: Benchmark, task: Any, value: Any) -> float | None:
+    """The score of one answer; None where it has none by itself, as one of MMBench's turned questions."""
+    aggregate = task.aggregation().get(benchmark.metrics[0])
+    try:
+        return READINGS[benchmark.units]([value], aggregate).score
+    except (KeyError, ValueError):
+        return None
 
 
 def _values(benchmark: Benchmark, samples: list[dict]) -> list[Any]:

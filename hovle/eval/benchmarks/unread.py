@@ -5,7 +5,7 @@ Benchmarks compare answers as texts, each in its own way. Whoever reads a low sc
 
 import ast
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 INTRODUCTION = re.compile(
@@ -29,15 +29,22 @@ SCORES = ("score", "correct", "true_false")
 """Where the harness's values of an answer say whether it is right."""
 
 
-def unread_answers(samples: Sequence[dict], metrics: Iterable[str]) -> str:
+def unread_answers(
+    samples: Sequence[dict], metrics: Sequence[str], score_alone: Callable[[Any], float | None] = lambda value: None
+) -> str:
     """Say how many answers only their form makes wrong, and show one; "" where there are none.
 
     Args:
         samples: Questions of a benchmark as the harness gives them back.
         metrics: Keys of what it made of each answer.
+        score_alone: The score of such a value where it does not say so itself; None where it has none by itself.
     """
-    metrics = list(metrics)
-    others = [answer for answer, sample in _wrong(samples, metrics) if any(says(answer, t) for t in _targets(sample))]
+    wrong = [
+        (str(sample["resps"][0][0]), sample)
+        for sample in samples
+        if sample["resps"] and _is_wrong([sample[name] for name in metrics if name in sample], score_alone)
+    ]
+    others = [answer for answer, sample in wrong if any(says(answer, target) for target in _targets(sample))]
     if not others:
         return ""
     return (
@@ -65,21 +72,18 @@ def _bare(text: str) -> str:
     return f"{float(number[1].replace(',', '')):g}" if number else text
 
 
-def _wrong(samples: Sequence[dict], metrics: Sequence[str]) -> Iterable[tuple[str, dict]]:
-    """Answers that got nothing, with their questions."""
-    for sample in samples:
-        values = [_score_of(sample[name]) for name in metrics if name in sample]
-        if sample["resps"] and values and all(value == 0 for value in values):
-            yield str(sample["resps"][0][0]), sample
+def _is_wrong(values: Sequence[Any], score_alone: Callable[[Any], float | None]) -> bool:
+    """Whether an answer got nothing, as far as anything says what it got."""
+    scores = [_score_of(value, score_alone) for value in values]
+    return bool(scores) and all(score == 0 for score in scores)
 
 
-def _score_of(value: Any) -> float | None:
-    """What an answer got; None where the harness says so for all answers together only."""
-    if isinstance(value, dict) and {"pred", "answer"} <= value.keys():  # SEED-Bench compares them in the end
-        value = str(value["pred"]).strip().lower() == str(value["answer"]).strip().lower()
-    if isinstance(value, dict):
-        value = next((value[name] for name in SCORES if name in value), None)
-    return float(value) if isinstance(value, int | float) else None
+def _score_of(value: Any, score_alone: Callable[[Any], float | None]) -> float | None:
+    """What an answer got."""
+    if isinstance(value, int | float):
+        return float(value)
+    told = next((value[name] for name in SCORES if name in value), None) if isinstance(value, dict) else None
+    return float(told) if isinstance(told, int | float) else score_alone(value)
 
 
 def _targets(sample: dict) -> list[str]:

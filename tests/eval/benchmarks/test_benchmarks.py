@@ -65,11 +65,7 @@ def test_every_adapter_gives_full_marks_to_a_model_that_knows_the_answers(
     assert len(answers) == result["num_questions"] == len(miniature.rows) - (name == "seed")  # without its video
 
 
-NOT_BY_FORM = {"mmbench", "mmmu"}
-"""Benchmarks whose rules find options within sentences, or say what is right for all answers together only."""
-
-
-@pytest.mark.parametrize("name", [name for name in PAPER if name not in NOT_BY_FORM])
+@pytest.mark.parametrize("name", PAPER)
 def test_right_answers_in_another_form_score_or_are_counted(
     name, lm, manager, miniatures, miniature_data, perfect_answer, tmp_path, monkeypatch
 ):

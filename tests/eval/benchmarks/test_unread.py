@@ -62,10 +62,11 @@ def test_only_answers_that_count_as_wrong_are_counted():
         sample("Yes.", "['yes', 'yeah']", False),
         sample("(B)", "B", 1.0),  # the rules read it
         sample("C", "B", 0.0),  # wrong in any form
-        sample("B", "B", {"prediction": "B"}),  # counted for all together
+        sample("B", "B", {"prediction": "B"}),  # it does not say
     ]
     shown = unread_answers(samples, ["score"])
     assert shown.startswith("3 of 6 answers say what is expected in a form that the harness's rules do not read")
     assert shown.endswith("such as 'The answer is B'")
     assert unread_answers(samples[3:], ["score"]) == ""
     assert unread_answers(samples, ["other"]) == ""
+    assert unread_answers(samples, ["score"], lambda value: 0.0).startswith("4 of 6")
