@@ -4,6 +4,7 @@ llama.cpp's cache holds one sequence. A prompt that begins as the last one did (
 computed from where it differs.
 """
 
+import collections
 import ctypes
 import itertools
 import os
@@ -147,13 +148,11 @@ class Decoder:
         import llama_cpp
 
         self.library = llama_cpp
-        _be_quiet(llama_cpp)
+        _keep_errors(llama_cpp)
         llama_cpp.llama_backend_init()
         self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), llama_cpp.llama_model_default_params())
         if not self.model:
-            raise ValueError(
-                f"llama.cpp cannot load {path}: it is damaged, or of a newer kind than this llama.cpp reads."
-            )
+            raise ValueError(f"llama.cpp cannot load {path}: {' '.join(_ERRORS) or 'it does not say why'}")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx = num_positions
         params.n_batch = params.n_ubatch = TOKENS_AT_ONCE
@@ -227,17 +226,20 @@ class Decoder:
         batch = library.llama_batch_init(count, 0 if embeds is None else self.hidden_size, 1)
         try:
             batch.n_tokens = count
-            if embeds is None:
-                ctypes.memmove(batch.token, np.ascontiguousarray(ids, dtype=np.int32).ctypes.data, 4 * count)
-            else:
-                ctypes.memmove(batch.embd, np.ascontiguousarray(embeds, dtype=np.float32).ctypes.data, embeds.nbytes)
+            target = batch.token if embeds is None else batch.embd
+            values = (
+                np.ascontiguousarray(ids, np.int32) if embeds is None else np.ascontiguousarray(embeds, np.float32)
+            )
+            ctypes.memmove(target, values.ctypes.data, values.nbytes)  # by a name, as the address keeps no array alive
             for index in range(count):
                 batch.pos[index] = start + index
                 batch.n_seq_id[index] = 1
                 batch.seq_id[index][0] = 0
                 batch.logits[index] = wanted[index]
             if code := library.llama_decode(self.context, batch):
-                raise RuntimeError(f"llama.cpp could not decode tokens {start} to {start + count} (code {code}).")
+                raise RuntimeError(
+                    f"llama.cpp could not decode tokens {start} to {start + count} (code {code}): {' '.join(_ERRORS)}"
+                )
         finally:
             library.llama_batch_free(batch)
         rows = [
@@ -265,11 +267,20 @@ def _runs(is_image: np.ndarray, start: int) -> list[tuple[int, int]]:
     ]
 
 
-def _be_quiet(library: Any) -> None:
-    """Let llama.cpp tell nothing on standard error; what fails is told by what calls it."""
-    global _SILENT
-    _SILENT = library.llama_log_callback(lambda level, text, user_data: None)
-    library.llama_log_set(_SILENT, None)
+def _keep_errors(library: Any) -> None:
+    """Let llama.cpp tell nothing on standard error; what raises tells its last errors."""
+    if not _KEEPERS:  # it must outlive every call of the library
+        _KEEPERS.append(library.llama_log_callback(_keep))
+    library.llama_log_set(_KEEPERS[0], None)
 
 
-_SILENT: Any = None
+def _keep(level: int, text: bytes, _user_data: Any) -> None:
+    if level == ERROR:
+        _ERRORS.append(text.decode(errors="replace").strip())
+
+
+ERROR = 4
+"""Level of llama.cpp's log lines that tell of an error."""
+
+_KEEPERS: list[Any] = []
+_ERRORS: collections.deque[str] = collections.deque(maxlen=3)

@@ -192,7 +192,7 @@ def test_a_conversation_in_llama_cpp_says_what_one_in_torch_says(exported, model
     talks = [Conversation(model_folder, 6), Conversation(exported, 6, engine="llama.cpp")]
     for talk in talks:
         talk.add_images([pictures[1]])
-    for question in ("What is it?", "And now?"):
+    for question in ("What is it?", "And now? " * 60):  # a run of tokens too long for memory that is lost to survive
         first, second = (talk.answer(question) for talk in talks)
         assert first == second
     for talk in talks:
