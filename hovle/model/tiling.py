@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
 SQUEEZED = 0.25
@@ -62,3 +63,24 @@ class TileGrid(NamedTuple):
         canvas = resize(height, width)
         tiles = [canvas[..., top:bottom, left:right] for left, top, right, bottom in self.boxes(height, width)]
         return [*tiles, resize(tile_size, tile_size)] if self.has_thumbnail else tiles
+
+    def token_sheets(self, side: int) -> list[np.ndarray]:
+        """Where the tokens of a picture lie in it, as the cutter itself cuts them.
+
+        Args:
+            side: Tokens along one side of a tile.
+
+        Returns:
+            Numbers of the tokens in their order, tile by tile: on the canvas, shape `(rows * side, columns * side)`,
+            and on the thumbnail where there is one, `(side, side)`. Each shows the whole picture evenly stretched.
+        """
+        sheets: list[np.ndarray] = []
+
+        def numbered(height: int, width: int) -> np.ndarray:
+            first = sum(sheet.size for sheet in sheets)
+            sheets.append(np.arange(first, first + height * width).reshape(height, width))
+            return sheets[-1]
+
+        places = np.concatenate([tile.ravel() for tile in self.cut(numbered, side)])
+        numbers = np.argsort(places)  # token at each place, where `places` has the place of each token
+        return [numbers[sheet] for sheet in sheets]

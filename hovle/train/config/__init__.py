@@ -14,7 +14,15 @@ from .data import (
 from .language import LanguageConfig
 from .loading import OVERRIDE, RECIPES, find_recipe, load_stage, with_new_fields
 from .model import Architecture, Geometry, LoraConfig, ModelConfig
-from .objective import DistillationConfig, LayerMatch, NextTokenConfig, ObjectiveConfig, TeacherConfig
+from .objective import (
+    CharactersConfig,
+    DistillationConfig,
+    LayerMatch,
+    NextTokenConfig,
+    ObjectiveConfig,
+    TeacherConfig,
+    WordsConfig,
+)
 from .stage import PARAMETER_GROUPS, StageConfig
 
 __all__ = [
@@ -22,6 +30,7 @@ __all__ = [
     "PARAMETER_GROUPS",
     "RECIPES",
     "Architecture",
+    "CharactersConfig",
     "ChatData",
     "ConversationData",
     "DataConfig",
@@ -41,6 +50,7 @@ __all__ = [
     "RetentionConfig",
     "StageConfig",
     "TeacherConfig",
+    "WordsConfig",
     "find_recipe",
     "load_stage",
     "with_new_fields",

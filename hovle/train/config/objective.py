@@ -4,7 +4,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field
 
-from .section import Count, Kind, Many, Number, Section, section
+from .section import Count, Kind, Many, Number, Positive, Section, section
+
+PRINTABLE = "".join(map(chr, range(33, 127)))
+"""Characters of ASCII that leave a mark."""
 
 
 @section
@@ -13,6 +16,50 @@ class NamedObjective(Kind):
 
     TAG: ClassVar[str] = "name"
     name: str
+
+
+@section
+class CharactersConfig(Section):
+    """A head, used in training only, that tells the characters over each image token of a line of text."""
+
+    weight: Positive = 0.3
+    """Weight of its cross-entropy."""
+    layer: int = -3
+    """Holistic layer it reads, counted as in Python lists: two below the top, whose output is the words' own."""
+    per_token: Count = 3
+    """Characters told of each token, those furthest left first."""
+    alphabet: Annotated[str, Field(min_length=1)] = PRINTABLE
+    """Characters it tells apart; all others count as one more."""
+
+    def __post_init__(self):
+        if len(set(self.alphabet)) < len(self.alphabet) or any(character.isspace() for character in self.alphabet):
+            raise ValueError("words.characters.alphabet must name each character once, and no space.")
+
+
+@section
+class WordsConfig(Section):
+    """Image tokens say, in the language model's own embeddings, the words that the data's `regions` have for them.
+
+    Such tokens have no room for features besides: the teacher is not matched there.
+    """
+
+    weight: Positive = 1.0
+    """Weight of the cosine to each piece's embedding, and of finding it among others."""
+    temperature: Positive = 0.05
+    """Divides the cosines where pieces are found."""
+    num_others: Count = 2048
+    """Random entries of the vocabulary among which each piece is to be found, beside the pieces of the micro-batch."""
+    scale_weight: Number = 1.0
+    """Weight of the squared log ratio of the outputs' norms to those of the embeddings they should be."""
+    filler: str = "\n"
+    """What tokens of text pictures say where no piece ends; one token."""
+    filler_weight: Number = 1.0
+    """Weight of the cosine to its embedding."""
+    min_pixels: Number = 8.0
+    """Lines lower than this on their tiles, or with characters half as wide, are not asked for; names in boxes smaller
+    than this neither."""
+    characters: CharactersConfig | None = None
+    """A head that helps to read; None: there is none."""
 
 
 @section
@@ -35,6 +82,8 @@ class DistillationConfig(NamedObjective):
     scale_weight: Number = 0.1
     """Weight of the squared log ratio of output norms to text-embedding norms; a cosine alone leaves image outputs
     far too long for the LLM."""
+    words: WordsConfig | None = None
+    """Words for image tokens where the data's `regions` know them; None: none are taught."""
 
 
 @section

@@ -11,6 +11,7 @@ from ...model.modeling_hovle import IGNORE_INDEX
 from .language import TextWindow
 from .samples import Sample, SampleMaker
 from .skips import Skip, SkipSampleError
+from .words import WordTargets, join_targets
 
 if TYPE_CHECKING:
     from .packing import StreamPosition
@@ -51,6 +52,15 @@ class PackedBatch(TileBatch):
     """Last rows that begin with text without pictures and targets, on which the language is held."""
     language_length: int = 0
     """Tokens of it in each of these rows."""
+    word_ids: torch.Tensor | None = None
+    """What each image token should say, of the vocabulary, or `NO_WORD` of `words`; shape `(N, S)`. This and the next
+    three are None where words are not taught."""
+    is_filler: torch.Tensor | None = None
+    """Image tokens that should say that there is nothing to read, shape `(N, S)`."""
+    character_ids: torch.Tensor | None = None
+    """Characters over each image token, shape `(N, S, slots)`; see `words.WordTargets`."""
+    num_pieces: torch.Tensor | None = None
+    """Pieces of each sample's regions, and how many of them found no token; shape `(samples, 2)`."""
     position: "StreamPosition | None" = None
     """Where a resumed stream continues behind this batch."""
     num_drawn: int = 0
@@ -87,6 +97,7 @@ class Place(NamedTuple):
     end: int
     pictures: list[str | bytes]
     num_tiles: list[int]
+    words: WordTargets | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -161,19 +172,21 @@ class BatchLayout:
                     tokens["subsegment_ids"][row, start:end] = sample.subsegment_ids[sample.is_input]
                 label = label_of(sample.index)
                 what = label, sample.index, sample.epoch, sample.name
-                places.append(Place(*what, row, start, end, sample.pictures, sample.num_tiles))
+                pictures = sample.pictures, sample.num_tiles, sample.words
+                places.append(Place(*what, row, start, end, *pictures))
         length = len(windows[0].input_ids) if windows else 0
         return BatchPlan(tokens=tokens, places=places, num_language_rows=len(windows), language_length=length)
 
     def complete(self, plan: BatchPlan) -> PackedBatch:
         """Read the pixels of a plan; samples with a damaged picture are taken out of their rows."""
         pixel_values: list[torch.Tensor] = []
-        names, picture_keys, skips, damaged = [], [], list(plan.skips), []
+        names, picture_keys, words, skips, damaged = [], [], [], list(plan.skips), []
         for place in plan.places:
             try:
                 pixel_values.append(self.maker.load_pixels(place.name, place.pictures, place.num_tiles))
                 names.append(place.name)
                 picture_keys += self.maker.picture_keys(place.pictures)
+                words.append(place.words)
             except SkipSampleError as error:
                 skips.append(Skip(place.source, error.reason, error.name, error.detail, place.record, place.epoch))
                 damaged.append(place)
@@ -186,6 +199,8 @@ class BatchLayout:
         # Joined with none, tiles would lose their order in memory; a batch without pictures still has their shape.
         pixel_values = [tiles for tiles in pixel_values if len(tiles)] or [self.maker.load_pixels("none", [], [])]
         mask = branch_mask(tokens["document_ids"], tokens["subsegment_ids"]) if self.has_branches else None
+        layout = self.maker.words
+        targets = join_targets([layout.nothing(), *filter(None, words)]) if layout else {}
         return PackedBatch(
             input_ids=tokens["input_ids"],
             targets=tokens["targets"],
@@ -195,6 +210,7 @@ class BatchLayout:
             attention_mask=mask,
             num_language_rows=plan.num_language_rows,
             language_length=plan.language_length,
+            **targets,
             names=names,
             picture_keys=picture_keys,
             position=plan.position,

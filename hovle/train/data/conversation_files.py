@@ -1,8 +1,8 @@
 """Files of conversations: ours (`messages`) and LLaVA's (`conversations`), read alike.
 
-A file is a JSON list or JSON lines, in UTF-8. Of a row, the turns, `system` and the pictures beside them are read;
-`rows` says what becomes of other keys. A file that is not what it seems is refused; a row that cannot be used is told
-of when it is drawn.
+A file is a JSON list or JSON lines, in UTF-8. Of a row, the turns, `system`, the pictures beside them and `regions`
+are read; `rows` says what becomes of other keys. A file that is not what it seems is refused; a row that cannot be
+used is told of when it is drawn.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from .records import (
     picture_items,
     picture_paths,
 )
+from .regions import REGIONS, read_regions
 from .rows import (
     FILM_ITEMS,
     ITEM_KEYS,
@@ -185,7 +186,8 @@ def _chat_record(entry: Any, name: str, folder: Path) -> Record:
         check_marks((text for message in messages if message["role"] == "user" for text in _texts(message)), name)
     first = [(message["role"], "".join(_texts(message))) for message in messages[:1]]
     added = [{"role": role, "content": text} for role, text in with_system(first, row, name)[:-1]]
-    return Record(name, added + messages, unread=_unread_chat_keys(row, messages, name))
+    unread, regions = _unread_chat_keys(row, messages, name), read_regions(row, len(picture_items(messages)), name)
+    return Record(name, added + messages, unread=unread, regions=regions)
 
 
 def _resolve_picture(item: dict, folder: Path, name: str) -> None:
@@ -199,7 +201,7 @@ def _resolve_picture(item: dict, folder: Path, name: str) -> None:
 
 def _unread_chat_keys(row: Mapping, messages: list[dict], name: str) -> tuple[str, ...]:
     num_pictures = len(picture_items(messages))
-    unread = unread_keys(row, ("messages", "images", "image", "system"), num_pictures, name)
+    unread = unread_keys(row, ("messages", "images", "image", "system", REGIONS), num_pictures, name)
     for message in messages:
         unread += unread_keys(message, MESSAGE_KEYS, num_pictures, name)
         for item in message["content"] if isinstance(message["content"], list) else []:
@@ -322,8 +324,9 @@ class LlavaRecords:
             raise SkipSampleError(name, "picture outside its folder", str(error)) from error
         if is_empty(entry.get("image")):  # LLaVA's own key comes with marks
             turns = with_pictures_first(turns, len(paths))
-        unread = unread_keys(entry, ("conversations", "image", "images", "system"), len(paths), name)
+        read = ("conversations", "image", "images", "system", REGIONS)
+        unread = unread_keys(entry, read, len(paths), name)
         for turn in entry["conversations"]:
             unread += unread_keys(turn, ("from", "value"), len(paths), name)
         messages = messages_from_turns(name, with_system(turns, entry, name), paths)
-        return Record(name, messages, unread=unread)
+        return Record(name, messages, unread=unread, regions=read_regions(entry, len(paths), name))

@@ -99,7 +99,8 @@ def split_turns(record: Record) -> list[Record]:
         end = start + 2 if start + 3 < len(turns) else len(turns)  # what follows the last reply stays with it
         name = f"{record.name} question {start // 2 + 1}"
         unread = record.unread if start == 0 else ()  # counted once
-        pairs.append(Record(name, [*system, question, *turns[start + 1 : end]], unread=unread))
+        shown = [*system, question, *turns[start + 1 : end]]
+        pairs.append(Record(name, shown, unread=unread, regions=record.regions))
     return pairs
 
 

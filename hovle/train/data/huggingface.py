@@ -5,7 +5,8 @@ A row needs no fixed columns; it may hold
 - pictures: `image` or `images`, members of a tar with a picture's suffix, or items of its messages;
 - a conversation: `messages` (role, content), `conversations` (from, value) or `texts` (user, assistant), also as JSON
   in a text or inside a member `.json`; a question and its reply (`QUESTIONS`); or a caption: `text`, `caption` or a
-  member `.txt`, the reply to `data.prompt`. `data.columns` says which columns these are where they have other names.
+  member `.txt`, the reply to `data.prompt`. `data.columns` says which columns these are where they have other names;
+- `regions` of its first picture.
 
 Pictures stay encoded until their batch is packed. Of a tar, pictures, JSON and text are decoded and nothing else.
 """
@@ -22,6 +23,7 @@ from ...files.fingerprints import fingerprint_files
 from ..config import HuggingFaceData
 from .local_files import LocalFiles, check_beginnings, find_files, origin_of
 from .records import PICTURE_MARK, PICTURE_SUFFIXES, ROLES, Record, conversation, inside, messages_from_turns
+from .regions import REGIONS, read_regions
 from .rows import (
     FAULT,
     FILM_ITEMS,
@@ -352,14 +354,16 @@ def record_from_row(row: dict, name: str, config: HuggingFaceData) -> Record:
     if not pictures:
         _check_no_picture_is_missing(row, name)
     unread = (*_unread(row, read, len(pictures), name, config), *left)
+    regions = read_regions(row, len(pictures), name)
     if turns is None and len(pictures) == 1:
-        return Record(name, conversation(pictures[0], "", ""), unread=unread)
+        return Record(name, conversation(pictures[0], "", ""), unread=unread, regions=regions)
     if turns is None:
         columns = ", ".join(key for key, value in row.items() if value is not None)
         raise SkipSampleError(
             name, "malformed", f"expected a conversation, a caption or one picture, found {columns}."
         )
-    return Record(name, messages_from_turns(name, with_system(turns, row, name), pictures), unread=unread)
+    messages = messages_from_turns(name, with_system(turns, row, name), pictures)
+    return Record(name, messages, unread=unread, regions=regions)
 
 
 def _with_members(row: dict, name: str) -> dict:
@@ -409,7 +413,7 @@ def _unread(
     row: dict, read: tuple[str, ...], num_pictures: int, name: str, config: HuggingFaceData
 ) -> tuple[str, ...]:
     """Keys of a row, and of the turns it was read from, that nobody reads; see `rows`."""
-    known = [key for key in row if _is_picture_column(key) or key in (*read, "system", FAULT, LEFT)]
+    known = [key for key in row if _is_picture_column(key) or key in (*read, "system", REGIONS, FAULT, LEFT)]
     if "image" in config.columns:  # the recipe has chosen among the pictures
         known += [key for key, value in row.items() if shows_a_picture(value)]
     is_caption = bool({*read} & {*CAPTIONS})

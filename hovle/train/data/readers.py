@@ -60,6 +60,8 @@ def fingerprint_records(records: Records | RecordStream) -> str:
     digest = hashlib.sha256(fingerprint_files(pictures, root).encode())
     for record in everything:
         digest.update(repr(record).replace(os.path.join(root, ""), "").encode())  # the folder may have moved
+        if record.regions:
+            digest.update(repr(record.regions).encode())
     digest.update("".join(faults).encode())
     return digest.hexdigest()[:16]
 

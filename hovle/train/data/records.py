@@ -4,10 +4,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from ...assets.vqa_questions import draw_weighted
 from .skips import FILM, SkipSampleError
+
+if TYPE_CHECKING:
+    from .regions import Region
 
 PICTURE_MARK = "<image>"
 """Where a picture stands in a human turn of LLaVA's format."""
@@ -44,6 +47,8 @@ class Record:
     """Keys of the source that nobody reads, to be counted."""
     is_last_reply_taught: bool = field(default=False, repr=False)
     """Whether of its replies only the last one is learnt; those before it are in other samples."""
+    regions: tuple["Region", ...] = field(default=(), repr=False)
+    """Where it is known what its first picture shows; fingerprints hold them apart."""
 
     @classmethod
     def join(cls, records: Sequence["Record"]) -> "Record":
@@ -52,7 +57,8 @@ class Record:
         names = tuple(record.name for record in records)
         others_messages = tuple(record.messages for record in others)
         unread = tuple(dict.fromkeys(key for record in records for key in record.unread))
-        return cls(_joint_name(names), first.messages, others_messages, names=names, unread=unread)
+        regions = tuple(dict.fromkeys(region for record in records for region in record.regions))
+        return cls(_joint_name(names), first.messages, others_messages, names=names, unread=unread, regions=regions)
 
     def part(self, places: Iterable[int]) -> "Record":
         """A record of some of its conversations."""
@@ -60,7 +66,7 @@ class Record:
         first, *others = [[self.messages, *self.others][place] for place in chosen]
         names = tuple(self.names[place] for place in chosen) if self.names else ()
         name = _joint_name(names) if names else self.name
-        return Record(name, first, tuple(others), names=names, unread=self.unread)
+        return Record(name, first, tuple(others), names=names, unread=self.unread, regions=self.regions)
 
     @property
     def num_conversations(self) -> int:

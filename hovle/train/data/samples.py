@@ -25,6 +25,7 @@ from .records import Record, conversation, picture_item, picture_sources, until_
 from .rows import remark_on
 from .skips import NO_PICTURE, UNANSWERED, UNREAD_KEY, RecipeError, SkipSampleError, sparing_the_run
 from .tiles import picture_key, read_tiles
+from .words import WordLayout, WordTargets
 
 
 @dataclass
@@ -44,6 +45,8 @@ class Sample:
     """Tiles of each picture."""
     subsegment_ids: torch.Tensor | None = None
     """0 where conversations share their beginning, then 1, 2, ... for the rest of each; None for one conversation."""
+    words: WordTargets | None = None
+    """What the image tokens of its picture should say, where that is taught."""
     part: int = 0
     """Counts the samples of a record."""
     num_parts: int = 1
@@ -95,6 +98,8 @@ class SampleMaker:
 
     max_positions: int | None = None
     """Positions of the language model, beyond which it learns nothing that it can use; None: not limited."""
+    words: WordLayout | None = None
+    """Lays the words of the records' regions over image tokens, where that is taught."""
 
     def __init__(self, processor: HoVLEProcessor):
         self.processor = processor
@@ -483,13 +488,21 @@ def reply_end_ids(processor: HoVLEProcessor) -> list[int]:
 
 
 class RandomTextSamples(SampleMaker):
-    """Pictures with unrelated random tokens (`distillation`): the whole vocabulary is covered, no pairs are needed."""
+    """Pictures with unrelated random tokens (`distillation`): the whole vocabulary is covered, no pairs are needed.
+
+    Args:
+        processor: Of the student.
+        num_random_tokens: After the picture, and as many again in the reply.
+        seed: Of the random tokens.
+        words: Lays what the records' regions say over the image tokens; None where that is not taught.
+    """
 
     STAND_IN = "\uf8ff"
     """Marks in the rendered chat where random tokens go: a private character no template contains."""
 
-    def __init__(self, processor: HoVLEProcessor, num_random_tokens: int, seed: int):
+    def __init__(self, processor: HoVLEProcessor, num_random_tokens: int, seed: int, words: WordLayout | None = None):
         super().__init__(processor)
+        self.words = words
         self.num_random_tokens = num_random_tokens
         self.seed = seed
         tokenizer = processor.tokenizer
@@ -508,7 +521,13 @@ class RandomTextSamples(SampleMaker):
         [ids] = self.encode(record.name, [conversation(pictures[0], self.STAND_IN, self.STAND_IN)], num_tiles)
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         input_ids = torch.tensor(self._with_random_tokens(ids, generator))
-        return Sample(record.name, index, input_ids, torch.full_like(input_ids, IGNORE_INDEX), pictures, num_tiles)
+        labels = torch.full_like(input_ids, IGNORE_INDEX)
+        words = self._words(record, pictures[0]) if self.words else None
+        return Sample(record.name, index, input_ids, labels, pictures, num_tiles, words=words)
+
+    def _words(self, record: Record, picture: str | bytes) -> WordTargets:
+        assert self.words is not None  # `make` asks
+        return self.words.targets(record.regions, *picture_size(picture), record.name)
 
     def picture_keys(self, pictures: list[str | bytes]) -> list[str]:
         """Names of the pictures by their content, under which a cache knows the teacher's features."""

@@ -5,6 +5,7 @@ import copy
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
 from .samples import RandomTextSamples, ReplySamples, SampleMaker
+from .words import WordLayout
 
 
 def limited_processor(config: StageConfig, processor: HoVLEProcessor) -> HoVLEProcessor:
@@ -28,7 +29,9 @@ def make_transform(config: StageConfig, processor: HoVLEProcessor, max_positions
     processor = limited_processor(config, processor)
     maker: SampleMaker
     if config.objective.name == "distillation":
-        maker = RandomTextSamples(processor, config.objective.num_random_tokens, config.seed)
+        objective = config.objective
+        words = WordLayout(processor, objective.words) if objective.words else None
+        maker = RandomTextSamples(processor, objective.num_random_tokens, config.seed, words)
     else:
         maker = ReplySamples(processor)
     maker.max_positions = max_positions

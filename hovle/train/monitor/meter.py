@@ -109,6 +109,9 @@ def first_row(batch: PackedBatch, config: HoVLEConfig) -> PackedBatch:
         is_sample=batch.is_sample[:1],
         attention_mask=None if batch.attention_mask is None else batch.attention_mask[:1],
         pixel_values=batch.pixel_values[:num_tiles],
+        word_ids=None if batch.word_ids is None else batch.word_ids[:num_tiles],
+        is_filler=None if batch.is_filler is None else batch.is_filler[:num_tiles],
+        character_ids=None if batch.character_ids is None else batch.character_ids[:num_tiles],
         picture_keys=batch.picture_keys[:num_samples],  # one a sample, where they are needed
     )
 
