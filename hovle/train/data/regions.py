@@ -11,7 +11,7 @@ shown, upright by its EXIF orientation. `words` lays their text over image token
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from .rows import is_empty
 from .skips import SkipSampleError
@@ -111,7 +111,7 @@ def _fault(item: Any) -> str | None:
     return None
 
 
-def _are_numbers(value: Any) -> bool:
+def _are_numbers(value: Any) -> TypeGuard[Sequence[float]]:
     return isinstance(value, Sequence) and all(
         isinstance(item, int | float) and not isinstance(item, bool) and math.isfinite(item) for item in value
     )

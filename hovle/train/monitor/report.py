@@ -22,7 +22,9 @@ SHARES = ("mfu", "teacher_ratio", "data_wait_ratio", "padding_ratio")
 HELD = ("language_kl", "prompt_kl", "text_error", "fisher_error")
 """Terms that hold the language, drawn by themselves."""
 
-NOT_TERMS = re.compile("time|step|loss|learning_rate|elapsed_seconds|image_norm_ratio|(gradient_norm|samples)_?.*")
+NOT_TERMS = re.compile(
+    "time|step|event|loss|learning_rate|elapsed_seconds|image_norm_ratio|(gradient_norm|samples)_?.*"
+)
 """Fields of a step's log line that are no terms of the loss; rates and shares neither."""
 
 SETTINGS = (
@@ -229,8 +231,7 @@ def panels(shown: Run) -> list[Panel]:
     """The charts that this run has figures for."""
     steps = shown.steps
     norms = sorted({name for entry in steps for name in entry if name.startswith("gradient_norm")})
-    names = {name for entry in steps for name in entry if not NOT_TERMS.fullmatch(name)}
-    terms = sorted(names - {*SPEED, *SHARES, *HELD})
+    terms = measured_terms(steps)
     held_out = shown.events("validation")
     held_text = curves(steps, HELD)
     held_text |= {f"{name}, held out": points for name, points in curves(held_out, HELD).items()}
@@ -242,7 +243,7 @@ def panels(shown: Run) -> list[Panel]:
         Panel("tokens per second", curves(steps, ["tokens_per_second"])),
         Panel("shares of time, peak and rows", curves(steps, SHARES)),
         Panel("length of picture outputs over text embeddings", curves(steps, ["image_norm_ratio"])),
-        Panel("validation", curves(held_out, sorted({name for entry in held_out for name in entry} & {*terms}))),
+        Panel("validation", curves(held_out, measured_terms(held_out))),
         Panel(
             "held-out loss by picture",
             curves(shown.events("image_ablation"), ["true_nats", "blank_nats", "shuffled_nats"]),
@@ -252,6 +253,12 @@ def panels(shown: Run) -> list[Panel]:
         Panel("perplexity on text", curves(shown.events("text_retention"), ["text_perplexity", "bare_perplexity"])),
     ]
     return [panel for panel in drawn if panel.curves]
+
+
+def measured_terms(entries: list[dict]) -> list[str]:
+    """Names of the loss terms that log lines have, but for those that have a chart of their own."""
+    names = {name for entry in entries for name in entry if not NOT_TERMS.fullmatch(name)}
+    return sorted(names - {*SPEED, *SHARES, *HELD, "perplexity_ratio"})
 
 
 def curves(entries: list[dict], names: Iterable[str]) -> dict[str, list[tuple[int, float]]]:

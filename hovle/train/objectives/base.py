@@ -25,6 +25,8 @@ class Objective(nn.Module):
 
     weights: dict[str, float]
     """Weight of each mean term in the total loss; 0 for what is only watched."""
+    only_validated: tuple[str, ...] = ()
+    """Terms that cost too much for every step and are measured out of training only."""
     model: HoVLEForConditionalGeneration
     """What learns."""
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ...model.modeling_hovle import HolisticEmbeddingOutput, HoVLEForConditionalGeneration
+from ...model.modeling_hovle import IGNORE_INDEX, HolisticEmbeddingOutput, HoVLEForConditionalGeneration
 from ..config import DistillationConfig
 from ..data.batch import PackedBatch
 from ..data.tiles import PixelNormalization
@@ -14,6 +14,7 @@ from ..model.bare_language_model import bare_logits
 from .base import Objective, ObjectiveOutput
 from .teachers import Targets
 from .text_distance import HeldText, TextDistance
+from .words import WordTerms, kinds_of_tokens
 
 LAST = -1
 """The last holistic layer, whose output enters the language model."""
@@ -21,6 +22,8 @@ LAST = -1
 
 class DistillationObjective(Objective):
     """Reproduce the teacher at image positions and the LLM's text table elsewhere, plus scale control.
+
+    Where words are taught (`config.words`), an image token that has one is pulled to it and not to the teacher.
 
     Args:
         model: The student; only its stem and holistic layers run.
@@ -68,6 +71,11 @@ class DistillationObjective(Objective):
             nn.Identity() if width == hidden_size else nn.Linear(hidden_size, width, bias=False)
             for width in teacher.widths
         )
+        self.words: WordTerms | None = None
+        if config.words is not None:
+            self.words = WordTerms(config.words, model)
+            self.weights |= self.words.weights
+            self.only_validated = ("word_accuracy",)
         self.text_table: torch.Tensor
         self.text_norm: torch.Tensor
         self.register_buffer("text_table", text_table, persistent=False)
@@ -77,12 +85,15 @@ class DistillationObjective(Objective):
         """Image positions, once for each matched layer, and text positions; padding counts as neither."""
         is_image = batch.input_ids == self.model.config.image_token_id
         num_image, num_text = is_image.sum(), (batch.is_sample & ~is_image).sum()
-        num_matched = num_image * len(self.student_layers)
-        once = dict.fromkeys(("image_scale", "image_norm_ratio"), num_image)
-        counts = once | {"text_cosine": num_text, "text_scale": num_text}
+        counts = {"image_norm_ratio": num_image, "text_cosine": num_text, "text_scale": num_text}
         if self.text_distance is not None:
             counts[self.text_distance.term] = batch.language_part(batch.is_sample).sum()
-        return {name: counts.get(name, num_matched) for name in self.weights}
+        if self.words is not None:
+            num_image = num_image - kinds_of_tokens(batch)[0].sum()
+            counts |= self.words.counts(batch)
+        counts["image_scale"] = num_image
+        num_matched = num_image * len(self.student_layers)
+        return {name: counts.get(name, num_matched) for name in (*self.weights, *self.only_validated)}
 
     def forward(self, batch: PackedBatch) -> ObjectiveOutput:
         """Summed terms of a packed batch."""
@@ -90,7 +101,7 @@ class DistillationObjective(Objective):
             input_ids=batch.input_ids,
             pixel_values=self.normalize(batch.pixel_values),
             position_ids=batch.position_ids,
-            output_hidden_states=set(self.student_layers) != {LAST},
+            output_hidden_states=self._needs_layers,
         )
         image = outputs.image_hidden_states
         assert image is not None  # every sample has a picture
@@ -99,15 +110,20 @@ class DistillationObjective(Objective):
         is_text = batch.is_sample & ~is_image
         text = outputs.language_inputs_embeds[is_text]
         embeddings = nn.functional.embedding(batch.input_ids[is_text], self.text_table)
+        featured = image if self.words is None else image[~kinds_of_tokens(batch)[0]]
         terms = {
             **self._image_terms(outputs, is_image, batch),
             "text_cosine": _cosine(text, embeddings),
-            "image_scale": _log_norm_ratio(image, self.text_norm),
+            "image_scale": _log_norm_ratio(featured, self.text_norm),
             "text_scale": _log_norm_ratio(text, embeddings.float().norm(dim=-1)),
             "image_norm_ratio": norm_ratio(image, self.text_norm),
         }
         if self.text_distance is not None:
             terms[self.text_distance.term] = self._text_term(outputs, batch)
+        if self.words is not None:
+            layer = self.words.character_layer
+            below = None if layer is None else self._image_part(outputs, layer, is_image)
+            terms |= self.words(image, below, self.text_table, batch)
         return ObjectiveOutput(terms, self.counts(batch))
 
     def bare_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -130,20 +146,35 @@ class DistillationObjective(Objective):
         assert last is not None
         with self.teacher_time if self.training else contextlib.nullcontext():
             targets = self.teacher.targets(batch, round(last.shape[1] ** 0.5)).split(self.teacher.widths, dim=-1)
+        is_matched = None if self.words is None else ~kinds_of_tokens(batch)[0]
         terms = dict.fromkeys(("image_cosine", self.image_term), last.new_zeros((), dtype=torch.float32))
         for layer, projection, target in zip(self.student_layers, self.projections, targets, strict=True):
-            hidden_states: torch.Tensor = last
-            if layer != LAST:
-                assert outputs.hidden_states is not None
-                hidden_states = outputs.hidden_states[layer][is_image].view_as(last)
-            projected = projection(hidden_states).float()
+            projected = projection(self._image_part(outputs, layer, is_image)).float()
+            if self.config.image_loss == "info_nce":
+                loss = _info_nce(projected, target, self.config.temperature, self.config.tiles_per_set, is_matched)
+                terms[self.image_term] = terms[self.image_term] + loss
+            if is_matched is not None:
+                projected, target = projected[is_matched], target[is_matched]
             terms["image_cosine"] = terms["image_cosine"] + _cosine(projected, target)
             if self.config.image_loss == "smooth_l1":
                 terms[self.image_term] = terms[self.image_term] + _smooth_l1(projected, target)
-            elif self.config.image_loss == "info_nce":
-                loss = _info_nce(projected, target, self.config.temperature, self.config.tiles_per_set)
-                terms[self.image_term] = terms[self.image_term] + loss
         return terms
+
+    @property
+    def _needs_layers(self) -> bool:
+        """Whether a term looks at another layer than the last."""
+        looks_at_characters = self.words is not None and self.words.character_layer is not None
+        return looks_at_characters or set(self.student_layers) != {LAST}
+
+    @staticmethod
+    def _image_part(outputs: HolisticEmbeddingOutput, layer: int, is_image: torch.Tensor) -> torch.Tensor:
+        """Image tokens of a holistic layer's output, shape `(N, S, D)`."""
+        last = outputs.image_hidden_states
+        assert last is not None
+        if layer == LAST:
+            return last
+        assert outputs.hidden_states is not None
+        return outputs.hidden_states[layer][is_image].view_as(last)
 
 
 def check_student_layers(layers: Sequence[int], model: HoVLEForConditionalGeneration) -> tuple[int, ...]:
@@ -182,7 +213,13 @@ def _smooth_l1(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return nn.functional.smooth_l1_loss(outputs, targets, reduction="none").mean(dim=-1).sum()
 
 
-def _info_nce(outputs: torch.Tensor, targets: torch.Tensor, temperature: float, tiles_per_set: int) -> torch.Tensor:
+def _info_nce(
+    outputs: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    tiles_per_set: int,
+    is_matched: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Sum over patches of `-log p(own feature)` among the features of all patches of the tile set, by their cosines.
 
     Args:
@@ -190,13 +227,19 @@ def _info_nce(outputs: torch.Tensor, targets: torch.Tensor, temperature: float, 
         targets: Teacher features, same shape.
         temperature: Divides the cosines.
         tiles_per_set: Tiles of a set; sets do not see each other, so a batch cut between two has the same sum.
+        is_matched: Patches whose features are asked for, shape `(N, S)`; the others are only among what may be found.
+            None: all.
     """
     outputs, targets = (nn.functional.normalize(item.float(), dim=-1) for item in (outputs, targets))
     total = outputs.new_zeros(())
-    for ours, theirs in zip(outputs.split(tiles_per_set), targets.split(tiles_per_set), strict=True):
+    sets = [item.split(tiles_per_set) for item in (outputs, targets)]
+    parts = [None] * len(sets[0]) if is_matched is None else is_matched.split(tiles_per_set)
+    for ours, theirs, asked in zip(*sets, parts, strict=True):
         logits = ours.flatten(0, 1) @ theirs.flatten(0, 1).T / temperature
         own = torch.arange(len(logits), device=logits.device)
-        total = total + nn.functional.cross_entropy(logits.float(), own, reduction="sum")
+        if asked is not None:
+            own = own.masked_fill(~asked.flatten(), IGNORE_INDEX)
+        total = total + nn.functional.cross_entropy(logits.float(), own, reduction="sum", ignore_index=IGNORE_INDEX)
     return total
 
 

@@ -13,6 +13,7 @@ from ..data.mixture import Mixture, open_mixture
 from ..data.packing import PackedBatches, StreamPosition, load_batches
 from ..data.skips import NO_FAULTS, SkipLedger, describe_skips
 from ..data.transforms import make_transform
+from ..data.words import check_has_regions
 from ..parallel import fail_on_all_ranks, gather
 
 
@@ -44,6 +45,7 @@ class StageData:
         self.max_positions = max_positions
         self.start = StreamPosition()
         self.skips = SkipLedger(config.max_skip_fraction, mixture.size_of)
+        check_has_regions(config, mixture)
         self.language: LanguageText | None
         self.held_out_language: LanguageText | None
         self.language, self.held_out_language = open_language(config, processor) or (None, None)

@@ -24,7 +24,8 @@ def validate(
         accelerator: Knows processes and devices.
     """
     inner = unwrap(objective)
-    sums = torch.zeros(2, len(inner.weights), device=accelerator.device)  # terms, counts
+    names = [*inner.weights, *inner.only_validated]
+    sums = torch.zeros(2, len(names), device=accelerator.device)  # terms, counts
     inner.eval()
     num_rounds = math.ceil(len(batches) / accelerator.num_processes)
     for number in range(num_rounds):
@@ -35,10 +36,10 @@ def validate(
             output = inner(batches[place % len(batches)].to(accelerator.device))
         if place >= len(batches):
             continue
-        for column, name in enumerate(inner.weights):
+        for column, name in enumerate(names):
             sums[0, column] += output.terms[name]
             sums[1, column] += output.counts[name]
     inner.train()
     reshard(inner)
     terms, counts = accelerator.reduce(sums, "sum")
-    return dict(zip(inner.weights, (terms / counts.clamp(min=1)).tolist(), strict=True))
+    return dict(zip(names, (terms / counts.clamp(min=1)).tolist(), strict=True))

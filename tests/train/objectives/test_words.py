@@ -1,0 +1,294 @@
+"""Words by distillation: what the terms are, what learns from them, and that packing changes none."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from torch import nn
+
+from hovle import HoVLEForConditionalGeneration
+from hovle.train.config import CharactersConfig, DistillationConfig, WordsConfig
+from hovle.train.data.batch import PackedBatch
+from hovle.train.data.packing import PackedBatches, StreamPosition
+from hovle.train.data.records import Record, conversation
+from hovle.train.data.regions import Region
+from hovle.train.data.samples import RandomTextSamples
+from hovle.train.data.words import NO_WORD, WordLayout
+from hovle.train.objectives.distillation import DistillationObjective
+from hovle.train.objectives.teachers import Targets
+from hovle.train.objectives.words import nearest_words
+from hovle.train.step.validation import validate
+
+TEXTS = ["cat on mat", "the dog", "A bus, a tree", "3 4 5", "lazy", "fox jumps over"]
+
+
+class RandomTeacher(Targets):
+    """Stands in for an image teacher: fixed numbers for each grey value."""
+
+    def raw_targets(self, batch: PackedBatch, grid_size: int) -> torch.Tensor:
+        cells = nn.functional.adaptive_avg_pool2d(batch.pixel_values.float() / 255 - 0.4, grid_size)
+        table = torch.randn(3, sum(self.widths), generator=torch.Generator().manual_seed(0))
+        return cells.flatten(2).transpose(1, 2) @ table
+
+
+@pytest.fixture
+def records(tmp_path) -> list[Record]:
+    """Pictures of text, of one and of two tiles, one with a named thing and one of which nothing is known."""
+    made = []
+    for number, text in enumerate(TEXTS):
+        size = (112, 56) if number % 2 else (56, 56)
+        picture = Image.new("RGB", size, "white")
+        ImageDraw.Draw(picture).text((4, 20), text, fill="black")
+        path = tmp_path / f"{number}.png"
+        picture.save(path)
+        regions = (Region((2, 10, size[0] - 4, 40), text),)
+        if number == 4:
+            regions = (Region((10, 10, 50, 50), "lazy dog", "name"),)
+        made.append(Record(f"record {number}", conversation(path, "", ""), regions=regions if number != 5 else ()))
+    return made
+
+
+@pytest.fixture
+def batches(parts, records, next_token_config):
+    """`batches(words, "key=value", ...)`: the first packed batch of the records."""
+
+    def build(words: WordsConfig | None, *overrides: str) -> PackedBatch:
+        layout = None if words is None else WordLayout(parts[1], words)
+        maker = RandomTextSamples(parts[1], 3, seed=0, words=layout)
+        config = next_token_config("row_length=120", *overrides)
+        return next(iter(PackedBatches(records, maker, config, StreamPosition(), 0, 1, pad_token_id=0)))
+
+    return build
+
+
+def objective(model: HoVLEForConditionalGeneration, words: WordsConfig | None, **fields) -> DistillationObjective:
+    table = model.get_input_embeddings().weight.detach().clone()
+    torch.manual_seed(3)
+    return DistillationObjective(model, RandomTeacher([32]), table, DistillationConfig(words=words, **fields))
+
+
+WORDS = WordsConfig(num_others=64, characters=CharactersConfig(layer=-2))
+
+
+@pytest.fixture
+def parts(checkpoints):
+    from hovle import HoVLEProcessor
+
+    model = HoVLEForConditionalGeneration.from_pretrained(checkpoints["tied"], dtype=torch.float32)
+    return model.train(), HoVLEProcessor.from_pretrained(checkpoints["tied"])
+
+
+# --- the terms ------------------------------------------------------------------------------------------------------
+
+
+def test_terms_are_those_of_tokens_with_words_taken_one_by_one(parts, batches):
+    model, _ = parts
+    distillation, batch = objective(model, WORDS).eval(), batches(WORDS)
+    with torch.no_grad():
+        output = distillation(batch)
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    image = model.get_holistic_embeddings(pixel_values=distillation.normalize(batch.pixel_values), **inputs)
+    outputs, table = image.image_hidden_states.detach().flatten(0, 1), distillation.text_table
+    expected = dict.fromkeys(("word_cosine", "word_accuracy", "word_scale", "filler_cosine"), 0.0)
+    counts = dict.fromkeys(expected, 0)
+    for vector, word, filler in zip(outputs, batch.word_ids.flatten(), batch.is_filler.flatten(), strict=True):
+        if word == NO_WORD:
+            continue
+        cosine = float(nn.functional.cosine_similarity(vector, table[word], dim=0))
+        expected["word_scale"] += float((vector.norm() / table[word].norm()).log() ** 2)
+        expected["filler_cosine" if filler else "word_cosine"] += cosine
+        for name in ("word_scale", "filler_cosine") if filler else ("word_scale", "word_cosine", "word_accuracy"):
+            counts[name] += 1
+        if not filler:
+            similarities = nn.functional.cosine_similarity(vector[None], table, dim=-1)
+            expected["word_accuracy"] += float(similarities.argmax() == word)
+    assert counts["word_cosine"] > 10
+    assert counts["filler_cosine"] > 10
+    for name, value in expected.items():
+        assert float(output.terms[name]) == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        assert int(output.counts[name]) == counts[name], name
+    assert set(output.terms) == {*distillation.weights, "word_accuracy"}
+
+
+def test_a_piece_is_found_among_the_pieces_of_the_batch_and_so_many_others(parts, batches):
+    model, _ = parts
+    batch = batches(WORDS)
+    every = dataclasses.replace(WORDS, num_others=20_000)  # of a vocabulary of 512: practically all
+    output = objective(model, every).eval()(batch)
+    image = model.get_holistic_embeddings(
+        batch.input_ids, objective(model, None).normalize(batch.pixel_values), position_ids=batch.position_ids
+    ).image_hidden_states
+    is_piece = (batch.word_ids != NO_WORD) & ~batch.is_filler
+    table = model.get_input_embeddings().weight
+    logits = nn.functional.cosine_similarity(image[is_piece][:, None], table[None], dim=-1) / 0.05
+    expected = nn.functional.cross_entropy(logits, batch.word_ids[is_piece], reduction="sum")
+    torch.testing.assert_close(output.terms["word_cross_entropy"], expected, rtol=1e-4, atol=0)
+    fewer = objective(model, WORDS).eval()(batch).terms["word_cross_entropy"]
+    assert 0 < fewer < expected
+    assert torch.equal(fewer, objective(model, WORDS).eval()(batch).terms["word_cross_entropy"])  # the same others
+
+
+def test_what_the_nearest_word_is_does_not_depend_on_length(parts):
+    table = parts[0].get_input_embeddings().weight.detach()
+    wanted = torch.randint(len(table), (600,), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(nearest_words(table[wanted] * 7.0, table), wanted)
+    assert nearest_words(table[:0], table).shape == (0,)
+
+
+@pytest.mark.parametrize("loss", ["cosine", "smooth_l1", "info_nce"])
+def test_a_token_with_a_word_is_none_of_the_teachers(parts, batches, loss):
+    """The teacher's terms are what they are of the other tokens alone; without words they are of all."""
+    model, _ = parts
+    batch = batches(WORDS)
+    free = batch.word_ids == NO_WORD
+    assert free.any()
+    assert not free.all()
+    distillation = objective(model, WORDS, image_loss=loss)
+    output = distillation(batch)
+    name = f"image_{loss}"
+    assert int(output.counts[name]) == int(output.counts["image_scale"]) == int(free.sum())
+    assert int(output.counts["image_norm_ratio"]) == free.numel()
+    moved = distillation.teacher.raw_targets(batch, 2)
+    moved[~free] = moved[~free].neg() if loss != "info_nce" else moved[~free]
+    distillation.teacher.raw_targets = lambda *_: moved
+    torch.testing.assert_close(distillation(batch).terms[name], output.terms[name], rtol=1e-6, atol=0)
+    nothing = dataclasses.replace(batch, word_ids=torch.full_like(batch.word_ids, NO_WORD))
+    plain = objective(model, None, image_loss=loss)(batch)
+    same = objective(model, WORDS, image_loss=loss)(nothing)
+    torch.testing.assert_close(same.terms[name], plain.terms[name], rtol=1e-5, atol=1e-5)
+
+
+def test_without_words_a_record_with_regions_trains_as_before(parts, batches, records):
+    model, _ = parts
+    with_regions = batches(None)
+    assert with_regions.word_ids is None
+    for record in records:
+        object.__setattr__(record, "regions", ())
+    without = batches(None)
+    assert torch.equal(with_regions.input_ids, without.input_ids)
+    terms = [objective(model, None)(batch).terms for batch in (with_regions, without)]
+    assert "word_cosine" not in terms[0]
+    assert all(torch.equal(terms[0][name], terms[1][name]) for name in terms[0])
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+
+
+def test_gradients_reach_stem_layers_and_head_but_not_the_text_table(parts, batches):
+    model, _ = parts
+    distillation, batch = objective(model, WORDS), batches(WORDS)
+    for term in ("word_cosine", "word_cross_entropy", "word_scale", "filler_cosine", "character_cross_entropy"):
+        distillation.zero_grad()
+        distillation(batch).terms[term].backward()
+        assert model.model.patch_embedding.projection.weight.grad.abs().sum() > 0, term
+        has_head = distillation.words.character_head.linear.weight.grad
+        assert (has_head is not None and has_head.abs().sum() > 0) == (term == "character_cross_entropy")
+        last = model.model.embedding_layers[-1].mlp.down_proj.weight.grad
+        assert (last is None or not last.any()) == (term == "character_cross_entropy")  # it reads the layer below
+    assert not distillation.text_table.requires_grad
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_words_of_a_few_pictures_are_learnt(parts, batches, attention):
+    model, _ = parts
+    model.config.image_attention = attention
+    distillation, batch = objective(model, WORDS), batches(WORDS)
+    optimizer = torch.optim.AdamW(distillation.parameters(), lr=3e-3)
+    found = []
+    for _ in range(60):
+        output = distillation(batch)
+        means = {name: term / output.counts[name].clamp(min=1) for name, term in output.terms.items()}
+        sum(weight * means[name] for name, weight in distillation.weights.items()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append({name: float(mean.detach()) for name, mean in means.items()})
+    first, last = found[0], found[-1]
+    assert first["word_cross_entropy"] > 6
+    assert last["word_cross_entropy"] < 2  # 1.1 causal, 1.4 bidirectional
+    assert last["word_cosine"] > first["word_cosine"] + 0.3
+    assert last["filler_cosine"] > first["filler_cosine"] + 0.2
+    assert last["character_cross_entropy"] < first["character_cross_entropy"] / 2
+    assert last["word_scale"] < first["word_scale"] / 2
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_packed_samples_give_the_terms_they_give_alone(parts, batches, attention):
+    """All but the search among a micro-batch's own pieces, which is another one alone."""
+    model, _ = parts
+    model.config.image_attention = attention
+    distillation = objective(model, WORDS).eval()
+    packed = batches(WORDS)
+    assert len(packed.names) >= 4
+    with torch.no_grad():
+        together = distillation(packed)
+        alone = [distillation(single) for single in one_by_one(packed, model)]
+    for name, term in together.terms.items():
+        if name not in ("word_cross_entropy", "word_pieces_left_out"):
+            total = sum(float(output.terms[name]) for output in alone)
+            assert float(term) == pytest.approx(total, rel=1e-4, abs=1e-4), name
+            assert int(together.counts[name]) == sum(int(output.counts[name]) for output in alone), name
+
+
+def one_by_one(batch: PackedBatch, model: HoVLEForConditionalGeneration) -> list[PackedBatch]:
+    """The samples of a packed batch as batches of their own."""
+    alone, tile = [], 0
+    for row, ids in enumerate(batch.input_ids):
+        length = int(batch.is_sample[row].sum())
+        starts = [*(batch.position_ids[row, :length] == 0).nonzero().flatten().tolist(), length]
+        for start, end in itertools.pairwise(starts):
+            count = int((ids[start:end] == model.config.image_token_id).sum()) // model.config.image_seq_length
+            tiles, place = slice(tile, tile + count), (slice(row, row + 1), slice(start, end))
+            tile += count
+            names = ("input_ids", "targets", "position_ids", "is_sample")
+            fields = {name: getattr(batch, name)[place] for name in names}
+            fields |= {
+                name: getattr(batch, name)[tiles]
+                for name in ("pixel_values", "word_ids", "is_filler", "character_ids")
+            }
+            alone.append(dataclasses.replace(batch, **fields))
+    return alone
+
+
+def test_a_damaged_picture_takes_its_words_with_it(parts, batches, records):
+    whole = batches(WORDS)
+    path = records[1].messages[0]["content"][0]["path"]
+    Path(path).write_bytes(Path(path).read_bytes()[:-40])  # its header is sound
+    batch = batches(WORDS)
+    assert {skip.name for skip in batch.skips} == {"record 1"}
+    tiles = [name for name in whole.names for _ in range(3 if int(name.split()[1]) % 2 else 1)]
+    assert len(tiles) == len(whole.word_ids)
+    kept = [place for place, name in enumerate(tiles) if name != "record 1"]
+    assert torch.equal(batch.word_ids, whole.word_ids[kept])
+    assert len(batch.word_ids) == len(batch.pixel_values) < len(whole.pixel_values)
+
+
+# --- validation, refusals -------------------------------------------------------------------------------------------
+
+
+def test_validation_measures_word_accuracy_and_training_does_not(parts, batches, one_process):
+    import contextlib
+
+    distillation, batch = objective(parts[0], WORDS), batches(WORDS)
+    assert "word_accuracy" not in distillation(batch).terms
+    found = validate(distillation, [batch, batch], contextlib.nullcontext(), one_process)
+    output = distillation.eval()(batch)
+    assert found["word_accuracy"] == pytest.approx(
+        float(output.terms["word_accuracy"] / output.counts["word_accuracy"])
+    )
+
+
+def test_characters_are_refused_of_a_layer_that_is_not_there_and_of_hd(parts, language_models):
+    with pytest.raises(ValueError, match=r"characters.layer is -3, but there are 2 holistic layers"):
+        objective(parts[0], WordsConfig(characters=CharactersConfig()))
+    hd = HoVLEForConditionalGeneration.from_language_model(
+        language_models["tied"], 2, dtype=torch.float32, image_size=56, pixel_shuffle_loc="post"
+    )
+    with pytest.raises(ValueError, match=r"HoVLE-HD cannot take objective\.words\.characters"):
+        objective(hd, WORDS)
+    objective(hd, WordsConfig())
