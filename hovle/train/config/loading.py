@@ -123,14 +123,17 @@ def _build(values: dict, where: str) -> StageConfig:
         # As JSON: there, types are strict without a list being refused for a tuple, or a mapping for a section.
         return STAGE.validate_json(to_json(values, inf_nan_mode="constants"))
     except ValidationError as error:
-        faults = [_describe(fault) for fault in error.errors(include_url=False)]
+        has_one_teacher = isinstance(values.get("teacher"), dict)
+        faults = [_describe(fault, has_one_teacher) for fault in error.errors(include_url=False)]
         raise ValueError(f"{where}: {'; '.join(faults)}") from error
 
 
-def _describe(fault: ErrorDetails) -> str:
+def _describe(fault: ErrorDetails, has_one_teacher: bool) -> str:
     """What is wrong with a key, named as overrides name it."""
     context = fault.get("ctx", {})
     path = [str(part) for part in fault["loc"] if part not in TAGS]
+    if has_one_teacher and path[:2] == ["teacher", "0"]:  # most recipes have one, and no list
+        del path[1]
     if "discriminator" in context:
         path.append(context["discriminator"].strip("'"))
     match fault["type"]:

@@ -23,6 +23,11 @@ def _switch(value: Any) -> Any:
     return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
 
 
+def _none(value: Any) -> Any:
+    """What one may leave out may also be null."""
+    return () if value is None else value
+
+
 @section
 class StageConfig(Section):
     """One training stage."""
@@ -59,8 +64,8 @@ class StageConfig(Section):
     """Trackers of accelerate that receive the log beside `log.jsonl`: tensorboard, trackio, wandb, ..."""
     trainable: Many[ParameterGroup]
     """Parameter groups that receive gradients: stem, holistic_layers, text_embeddings, language_model."""
-    teacher: TeacherConfig | None = None
-    """Image teacher, for distillation."""
+    teacher: Annotated[Many[TeacherConfig], BeforeValidator(_none)] = ()
+    """Image teachers, for distillation: one, or a list of them whose features lie side by side."""
     lora: LoraConfig | None = None
     """Adapters on the language model; then `language_model` must not be in `trainable`."""
     expected: ExpectedData | None = None
@@ -125,8 +130,9 @@ class StageConfig(Section):
             raise ValueError("trainable is empty and lora is not set: nothing would learn.")
         if self.lora is not None and "language_model" in self.trainable:
             raise ValueError("lora adapts a frozen language model: take language_model out of trainable.")
-        if (self.objective.name == "distillation") != (self.teacher is not None):
+        if (self.objective.name == "distillation") != bool(self.teacher):
             raise ValueError("A teacher goes with the distillation objective, and only with it.")
+        self._check_teachers()
         if self.objective.name == "distillation" and (self.lora is not None or "language_model" in self.trainable):
             raise ValueError("Distillation does not run the language model: it can train neither it nor lora.")
         if self.validate_every and self.validation is None:
@@ -157,6 +163,19 @@ class StageConfig(Section):
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
             raise ValueError(f"data names several sources {', '.join(repeated)}: give each a `name` of its own.")
+
+    def _check_teachers(self) -> None:
+        if len(self.teacher) > 1 and not all(teacher.standardize for teacher in self.teacher):
+            raise ValueError(
+                f"{len(self.teacher)} teachers stand side by side, so the one with the largest features would count "
+                "most: set standardize to true on each."
+            )
+        student_layers = [tuple(match.student for match in teacher.layers) for teacher in self.teacher]
+        if len({*student_layers}) > 1:
+            raise ValueError(
+                f"teachers side by side must be reproduced by the same holistic layers; teacher.layers names the "
+                f"student layers {', '.join(map(str, student_layers))}."
+            )
 
     def _check_quantization(self) -> None:
         if self.quantize_frozen == "none":

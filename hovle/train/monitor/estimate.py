@@ -16,7 +16,7 @@ from ..plan.devices import CPU_MFU, GIB, GPU_MFU, cpu_slack_ratio
 
 def is_planned(config: StageConfig) -> bool:
     """Whether the plan's costs are those of this stage: of teachers it knows timm's only."""
-    return config.teacher is None or config.teacher.kind == "timm"
+    return all(teacher.kind == "timm" for teacher in config.teacher)
 
 
 class Estimate:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -9,7 +10,7 @@ from ...assets import resolve_asset
 from ...model.image_processing_hovle import HoVLEImageProcessor
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
-from ..config import StageConfig
+from ..config import StageConfig, TeacherConfig
 from ..data.batch import PackedBatch, TileBatch
 from ..data.language import LanguageText
 from ..data.mixture import Mixture
@@ -21,7 +22,7 @@ from .base import Objective
 from .distillation import DistillationObjective
 from .feature_cache import cached_targets
 from .next_token import NextTokenObjective
-from .teachers import ImageTeacher, Targets, make_teacher
+from .teachers import ImageTeacher, JointTargets, Targets, make_teacher, side_by_side
 from .text_distance import FisherDistance, LanguageDivergence, RelativeDistance, TextDistance
 
 NUM_STANDARDIZING_RECORDS = 256
@@ -42,11 +43,8 @@ def make_objective(
             return NextTokenObjective(model, normalize)
         bare, language = BareLanguageModel(model, dtype), config.language
         return NextTokenObjective(model, normalize, bare, language.weight, language.around_images)
-    assert config.teacher is not None  # StageConfig wants one with this objective
-    checkpoint = config.teacher.checkpoint
-    checkpoint = checkpoint if checkpoint is None else resolve_asset(checkpoint)
-    teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=checkpoint))
-    student_layers = [match.student for match in config.teacher.layers]
+    teacher = side_by_side([make_teacher(_with_weights(item)) for item in config.teacher])
+    student_layers = [match.student for match in config.teacher[0].layers]
     distance = None if config.language is None else make_text_distance(config.language.error, model)
     weight = 1.0 if config.language is None else config.language.weight
     return DistillationObjective(
@@ -85,6 +83,12 @@ def prepare_text_distance(
         say(objective.text_distance.estimate(objective.model, objective.text_table, text, seed))
 
 
+def _with_weights(config: TeacherConfig) -> TeacherConfig:
+    """The config with the path of an asset that has been fetched."""
+    checkpoint = config.checkpoint
+    return config if checkpoint is None else dataclasses.replace(config, checkpoint=resolve_asset(checkpoint))
+
+
 def prepare_teacher(
     objective: Objective,
     config: StageConfig,
@@ -95,7 +99,7 @@ def prepare_teacher(
     *,
     is_main_process: bool,
 ) -> None:
-    """Put a feature cache in the teacher's place and standardise features, where the recipe says so.
+    """Put feature caches in the teachers' places and standardise features, where the recipe says so.
 
     Args:
         objective: On its device; one without a teacher stays as it is.
@@ -108,16 +112,19 @@ def prepare_teacher(
     """
     if not isinstance(objective, DistillationObjective):
         return
-    assert config.teacher is not None  # StageConfig wants one with this objective
     processor = limited_processor(config, processor)
     teacher = objective.teacher
     with torch.autocast(teacher.feature_mean.device.type, dtype, enabled=dtype != torch.float32):
-        if config.teacher.cache is not None:
-            assert isinstance(teacher, ImageTeacher)
-            teacher = objective.teacher = cached_targets(
-                teacher, config, mixture, held_out, processor, dtype, is_main_process=is_main_process
-            )
-        if config.teacher.standardize:
+        members: list[Any] = list(teacher.members) if isinstance(teacher, JointTargets) else [teacher]
+        for number, (member, member_config) in enumerate(zip(members, config.teacher, strict=True)):
+            if member_config.cache is not None:
+                assert isinstance(member, ImageTeacher)
+                members[number] = cached_targets(
+                    member, member_config, config, mixture, held_out, processor, dtype, is_main_process=is_main_process
+                )
+        if any(item.cache is not None for item in config.teacher):
+            teacher = objective.teacher = side_by_side(members).to(teacher.feature_mean.device)
+        if config.teacher[0].standardize:  # several are all standardised
             teacher.standardize(raw_features(teacher, mixture, processor))
 
 

@@ -273,6 +273,7 @@ def _describe(
 
 def cached_targets(
     teacher: ImageTeacher,
+    teacher_config: TeacherConfig,
     config: StageConfig,
     mixture: Mixture,
     held_out: list[PackedBatch],
@@ -285,15 +286,15 @@ def cached_targets(
 
     Args:
         teacher: Fills the cache, on the device it is on.
-        config: The stage; its teacher has a cache.
+        teacher_config: Of that teacher; it names a cache.
+        config: The stage.
         mixture: What training reads.
         held_out: Batches of the validation source.
         processor: Of the student.
         dtype: Number format of the run, in which the teacher computes.
         is_main_process: Whether to tell people what happens.
     """
-    assert config.teacher is not None
-    assert config.teacher.cache is not None
+    assert teacher_config.cache is not None
     if mixture.num_records is None:
         raise ValueError("teacher.cache needs sources of known size; a streamed one never ends: train without it.")
     names = {name for batch in held_out for name in batch.names}
@@ -304,15 +305,15 @@ def cached_targets(
             yield from _first_pictures(open_mixture([config.validation], config.seed), names)
 
     grid_size = round(processor.image_seq_length**0.5)
-    identity = cache_identity(config.teacher, teacher, processor.image_processor, grid_size, dtype)
-    cache = FeatureCache(Path(config.teacher.cache), identity)
+    identity = cache_identity(teacher_config, teacher, processor.image_processor, grid_size, dtype)
+    cache = FeatureCache(Path(teacher_config.cache), identity)
     fill_cache(
         cache,
         teacher,
         pictures,
         processor.image_processor,
         grid_size,
-        config.teacher.max_cache_gib,
+        teacher_config.max_cache_gib,
         is_main_process=is_main_process,
     )
     return CachedTargets(cache, teacher.widths).to(teacher.feature_mean.device)

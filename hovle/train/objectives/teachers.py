@@ -69,6 +69,28 @@ class Targets(nn.Module):
         self.feature_std = (squares / count - mean.square()).clamp(min=1e-12).sqrt().float().to(device)
 
 
+class JointTargets(Targets):
+    """Several teachers at once: for each matched layer the features of all of them, side by side.
+
+    Args:
+        members: The teachers, or caches of their features; each matches as many layers.
+    """
+
+    def __init__(self, members: Sequence[Targets]):
+        super().__init__([sum(widths) for widths in zip(*(member.widths for member in members), strict=True)])
+        self.members = nn.ModuleList(members)
+
+    def raw_targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
+        members: Any = self.members
+        parts = [member.raw_targets(batch, grid_size).split(member.widths, dim=-1) for member in members]
+        return torch.cat([features for layer in zip(*parts, strict=True) for features in layer], dim=-1)
+
+
+def side_by_side(members: Sequence[Targets]) -> Targets:
+    """One teacher, or several as one."""
+    return members[0] if len(members) == 1 else JointTargets(members)
+
+
 class ImageTeacher(Targets):
     """A frozen vision model.
 
@@ -335,8 +357,11 @@ def make_teacher(config: TeacherConfig) -> ImageTeacher:
     return KINDS[config.kind](config)  # type: ignore[call-arg]
 
 
-def _load_in_order(model: nn.Module, weights: Path) -> None:
-    """Load a state dict whose tensors match the model's one to one in order, whatever their names."""
+def _load_in_order(model: Any, weights: Path) -> None:
+    """Load a state dict whose tensors match those of a timm model one to one in order, whatever their names.
+
+    One that lacks the classifier takes it from the model, too.
+    """
     if not weights.is_file():
         raise ValueError(f"teacher.checkpoint: no file {weights}.")
     if weights.suffix == ".safetensors":
@@ -347,12 +372,14 @@ def _load_in_order(model: nn.Module, weights: Path) -> None:
     if set(source) == set(target):
         model.load_state_dict(source)
         return
-    if [tensor.shape for tensor in source.values()] != [tensor.shape for tensor in target.values()]:
+    if len(source) < len(target):
+        model.reset_classifier(0)
+    if [tensor.shape for tensor in source.values()] != [tensor.shape for tensor in model.state_dict().values()]:
         raise ValueError(
             f"{weights.name} holds {len(source)} tensors that do not match the {len(target)} of the teacher in order "
             "and shape: are weights and teacher.name of the same model?"
         )
-    model.load_state_dict(dict(zip(target, source.values(), strict=True)))
+    model.load_state_dict(dict(zip(model.state_dict(), source.values(), strict=True)))
 
 
 def _load_part(module: nn.Module, checkpoint: Checkpoint, prefixes: Sequence[str]) -> None:

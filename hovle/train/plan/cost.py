@@ -184,8 +184,10 @@ class StageCost:
             self.model = HoVLEForConditionalGeneration._from_config(model)
         self.groups = {name: _count(items) for name, items in parameter_groups(self.model).items()}
         self.num_adapters = _num_adapters(self.model, config)
-        self._teacher = None if config.teacher is None else teacher_shapes(config.teacher)
-        self.has_teacher = config.teacher is not None and config.teacher.cache is None  # in its steps
+        shapes = [teacher_shapes(teacher) for teacher in config.teacher]
+        self._widths = [sum(widths) for widths in zip(*(item.widths for item in shapes), strict=True)]
+        # In its steps: a cache stands for the others.
+        self._teachers = [item for item, teacher in zip(shapes, config.teacher, strict=True) if teacher.cache is None]
 
     # Parameters
 
@@ -202,8 +204,7 @@ class StageCost:
     @property
     def _num_projection(self) -> int:
         hidden = self.model_config.text_config.hidden_size
-        widths = () if self._teacher is None else self._teacher.widths
-        return sum(width * hidden for width in widths if width != hidden)
+        return sum(width * hidden for width in self._widths if width != hidden)
 
     # Operations
 
@@ -324,7 +325,7 @@ class StageCost:
     def _teacher_flops(self, work: Workload) -> dict[str, float]:
         tokens = work.num_tiles * self.model_config.image_seq_length
         return {
-            "teacher": work.num_tiles * (self._teacher.flops_per_tile if self.has_teacher and self._teacher else 0),
+            "teacher": work.num_tiles * sum(item.flops_per_tile for item in self._teachers),
             "projection": 2 * tokens * self._num_projection * 3,
         }
 
@@ -364,7 +365,7 @@ class StageCost:
 
     @property
     def _num_teacher(self) -> int:
-        return self._teacher.num_parameters if self.has_teacher and self._teacher else 0
+        return sum(item.num_parameters for item in self._teachers)
 
     def _weight_bytes(self, on_cpu: bool) -> float:
         """Model and adapters. What the optimizer changes is in float32; frozen weights are as they are stored."""

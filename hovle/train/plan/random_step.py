@@ -12,21 +12,23 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ...machine.memory import keep_freed_memory, peak_resident_bytes
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
-from ..config import ExpectedData, NextTokenConfig, StageConfig, load_stage
+from ..config import ExpectedData, NextTokenConfig, StageConfig, TeacherConfig, load_stage
 from ..data.batch import PackedBatch, TileBatch
+from ..data.words import join_targets, no_words
 from ..model.bare_language_model import BareLanguageModel
 from ..model.parameters import parameter_groups
 from ..objectives.base import Objective
 from ..objectives.choice import make_text_distance
 from ..objectives.distillation import DistillationObjective
 from ..objectives.next_token import NextTokenObjective
-from ..objectives.teachers import Targets, make_teacher
+from ..objectives.teachers import Targets, make_teacher, side_by_side
 from ..parallel import OneProcess
 from ..step.assembly import TrainableModel, TrainableStep, number_format, prepare_model
 from .cost import FROM_LANGUAGE_MODEL, Workload
@@ -76,7 +78,7 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> PackedBatch:
             tiles_of_next, length, num_supervised = next(samples)
         position_ids[row, end:] = torch.arange(config.row_length - end)
     tiles = (num_tiles, model.num_channels, model.image_size, model.image_size)
-    return PackedBatch(
+    batch = PackedBatch(
         input_ids=input_ids,
         targets=targets,
         position_ids=position_ids,
@@ -86,6 +88,11 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> PackedBatch:
         language_length=config.language_length,
         names=["random"] * num_samples,
     )
+    words = config.objective.words if config.objective.name == "distillation" else None
+    if words is None:
+        return batch
+    unknown: dict[str, Any] = join_targets([no_words(num_tiles, model.image_seq_length, words)])
+    return dataclasses.replace(batch, **unknown)
 
 
 def random_samples(config: StageConfig, model: HoVLEConfig) -> Iterator[tuple[int, int, int]]:
@@ -107,7 +114,7 @@ def measure_random_step(config: StageConfig, model_config: HoVLEConfig, dtype: t
         config: The stage.
         model_config: Its model.
         dtype: Number format of matrix products.
-        folder: An empty folder, for the random weights of a teacher.
+        folder: An empty folder, for the random weights of teachers.
     """
     process = OneProcess(torch.device("cpu"))
     keep_freed_memory(process.device)  # as runs do
@@ -140,7 +147,7 @@ def warm_up(config: StageConfig, dtype: torch.dtype) -> None:
     """Import what the stage needs and take a step with a single number: libraries load parts when first used."""
     if config.lora is not None:
         importlib.import_module("peft")
-    if config.teacher is not None:
+    if config.teacher:
         importlib.import_module("timm")
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
@@ -160,7 +167,7 @@ def random_model(config: HoVLEConfig, dtype: torch.dtype) -> HoVLEForConditional
 
 
 def random_objective(config: StageConfig, trainable: TrainableModel, dtype: torch.dtype, folder: Path) -> Objective:
-    """What `make_objective` builds from files, with a random teacher."""
+    """What `make_objective` builds from files, with random teachers."""
     model, text_table = trainable.model, trainable.text_table
     language, distance = config.language, None
     if isinstance(config.objective, NextTokenConfig):
@@ -170,19 +177,19 @@ def random_objective(config: StageConfig, trainable: TrainableModel, dtype: torc
         return NextTokenObjective(model, bare=bare, around_images=language.around_images)
     if language is not None:
         distance = make_text_distance(language.error, model)
-    assert config.teacher is not None  # StageConfig wants one with this objective
-    student_layers = [match.student for match in config.teacher.layers]
-    if config.teacher.cache is not None:
-        targets = RandomTargets(teacher_shapes(config.teacher).widths)
-        return DistillationObjective(
-            model, targets, text_table, config.objective, student_layers, text_distance=distance
-        )
+    student_layers = [match.student for match in config.teacher[0].layers]
+    targets = side_by_side([random_teacher(item, folder / "teacher.pt") for item in config.teacher])
+    return DistillationObjective(model, targets, text_table, config.objective, student_layers, text_distance=distance)
+
+
+def random_teacher(config: TeacherConfig, weights: Path) -> Targets:
+    """A teacher with random weights, written to a file to be loaded as others are, or what its cache would give."""
+    if config.cache is not None:
+        return RandomTargets(teacher_shapes(config).widths)
     import timm  # an extra: only distillation needs it
 
-    weights = folder / "teacher.pt"
-    torch.save(timm.create_model(config.teacher.name, pretrained=False).state_dict(), weights)
-    teacher = make_teacher(dataclasses.replace(config.teacher, checkpoint=str(weights)))
-    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, text_distance=distance)
+    torch.save(timm.create_model(config.name, pretrained=False).state_dict(), weights)
+    return make_teacher(dataclasses.replace(config, checkpoint=str(weights)))
 
 
 class RandomTargets(Targets):

@@ -8,7 +8,7 @@ import open_clip
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
@@ -36,9 +36,11 @@ from transformers import (
 )
 
 from hovle import HoVLEImageProcessor, assets
-from hovle.train.config import LayerMatch, TeacherConfig
+from hovle.train import run_stage
+from hovle.train.config import LayerMatch, TeacherConfig, with_new_fields
+from hovle.train.data.batch import TileBatch
 from hovle.train.data.tiles import read_tiles
-from hovle.train.objectives.teachers import ImageTeacher, make_teacher
+from hovle.train.objectives.teachers import ImageTeacher, make_teacher, side_by_side
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
@@ -478,4 +480,74 @@ def test_contradictory_teachers_are_refused(fields, message):
 
 def test_layers_are_read_from_a_recipe(distillation_config):
     config = distillation_config("teacher.layers=[{teacher: 3, student: 0}, {teacher: -1}]")
-    assert config.teacher.layers == (LayerMatch(teacher=3, student=0), LayerMatch(teacher=-1, student=-1))
+    assert config.teacher[0].layers == (LayerMatch(teacher=3, student=0), LayerMatch(teacher=-1, student=-1))
+
+
+# --- several at once -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair(tmp_path) -> list[dict]:
+    """Two timm teachers with random weights, one without its classifier and with other names for its tensors."""
+    teachers = []
+    for number, name in enumerate(("test_efficientnet", "mobilenetv2_050")):
+        torch.manual_seed(number)
+        weights = timm.create_model(name, pretrained=False).state_dict()
+        if number:
+            weights = {f"features.{place}": weights[key] for place, key in enumerate(list(weights)[:-2])}
+        torch.save(weights, tmp_path / f"{name}.pt")
+        fields = {"name": name, "checkpoint": str(tmp_path / f"{name}.pt"), "image_size": 64, "standardize": True}
+        teachers.append(fields)
+    return teachers
+
+
+def test_weights_without_a_classifier_give_the_features_they_give_with_it(pair):
+    torch.manual_seed(1)
+    own = timm.create_model("mobilenetv2_050", pretrained=False).eval()
+    teacher = make_teacher(TeacherConfig(**pair[1]))
+    with torch.no_grad():
+        tile = random_tiles(1, 64)
+        pixels = normalized(tile, own.pretrained_cfg["mean"], own.pretrained_cfg["std"])
+        expected = own.forward_intermediates(pixels, indices=[4], norm=True, intermediates_only=True)[0]
+    torch.testing.assert_close(teacher.features(tile, 2), rows(expected), atol=1e-4, rtol=1e-4)
+    assert [*teacher.backbone.state_dict()] == [*own.state_dict()][:-2]  # nothing random is left in it
+
+
+def test_teachers_side_by_side_give_what_each_gives_standardised_by_itself(pair):
+    alone = [make_teacher(TeacherConfig(**fields, layers=layers(1, -1))) for fields in pair]
+    joint = side_by_side([make_teacher(TeacherConfig(**fields, layers=layers(1, -1))) for fields in pair])
+    assert joint.widths == tuple(left + right for left, right in zip(*(item.widths for item in alone), strict=True))
+    batch = TileBatch(pixel_values=random_tiles(3, 56))
+    for teacher in (*alone, joint):
+        teacher.standardize([teacher.raw_targets(batch, 2)])
+    found = joint.targets(batch, 2).split(joint.widths, dim=-1)
+    parts = [teacher.targets(batch, 2).split(teacher.widths, dim=-1) for teacher in alone]
+    for layer, expected in zip(found, zip(*parts, strict=True), strict=True):
+        assert torch.equal(layer, torch.cat(expected, dim=-1))
+    assert side_by_side(alone[:1]) is alone[0]
+
+
+def test_a_run_has_several_teachers_and_caches_give_the_same_bits(distillation_config, pair, tmp_path):
+    outputs = [tmp_path / "live", tmp_path / "cached", tmp_path / "mixed"]
+    caches = [(None, None), (str(tmp_path / "cache"), str(tmp_path / "cache")), (None, str(tmp_path / "cache"))]
+    for output, folders in zip(outputs, caches, strict=True):
+        teachers = [{**fields, "cache": folder} for fields, folder in zip(pair, folders, strict=True)]
+        run_stage(distillation_config(f"teacher={json.dumps(teachers)}", f"output={output}", "num_steps=2"))
+    weights = [load_file(output / "model" / "model.safetensors") for output in outputs]
+    assert all(torch.equal(weights[0][name], item[name]) for item in weights[1:] for name in weights[0])
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # a folder for each
+
+
+def test_teachers_that_cannot_stand_side_by_side_are_refused(distillation_config, pair):
+    pair[1]["standardize"] = False
+    with pytest.raises(ValueError, match=r"2 teachers stand side by side.* set standardize to true on each"):
+        distillation_config(f"teacher={json.dumps(pair)}")
+    pair[1] |= {"standardize": True, "layers": {"student": 0}}
+    with pytest.raises(ValueError, match=r"same holistic layers; .* the student layers \(-1,\), \(0,\)"):
+        distillation_config(f"teacher={json.dumps(pair)}")
+
+
+def test_a_recipe_of_one_teacher_may_write_it_without_a_list(distillation_config):
+    config = distillation_config("teacher.standardize=true")
+    assert len(config.teacher) == 1
+    assert with_new_fields({**config.to_dict(), "teacher": config.to_dict()["teacher"][0]}) == config.to_dict()

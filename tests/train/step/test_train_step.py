@@ -40,9 +40,8 @@ def make_parts(checkpoints, next_token_config, distillation_config):
         select_trainable(model, config)
         objective: nn.Module = NextTokenObjective(model)
         if source == "pictures":
-            assert config.teacher is not None
             table = model.get_input_embeddings().weight.detach().clone()
-            objective = DistillationObjective(model, make_teacher(config.teacher), table, config.objective)
+            objective = DistillationObjective(model, make_teacher(config.teacher[0]), table, config.objective)
         return objective.train(), make_optimizer(objective, config), config
 
     return build
