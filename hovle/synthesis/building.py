@@ -34,6 +34,12 @@ class Build:
     """Samples of a shard; a shard that was being drawn when the build was killed is drawn again."""
     assets: Path | None = None
     """Folder of unpacked assets instead of the cache."""
+    replay: Path | None = None
+    """File of messages for the skill `replay`."""
+
+    @property
+    def folders(self) -> AssetFolders:
+        return AssetFolders(self.assets, self.replay)
 
 
 @dataclass(frozen=True)
@@ -97,7 +103,7 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any] | None) -> str:
 def draw_shard(shard: Shard, build: Build) -> Pace:
     """Draw the samples of a shard and write them."""
     started_at = time.perf_counter()
-    skill = _open_once(shard.skill, build.assets)
+    skill = _open_once(shard.skill, build)
     rows = [
         _draw_row(skill, shard.split, index, build.seed) for index in range(shard.first, shard.first + shard.count)
     ]
@@ -115,14 +121,15 @@ def _draw_row(skill: Skill, split: str, index: int, seed: int) -> dict[str, Any]
     return to_row(sample, skill.name, split, index)
 
 
-_OPEN: dict[tuple[str, Path | None], Skill] = {}
+_OPEN: dict[tuple[str, Path | None, Path | None], Skill] = {}
 """Skills of this process: to open one may take seconds."""
 
 
-def _open_once(name: str, assets: Path | None) -> Skill:
-    if (name, assets) not in _OPEN:
-        _OPEN[name, assets] = open_skill(name, AssetFolders(assets))
-    return _OPEN[name, assets]
+def _open_once(name: str, build: Build) -> Skill:
+    key = (name, build.assets, build.replay)
+    if key not in _OPEN:
+        _OPEN[key] = open_skill(name, build.folders)
+    return _OPEN[key]
 
 
 def run_build(build: Build, num_workers: int) -> list[Pace]:
@@ -139,7 +146,7 @@ def run_build(build: Build, num_workers: int) -> list[Pace]:
         ValueError: When the folder holds another build, or tests share with training what they must not.
     """
     build.folder.mkdir(parents=True, exist_ok=True)
-    skills = [_open_once(name, build.assets) for name in build.skills]
+    skills = [_open_once(name, build) for name in build.skills]
     missing = [shard for skill in skills for shard in missing_shards(skill, build)]
     remove_unfinished(build.folder)
     paces = []

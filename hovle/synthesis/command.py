@@ -20,10 +20,10 @@ from tabulate import tabulate
 from .building import Build, Pace, run_build
 from .card import write_card
 from .registry import SKILLS, open_skill, skill_class
-from .skill import SIZES, AssetFolders
+from .skill import SIZES
 
 MIXES = {"smol": tuple(SKILLS)}
-"""Name -> skills."""
+"""Name -> skills; that of messages takes part where there are messages."""
 
 HOURS_FOR = 100_000
 """Pictures the hours are told for."""
@@ -41,12 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (all cores)")
     parser.add_argument("--shard-size", type=int, default=500, metavar="N", help="pictures of a file (500)")
     parser.add_argument("--assets", type=Path, metavar="DIR", help="folder of unpacked assets instead of the cache")
+    parser.add_argument(
+        "--replay", type=Path, metavar="FILE", help="draw messages of this file of `hovle data replay`, too"
+    )
     parser.add_argument("--list", action="store_true", help="only show the skills")
 
 
 def run(args: argparse.Namespace) -> int:
     """Run `hovle data build`; return the exit code."""
-    names = tuple(dict.fromkeys(args.skills or MIXES[args.mix]))
+    drawable = (name for name in MIXES[args.mix] if name != "replay" or args.replay or args.list)
+    names = tuple(dict.fromkeys(args.skills or drawable))
     classes = [skill_class(name) for name in names]
     if args.list:
         rows = [(found.name, *(found.sizes[size]["train"] for size in SIZES), found.description) for found in classes]
@@ -57,9 +61,9 @@ def run(args: argparse.Namespace) -> int:
     for option in ("workers", "shard_size"):
         if getattr(args, option) < 1:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; expected 1 or more.")
-    build = Build(args.out, names, _size(args.size), args.seed, args.shard_size, args.assets)
+    build = Build(args.out, names, _size(args.size), args.seed, args.shard_size, args.assets, args.replay)
     paces = run_build(build, args.workers)
-    write_card([open_skill(name, AssetFolders(args.assets)) for name in names], build)
+    write_card([open_skill(name, build.folders) for name in names], build)
     for line in describe_paces(paces):
         print(line)  # noqa: T201 - this is the command's output
     print(f"Built {', '.join(names)} in {args.out}; see {args.out / 'README.md'}")  # noqa: T201

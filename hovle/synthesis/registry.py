@@ -19,6 +19,7 @@ SKILLS: Mapping[str, str] = MappingProxyType(
         "charts": "charts:Charts",
         "clocks": "clocks:Clocks",
         "clothing": "clothing:Clothing",
+        "replay": "replay:Replay",
     }
 )
 """Name -> module below `skills` and class."""

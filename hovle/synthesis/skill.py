@@ -36,12 +36,20 @@ class AssetFolders:
 
     Args:
         root: Folder that holds them, one subfolder for each; None: they are fetched as `hovle fetch` does.
+        replay: File of messages that the skill `replay` draws, if any.
     """
 
-    def __init__(self, root: Path | None):
-        self.root = root
+    def __init__(self, root: Path | None, replay: Path | None = None):
+        self.root, self.replay = root, replay
 
     def __getitem__(self, name: str) -> Path:
+        if name == "replay":
+            if self.replay is None:
+                raise ValueError(
+                    "The skill replay draws the messages of a file: name it with --replay FILE; `hovle data replay` "
+                    "writes one."
+                )
+            return self.replay
         if self.root is None:
             return assets.fetch(name)
         folder = self.root / name
@@ -62,7 +70,7 @@ class Skill(ABC):
     """Name of a size -> split -> pictures."""
     held_out: ClassVar[tuple[str, ...]]
     """Kinds of source ids of which the test part shares none with the training part."""
-    sources: ClassVar[tuple[Source, ...]]
+    sources: tuple[Source, ...]
     extras: ClassVar[Mapping[str, str]] = {}
     """Modules it cannot do without -> what pip installs them with."""
 

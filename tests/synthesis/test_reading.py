@@ -1,6 +1,7 @@
 """Reading: where the ink is, what may stand in which part, and that questions have their right answers."""
 
 import io
+import json
 import random
 
 import numpy as np
@@ -10,8 +11,10 @@ from PIL import Image
 from hovle.synthesis.fonts import FontFile, font_files
 from hovle.synthesis.lettering import Block, letter_crop, letter_page, wrap
 from hovle.synthesis.looks import draw_looks
+from hovle.synthesis.samples import SPLITS
 from hovle.synthesis.skill import AssetFolders
 from hovle.synthesis.skills.reading import ABSENT, FIXED_WORDS, Reading, paint
+from hovle.synthesis.skills.replay import Replay
 from hovle.synthesis.words import WordNet, draw_of_split, split_of, words_of
 
 FAINT = 24
@@ -212,3 +215,30 @@ def test_the_color_that_is_answered_is_that_of_the_ink(dejavu):
         lettering = letter_crop(Block(("word",), dejavu.at(60)), rng)
         pixels = np.asarray(paint(lettering, looks, rng, may_frame=False))[np.asarray(lettering.ink) == 255]
         assert (pixels == looks.ink).all()
+
+
+def test_messages_become_pictures_whose_answer_is_the_reply(crafted_assets, tmp_path):
+    words = ("how many eggs does a hen lay", "what is red and round", "tell me of the sea")
+    chats = [
+        [("user", f"{word}  {number}?"), ("assistant", f" Reply {number}. ")] for number in range(60) for word in words
+    ]
+    chats += [
+        [("system", "Be kind."), ("user", "Hello"), ("assistant", "Hi")],
+        [("user", "x " * 400), ("assistant", "y")],
+    ]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in chat]} for chat in chats]
+    file = tmp_path / "replay.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "prose"}, *rows[:5]]))
+    skill = Replay(AssetFolders(crafted_assets, file))
+    assert sum(skill.limit(split) for split in SPLITS) == 180  # neither long nor under a system prompt, each once
+    texts = {}
+    for split in SPLITS:
+        drawn = [skill.draw(index, split, 0) for index in range(min(12, skill.limit(split)))]
+        for sample in drawn:
+            sample.check()
+            text = " ".join(region.text for region in sample.regions)
+            assert sample.questions[0].answer == f"Reply {text.split(' ')[-1][:-1]}."
+            texts.setdefault(text, split)
+            assert texts[text] == split
+    with pytest.raises(ValueError, match="--replay FILE"):
+        Replay(AssetFolders(crafted_assets))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
@@ -223,7 +224,7 @@ class Reading(Skill):
             "full": MappingProxyType({"train": 60_000, "validation": 1000, "test": 2000}),
         }
     )
-    held_out = ("font", "word", "text")
+    held_out: ClassVar[tuple[str, ...]] = ("font", "word", "text")
     sources = (WORDNET,)
     extras = MappingProxyType({"fontTools": "hovle[smol]"})
 
