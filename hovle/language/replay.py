@@ -2,14 +2,14 @@
 
 examples:
   hovle data replay asset:smollm2-135m-instruct --tokens 500000 --out replay.jsonl
-  hovle data replay runs/demo/alignment/model --tokens 100000 --out replay.jsonl --chats 1
+  hovle data replay models/hovle --tokens 100000 --out replay.jsonl --chats 1
   hovle data replay gpt2 --tokens 100000 --out replay.jsonl --chats 0      a model that knows no chats
 
 What a model was trained on is seldom known; what it says by itself is near it. FILE holds JSON lines for a recipe's
 `language.source`: {"messages": [...]} with a user's turn, which the model writes too once its chat template has opened
 one, and a reply (the way of Magpie, arXiv 2406.08464); and {"text": "..."}, which goes on from a frequent word. A
-document is cut at --length tokens. Of a HoVLE its language model writes, as it is there. Repeated documents and those
-that run in circles are left out and counted.
+text or a reply is cut at --length tokens, a user's turn at a quarter of them. Of a HoVLE its language model writes, as
+it is there. Repeated documents and those that run in circles are left out and counted.
 
 The same model, seed and options give the same file on the same machine. An interrupted or killed run goes on where it
 was when it is started again; until it is complete, FILE.partial holds what there is.
@@ -65,7 +65,8 @@ class ReplaySettings:
     """Share of the tokens that are conversations."""
     batch_size: int
     length: int
-    """Most tokens the model writes of a document, or of a user's turn and of a reply each."""
+    """Most tokens the model writes of a text or a reply. A user's turn, mostly short, is cut at a quarter of them: a
+    batch takes as long as its longest row."""
     temperature: float
     top_p: float
     dtype: str
@@ -173,7 +174,7 @@ class Writer:
         unwanted = {*tokenizer.all_special_ids, *range(len(tokenizer), vocab_size)} - set(self.ends)
         self.unwanted = sorted(token for token in unwanted if token < vocab_size)
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = len(self.turns.header) + 2 * settings.length + 64 if self.turns else settings.length + 8
+        longest = len(self.turns.header) + settings.length * 5 // 4 + 64 if self.turns else settings.length + 8
         if positions is not None and longest > positions:
             raise ValueError(f"--length {settings.length} may take {longest} positions, the model has {positions}.")
 
@@ -182,7 +183,7 @@ class Writer:
         assert self.turns is not None
         prompts = [self.turns.header] * self.settings.batch_size
         asked: dict[str, str] = {}
-        for ids in self._continue(prompts, 2 * number):
+        for ids in self._continue(prompts, 2 * number, max(1, self.settings.length // 4)):
             text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
             if fault := fault_of(ids, text):
                 yield fault
@@ -192,7 +193,7 @@ class Writer:
                 asked[key_of(text)] = text
         chats = [[{"role": "user", "content": text}] for text in asked.values()]
         prompts = [self._encode(chat, add_generation_prompt=True) for chat in chats]
-        replies = self._continue(prompts, 2 * number + 1) if prompts else []
+        replies = self._continue(prompts, 2 * number + 1, self.settings.length) if prompts else []
         for key, chat, ids in zip(asked, chats, replies, strict=True):
             reply = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
             if fault := fault_of(ids, reply):
@@ -207,7 +208,7 @@ class Writer:
         drawn = torch.randint(len(self.words), (self.settings.batch_size,), generator=generator).tolist()
         prompts = [[*self.start, self.words[place]] for place in drawn]
         own: set[str] = set()
-        for prompt, ids in zip(prompts, self._continue(prompts, 2 * number), strict=True):
+        for prompt, ids in zip(prompts, self._continue(prompts, 2 * number, self.settings.length), strict=True):
             text = self.tokenizer.decode([*prompt, *ids], skip_special_tokens=True).strip()
             key = key_of(text)
             if fault := fault_of(ids, text):
@@ -223,8 +224,8 @@ class Writer:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]  # type: ignore[arg-type]  # one chat
 
     @torch.inference_mode()
-    def _continue(self, prompts: Sequence[list[int]], draw: int) -> list[list[int]]:
-        """Sampled ids after each prompt, without the token that ends them; a draw number is used once."""
+    def _continue(self, prompts: Sequence[list[int]], draw: int, length: int) -> list[list[int]]:
+        """Up to so many sampled ids after each prompt, without the one that ends them; a draw number is used once."""
         width = max(map(len, prompts))
         padding = self.ends[0]
         input_ids = torch.tensor([[padding] * (width - len(ids)) + ids for ids in prompts])
@@ -235,7 +236,7 @@ class Writer:
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
             top_k=0,
-            max_new_tokens=self.settings.length,
+            max_new_tokens=length,
             eos_token_id=self.ends,
             pad_token_id=padding,
             suppress_tokens=self.unwanted or None,
@@ -397,7 +398,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
     parser.add_argument("--chats", type=float, default=0.5, metavar="R", help="share of the tokens, else prose (0.5)")
     parser.add_argument("--batch", type=positive, default=32, metavar="N", help="documents written together (32)")
-    parser.add_argument("--length", type=positive, default=256, metavar="N", help="tokens of a text or turn (256)")
+    parser.add_argument("--length", type=positive, default=256, metavar="N", help="tokens of a text or reply (256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 the likelier is preferred (1.0)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest so much (0.95)")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help="number format")

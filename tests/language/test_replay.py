@@ -140,7 +140,7 @@ def test_a_finished_file_is_not_overwritten(writer, tmp_path):
 
 
 def test_documents_that_were_written_before_are_left_out(writer, tmp_path, monkeypatch):
-    monkeypatch.setattr(Writer, "_continue", lambda self, prompts, draw: [[300, 301 + draw % 3] for _ in prompts])
+    monkeypatch.setattr(Writer, "_continue", lambda _, prompts, draw, __: [[300, 301 + draw % 3] for _ in prompts])
     monkeypatch.setattr(replay, "MOST_EMPTY_BATCHES", 3)
     with pytest.raises(StopRunError, match=r"3 batches in a row gave nothing to keep: .* repeated"):
         write_replay(writer(chats=1.0), 10_000, tmp_path / "a")
@@ -153,7 +153,7 @@ def test_text_that_runs_in_circles_is_left_out_and_counted(writer, tmp_path, mon
     monkeypatch.setattr(
         Writer,
         "_continue",
-        lambda self, prompts, draw: [
+        lambda self, prompts, draw, length: [
             [300, 301] * 20 if place else [300 + next(texts) % 80, 40 + next(texts)] for place in range(len(prompts))
         ],
     )
@@ -179,7 +179,7 @@ def test_circles_are_found_anywhere_but_not_in_short_or_varied_text(ids, found):
 
 def test_special_tokens_and_rows_beyond_the_tokenizer_are_never_written(writer, parts):
     _, tokenizer = parts
-    found = writer(length=64)._continue([[300]] * 16, 0)
+    found = writer()._continue([[300]] * 16, 0, 64)
     ids = {token for row in found for token in row}
     assert len(ids) > 100
     assert not ids & {*tokenizer.all_special_ids, *range(len(tokenizer), 512)}
