@@ -40,6 +40,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 WAYS = ["none", "full"] if parallel.can_shard(torch.device("cpu")) else ["none"]
 """How two processes of `two_processes.py` share a model; where torch cannot shard, "sharded" stages are replicated."""
 
+HELD: dict[str, dict] = {
+    "tuning": {"trainable": ["holistic_layers", "language_model"]},
+    "adapters": {"trainable": ["stem"], "lora": {"rank": 2}},
+}
+"""What learns in stages that hold the language."""
+
 FLOAT32 = torch.autocast("cpu", enabled=False)
 
 
@@ -57,6 +63,11 @@ def folder(tmp_path_factory, next_token_values, distillation_values) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for name, values in (("next_token", next_token_values), ("distillation", distillation_values)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, "output": str(folder / name)}))
+    text = {"source": str(folder / "text.txt"), "around_images": True}
+    held = {**next_token_values, "language": text, "output": "", "num_steps": 2, "learning_rate": 0.01}
+    for name, learns in HELD.items():
+        (folder / f"held-{name}.yaml").write_text(yaml.safe_dump({**held, **learns}))
+    (folder / "text.txt").write_text("The lazy dog jumps over the quick brown fox.\n\n" * 120)
     torch.save(one_row_batches(load_stage(str(folder / "next_token.yaml"))), folder / "batches.pt")
     alone = [f"output={folder / 'begun-alone'}", "checkpoint_every=2", "gradient_accumulation_steps=2"]
     run_stage(load_stage(str(folder / "next_token.yaml"), alone)).rename(folder / "begun-alone-straight")
@@ -266,6 +277,19 @@ def test_adapters_that_were_trained_in_pieces_are_saved_alone_and_merged(folder,
     original = load_file(Path(checkpoints["tied"]) / "model.safetensors")
     name = "model.language_model.layers.2.mlp.up_proj.weight"
     assert (folded[name] - original[name]).abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("learns", HELD)
+def test_the_language_is_held_on_two_processes_as_on_one(folder, tmp_path, learns):
+    alone = [f"output={tmp_path / 'alone'}", "gradient_accumulation_steps=2"]
+    run_stage(load_stage(str(folder / f"held-{learns}.yaml"), alone))
+    found, expected = (
+        [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+        for output in (folder / f"held-{learns}", tmp_path / "alone")
+    )
+    for entry, reference in zip(found, expected, strict=True):
+        for term in ("language_kl", "prompt_kl", "cross_entropy", "gradient_norm", "perplexity_ratio"):
+            assert entry.get(term) == pytest.approx(reference.get(term), rel=1e-3), term
 
 
 def test_a_torch_that_cannot_shard_here_says_so(alone, monkeypatch):

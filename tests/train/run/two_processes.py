@@ -156,6 +156,9 @@ def run_stages(folder: Path, accelerator) -> None:
             f"output={folder / f'held-out-{name}'}",
         ]
         assert main(["train", next_token, *arguments]) == 0
+    # A language model that learns, held to a copy of its start, and one with adapters.
+    for recipe in sorted(folder.glob("held-*.yaml")):
+        assert main(["train", str(recipe), f"sharding={sharding}", f"output={folder / recipe.stem}"]) == 0
     assert main(["train", next_token, *sharded, "lora.rank=4", "trainable=[]", f"output={folder / 'lora'}"]) == 0
     # The main process refuses an occupied folder; the other hears of it.
     assert main(["train", next_token, f"output={folder / 'lora'}"]) == 1
