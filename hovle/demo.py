@@ -20,7 +20,7 @@ from .assets import easy_vqa
 from .assets.vqa_questions import Question, draw_questions
 from .charts import load_pyplot
 from .eval.vqa import exact_match, score_model
-from .files.documents import load_yaml
+from .files.documents import load_yaml, parse_json
 
 STAGES = ("distillation", "alignment", "instruction_tuning")
 """Recipes `demo/<stage>` in their order."""
@@ -282,7 +282,8 @@ def has_steps(folder: Path) -> bool:
 
 def stage_facts(folder: Path) -> dict:
     """What a finished run's log says: duration, samples and tokens, environment, cosine to the teacher."""
-    entries = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = folder / "log.jsonl"
+    entries = [parse_json(line, f"a line of {log}") for line in log.read_text(encoding="utf-8").splitlines()]
     start, steps = entries[0], [entry for entry in entries if "loss" in entry]
     facts = {
         "seconds": round(entries[-1]["time"] - start["time"], 1),

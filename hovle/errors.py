@@ -13,7 +13,7 @@ class StopRunError(RuntimeError):
 
 @contextlib.contextmanager
 def foreign_errors(what: str) -> Iterator[None]:
-    """Turn whatever other people's code raises on a file into a ValueError that begins with `what`.
+    """Turn whatever other people's code raises on a file into a ValueError of one line that begins with `what`.
 
     A panic of a library in Rust is no `Exception` but a `BaseException` of its own. Interrupts pass, and so does
     `ImportError`: a package is missing, no file is wrong.
@@ -23,7 +23,8 @@ def foreign_errors(what: str) -> Iterator[None]:
     except (ImportError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
     except BaseException as error:
-        raise ValueError(f"{what}: {printable(str(error)) or type(error).__name__}") from error
+        message = printable(" ".join(str(error).split()))
+        raise ValueError(f"{what}: {message or type(error).__name__}") from error
 
 
 def printable(text: str, kept: str = "\n\t") -> str:

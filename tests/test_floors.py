@@ -11,7 +11,7 @@ FLOORS = [
     ["errors", "requirements", "version"],
     ["machine", "files", "options", "charts"],
     ["assets", "model"],
-    ["synthesis"],
+    ["loading", "synthesis"],
     ["convert", "export"],
     ["language"],
     ["chat", "serve"],

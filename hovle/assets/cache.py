@@ -14,6 +14,7 @@ import filelock
 import platformdirs
 
 from ..files.atomic import write_folder
+from ..files.documents import load_json
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ def cache_folder() -> Path:
 def is_complete(folder: Path, identity: dict[str, Any]) -> bool:
     """Compare a folder with its marker: same source, and every file there with its size. Hashes are not recomputed."""
     try:
-        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        marker = load_json(folder / MARKER)
         if {key: marker[key] for key in identity} != identity or not marker["files"]:
             return False
         return all((folder / path).stat().st_size == size for path, size in marker["files"].items())

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..files.documents import load_json
+
 MANIFEST = Path(__file__).with_name("manifest.json")
 """The one list of what may be fetched: version, source, sha256, licence and size of every asset."""
 
@@ -109,7 +111,7 @@ class Asset:
 def load_manifest(path: Path | None = None) -> dict[str, Asset]:
     """Read what may be fetched, by name, in the order of the file; by default that of this version of hovle."""
     path = path or MANIFEST
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = load_json(path)
     if content["format"] != 2:
         raise ValueError(f"{path} has manifest format {content['format']}; this version of hovle reads format 2.")
     entries = [*content["assets"], *(entry for family in content["families"] for entry in _family(**family))]

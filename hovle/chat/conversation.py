@@ -10,10 +10,9 @@ import torch
 from transformers import BatchFeature
 
 from ..export.llama_cpp import LlamaCppForConditionalGeneration
-from ..files.model_folder import refuse_missing_folder, refuse_missing_processor
+from ..loading import load_model, load_processor
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.pictures import load_picture
-from ..model.processing_hovle import HoVLEProcessor
 from .saved import origin, write_messages
 from .streaming import AnswerPrinter
 
@@ -63,9 +62,7 @@ class Conversation:
             raise ValueError(f"temperature must be 0 (no chance) or a finite number above it, got {temperature}.")
         self.restart()
         self.add_images(images)
-        refuse_missing_folder(model)
-        refuse_missing_processor(model)
-        self.processor = HoVLEProcessor.from_pretrained(model)
+        self.processor = load_processor(model)
         self.model = _load_model(model, engine, quantization)
         self.max_new_tokens = max_new_tokens
         limits = {"max_tiles": max_tiles, "max_image_tokens": max_image_tokens}
@@ -183,7 +180,7 @@ def _load_model(model: str | os.PathLike, engine: str, quantization: str) -> Any
     if engine != "torch":
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r:.40}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return HoVLEForConditionalGeneration.from_pretrained(model).to(device).eval()
+    return load_model(model).to(device).eval()
 
 
 def _message(role: str, text: str, pictures: Sequence[dict] = ()) -> dict:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ..loading import load_processor
 from ..model.configuration_hovle import HoVLEConfig, count_tile_tokens
 from ..model.image_processing_hovle import HoVLEImageProcessor
 from ..model.pictures import load_picture
-from ..model.processing_hovle import HoVLEProcessor
 from ..model.tiling import SQUEEZED, TileGrid
 
 PICTURE_SIDE = 960
@@ -238,9 +238,6 @@ def _numbers_from(args: argparse.Namespace) -> tuple[HoVLEImageProcessor, int]:
         return HoVLEImageProcessor(**given), patch_size * (args.shuffle_factor or 2)
     if args.patch_size is not None or args.shuffle_factor is not None:
         raise ValueError("--patch-size and --shuffle-factor belong to the model; leave them out with --model.")
-    try:
-        processor = HoVLEProcessor.from_pretrained(args.model)
-    except OSError as error:
-        raise ValueError(f"{args.model}: no processor can be loaded from there ({error}).") from error
+    processor = load_processor(args.model)
     defaults = processor.image_processor.to_dict()
     return HoVLEImageProcessor(**{**defaults, **given}), processor.pixels_per_token_side

@@ -17,8 +17,9 @@ from torch import nn
 
 from ..files.atomic import appear_when_complete
 from ..files.checkpoint_files import CONFIG, INDEX, LICENCE, Checkpoint, Output, local_folder, read_json, write_weights
+from ..loading import load_bare_model, load_config, reading
 from ..model.configuration_hovle import HoVLEConfig
-from ..model.language_model import config_around, load_language_config, load_language_model
+from ..model.language_model import config_around, load_language_config
 
 PARTS = ("stem", "holistic", "language")
 """What can have a weight of its own."""
@@ -65,7 +66,7 @@ class Merger:
         self.folder = local_folder(first)
         if read_json(self.folder, CONFIG).get("model_type") != HoVLEConfig.model_type:
             raise ValueError(f"{first} is no HoVLE, whose parts could be mixed: name the HoVLE first.")
-        self.config = HoVLEConfig.from_pretrained(self.folder)
+        self.config = load_config(self.folder)
         self.source = Checkpoint(self.folder)
         self.is_bare = read_json(local_folder(second), CONFIG).get("model_type") != HoVLEConfig.model_type
         self.second = self._bare(second) if self.is_bare else self._other(second)
@@ -117,15 +118,17 @@ class Merger:
 
     def _other(self, second: str | os.PathLike) -> Mapping:
         folder = local_folder(second)
-        check_same(self.config.to_dict(), HoVLEConfig.from_pretrained(folder).to_dict(), self.folder, second)
+        check_same(self.config.to_dict(), load_config(folder).to_dict(), self.folder, second)
         other = Checkpoint(folder)
         other.claim({name: self.source.shape(name) for name in self.source.names})
         return {name: (self.source.shape(name), functools.partial(other.tensor, name)) for name in other.names}
 
     def _bare(self, second: str | os.PathLike) -> Mapping:
         config = self.config
+        with reading(second):
+            language_config = load_language_config(second)
         around = config_around(
-            load_language_config(second),
+            language_config,
             config.num_embedding_layers,
             image_token_id=config.image_token_id,
             vocab_size=config.text_config.vocab_size,
@@ -134,7 +137,7 @@ class Merger:
         check_same(config.text_config.to_dict(), around.text_config.to_dict(), self.folder, second)
         return {
             name: (tuple(tensor.shape), functools.partial(torch.Tensor.detach, tensor))
-            for name, tensor in language_tensors(load_language_model(second, dtype=torch.float32), config).items()
+            for name, tensor in language_tensors(load_bare_model(second, torch.float32), config).items()
         }
 
 

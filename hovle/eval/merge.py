@@ -24,10 +24,8 @@ from ..assets import easy_vqa, resolve_asset
 from ..assets.vqa_questions import draw_questions
 from ..convert.merge import PARTS, Merger, Weights
 from ..language.text_perplexity import RetentionConfig, TextRetention, read_record
+from ..loading import load_bare_model, load_model, load_processor
 from ..machine.speed import fastest_dtype
-from ..model.language_model import load_language_model
-from ..model.modeling_hovle import HoVLEForConditionalGeneration
-from ..model.processing_hovle import HoVLEProcessor
 from ..options import positive
 from .vqa import answer_questions, exact_match
 
@@ -85,13 +83,13 @@ def make_score(args: argparse.Namespace, merger: Merger):
     """What measures a model folder; ValueError where nothing tells the bare language model's perplexity."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fastest_dtype(device)
-    processor = HoVLEProcessor.from_pretrained(merger.folder)
+    processor = load_processor(merger.folder)
     retention = TextRetention(RetentionConfig(source=args.text), processor)
     questions = draw_questions(easy_vqa() / "test", args.questions, balanced=True)
     bare = _bare_perplexity(args, merger, retention, device)
 
     def score(folder: Path) -> tuple[str, str]:
-        model = HoVLEForConditionalGeneration.from_pretrained(folder, dtype=dtype).to(device).eval()
+        model = load_model(folder, dtype=dtype).to(device).eval()
         perplexity = retention.perplexity(model, contextlib.nullcontext())
         answers = answer_questions(model, processor, questions)
         return f"{perplexity / bare:.4f}", f"{exact_match(answers, questions):.1%}"
@@ -104,7 +102,7 @@ def _bare_perplexity(
 ) -> float:
     name = args.language_model or (args.second if merger.is_bare else None)
     if name is not None:
-        bare = load_language_model(resolve_asset(name), dtype=fastest_dtype(device)).to(device).eval()
+        bare = load_bare_model(resolve_asset(name), fastest_dtype(device)).to(device).eval()
         return retention.perplexity(bare, contextlib.nullcontext())
     record = read_record(merger.folder)
     if record is None or record.fingerprint != retention.fingerprint:

@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..assets.vqa_questions import Question, draw_questions
+from ..loading import load_model, load_processor
 from ..machine.speed import fastest_dtype
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.pictures import load_picture, picture_size
@@ -112,8 +113,8 @@ def score_model(folder: Path, split: Path, count: int) -> tuple[dict[str, float]
         `blank_pictures_unbalanced` on evenly drawn ones; and the balanced questions with their answers.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = HoVLEForConditionalGeneration.from_pretrained(folder, dtype=fastest_dtype(device)).to(device).eval()
-    processor = HoVLEProcessor.from_pretrained(folder)
+    processor = load_processor(folder)
+    model = load_model(folder, dtype=fastest_dtype(device)).to(device).eval()
     questions = draw_questions(split, count, balanced=True)
     unbalanced = draw_questions(split, count, balanced=False)
     variants = {

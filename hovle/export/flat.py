@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from ..errors import foreign_errors
 from ..files.checkpoint_files import LICENCE, local_folder
 from ..files.model_folder import refuse_missing_folder, short_name
+from ..loading import load_config, load_model, load_processor
 from ..model.configuration_hovle import HoVLEConfig
 from ..model.decoder import STOCK_FAMILIES
 from ..model.image_processing_hovle import HoVLEImageProcessor
@@ -73,11 +73,11 @@ def load_flat(src: str | os.PathLike) -> FlatModel:
     """
     refuse_missing_folder(src)
     folder = local_folder(src)
-    config = HoVLEConfig.from_pretrained(folder)
+    config = load_config(folder)
     refuse_unless_flat(config, os.fspath(src))
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(f"{src} holds quantized weights; export the model it was quantized from.")
-    model = HoVLEForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
+    model = load_model(folder, dtype="auto").eval()
     image_processor, processor, remarks = _load_processor(folder, config)
     licence = folder / LICENCE
     decoder = stock_decoder(model)
@@ -168,8 +168,7 @@ def _load_processor(folder: Path, config: HoVLEConfig) -> tuple[HoVLEImageProces
     if has_tokenizer and any(
         (folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")
     ):
-        with foreign_errors(f"The processor in {folder} cannot be loaded"):
-            processor = HoVLEProcessor.from_pretrained(folder)
+        processor = load_processor(folder)
         if processor.image_token_id != config.image_token_id:
             raise ValueError(
                 f"The tokenizer gives {processor.image_token} the id {processor.image_token_id}, the configuration "

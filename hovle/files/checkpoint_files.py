@@ -20,7 +20,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from ..errors import printable, printable_name
-from .documents import parse_json
+from .documents import POINTER, parse_json, refuse_pointer
 from .model_folder import refuse_missing_folder
 
 CONFIG, WEIGHTS, INDEX, LICENCE = "config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"
@@ -55,15 +55,7 @@ class Checkpoint:
         self._handles: dict[str, Any] = {}
         holder: dict[str, str] = {}
         for file in [*files, extra_file] if extra_file and self.has_extra else files:
-            path = inside(folder, file)
-            try:
-                handle = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                message = printable(str(error), kept="")
-                raise ValueError(
-                    f"{printable_name(file)} in {folder} is missing or no safetensors file: {message}"
-                ) from error
-            _check_header(path, f"the header of {printable_name(file)} in {folder}")
+            handle = _open(folder, file)
             self.metadata |= handle.metadata() or {}
             for name in handle.keys():  # noqa: SIM118 - the handle is no mapping
                 if name in holder:
@@ -149,6 +141,36 @@ def check_layers(names: Collection[str], prefix: str, count: int, field: str) ->
     )
 
 
+def refuse_damaged_weights(folder: str | os.PathLike) -> None:
+    """Raise ValueError, with its name, for a safetensors file that is damaged, or missing though the index names it.
+
+    What is no folder is left alone. Headers are read, and their lengths compared with the files', no tensor.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if (folder / INDEX).is_file():
+        files |= set(_read_index(folder).values())
+    for file in sorted(files):
+        _open(folder, file)
+
+
+def _open(folder: Path, file: str) -> Any:
+    """Map a weight file; ValueError when it is missing, cut off, something else or names a tensor twice."""
+    path, name = inside(folder, file), f"{printable_name(file)} in {folder}"
+    try:
+        handle = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        if path.is_file():
+            with path.open("rb") as opened:
+                refuse_pointer(opened.read(len(POINTER)), name)
+        message = printable(str(error), kept="")
+        raise ValueError(f"{name} is missing or no safetensors file: {message}") from error
+    _check_header(path, f"the header of {name}")
+    return handle
+
+
 def _check_header(path: Path, name: str) -> None:
     """Raise when the header of a safetensors file names a tensor twice: readers differ in which of them counts."""
     with path.open("rb") as file:
@@ -159,9 +181,7 @@ def _check_header(path: Path, name: str) -> None:
 def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
     """Names of the weight files, and the index (tensor -> file) where there is one."""
     if (folder / INDEX).exists():
-        index = read_json(folder, INDEX).get("weight_map")
-        if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
-            raise ValueError(f"{INDEX} needs a weight_map from tensor names to file names.")
+        index = _read_index(folder)
         files = sorted(set(index.values()))
         if (folder / WEIGHTS).exists() and WEIGHTS not in files:
             raise ValueError(f"{folder} holds both {WEIGHTS} and an {INDEX} without it; remove the stale one.")
@@ -175,6 +195,13 @@ def _weight_files(folder: Path) -> tuple[list[str], dict[str, str] | None]:
             "as safetensors where you trust it (`save_pretrained` does so) and convert that folder."
         )
     raise ValueError(f"{folder} holds neither {WEIGHTS} nor {INDEX}.")
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    index = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(file, str) for file in index.values()):
+        raise ValueError(f"{INDEX} needs a weight_map from tensor names to file names.")
+    return index
 
 
 def inside(folder: Path, name: str) -> Path:

@@ -19,6 +19,9 @@ MOST_LEVELS = 100
 MOST_YAML_VALUES = 100_000
 """Values of a YAML file, one behind an alias counted each time: aliases of aliases make gigabytes of a few lines."""
 
+POINTER = b"version https://git-lfs.github.com/spec/"
+"""How a file begins that stands for one in Git LFS."""
+
 FOREIGN_ERRORS = (ValueError, RecursionError, LookupError, TypeError, AttributeError)
 """What PyYAML raises beside its own: converters of scalars (`!!bool x`, `!!timestamp x`) pass on what they meet."""
 
@@ -53,6 +56,7 @@ def parse_json(text: str | bytes, name: object, keys_once: bool = False) -> Any:
     except RecursionError:
         raise UnreadableError(_too_deep(name)) from None
     except ValueError as error:  # broken JSON, another encoding, numbers of thousands of digits
+        refuse_pointer(text, name)
         raise UnreadableError(f"{printable(str(name))} cannot be read as JSON: {printable(str(error))}") from error
     opened = text.count("[") + text.count("{") if isinstance(text, str) else text.count(b"[") + text.count(b"{")
     if opened > MOST_LEVELS:  # small documents, such as a row of data, are not walked through
@@ -82,6 +86,20 @@ def parse_yaml(text: str | bytes, name: object) -> Any:
         raise
     except (yaml.YAMLError, *FOREIGN_ERRORS) as error:
         raise UnreadableError(f"{printable(str(name))} is no plain YAML: {printable(str(error))}") from error
+
+
+def refuse_pointer(start: str | bytes, name: object) -> None:
+    """Raise where what begins like this is a Git LFS pointer: a checkout without LFS has these instead of large files.
+
+    Args:
+        start: The beginning of a file.
+        name: Where it comes from, for errors.
+    """
+    if (start.encode() if isinstance(start, str) else start).startswith(POINTER):
+        raise UnreadableError(
+            f"{printable(str(name))} is a Git LFS pointer, not the file it stands for: run `git lfs pull` where it "
+            "was cloned, or download it anew."
+        )
 
 
 def _too_deep(name: object) -> str:

@@ -36,12 +36,11 @@ from ..files.atomic import rename_durably
 from ..files.documents import load_json
 from ..files.fingerprints import fingerprint_files
 from ..files.model_folder import refuse_missing_folder
+from ..loading import load_model, load_processor, reading
 from ..machine.speed import dtype_name, fastest_dtype
 from ..model.backbones import zero_residual_writers
 from ..model.configuration_hovle import HoVLEConfig
 from ..model.language_model import load_language_model, load_tokenizer
-from ..model.modeling_hovle import HoVLEForConditionalGeneration
-from ..model.processing_hovle import HoVLEProcessor
 from ..options import positive
 
 MOST_EMPTY_BATCHES = 20
@@ -380,12 +379,12 @@ def describe(progress: Progress) -> str:
 def load_bare_model(name: str, dtype: torch.dtype) -> tuple[Any, PreTrainedTokenizerBase]:
     """A language model with its tokenizer; of a HoVLE, its own with holistic layers that do nothing."""
     if load_json(Path(name) / "config.json").get("model_type") != HoVLEConfig.model_type:
-        return load_language_model(name, dtype=dtype).eval(), load_tokenizer(name)
-    model = HoVLEForConditionalGeneration.from_pretrained(name, dtype=dtype).eval()
+        with reading(name):
+            return load_language_model(name, dtype=dtype).eval(), load_tokenizer(name)
+    processor, model = load_processor(name), load_model(name, dtype=dtype).eval()
     for layer in model.model.embedding_layers:
         zero_residual_writers(layer)
     model.config.normalize_encoder_output = False
-    processor = HoVLEProcessor.from_pretrained(name)
     processor.tokenizer.chat_template = processor.chat_template
     return model, processor.tokenizer
 

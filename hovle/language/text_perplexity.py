@@ -16,7 +16,7 @@ from torch import nn
 
 from ..assets import resolve_asset
 from ..files.documents import load_json
-from ..model.language_model import load_language_model
+from ..loading import load_bare_model
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.processing_hovle import HoVLEProcessor
 
@@ -119,7 +119,7 @@ class TextRetention:
         if record is None or record.fingerprint != self.fingerprint:
             if self.config.language_model is not None:
                 name = resolve_asset(self.config.language_model)
-                bare = load_language_model(name, dtype=torch.float32).to(model.device)
+                bare = load_bare_model(name, torch.float32).to(model.device)
                 record = BareRecord(self.config.source, self.fingerprint, self.perplexity(bare, autocast))
             elif earlier is None:
                 record = BareRecord(self.config.source, self.fingerprint, self.measured)

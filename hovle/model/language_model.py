@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -24,6 +24,7 @@ from .backbones import (
     scale_embeddings,
     zero_residual_writers,
 )
+from .config_values import check_decoder_values
 from .configuration_hovle import HoVLEConfig
 
 logger = logging.getLogger(__name__)
@@ -231,17 +232,26 @@ def _refuse_hovle(name: str | os.PathLike, model_type: str | None) -> None:
 
 
 def load_language_model(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedModel:
-    """Load a causal language model as `AutoModelForCausalLM` does; InternLM2's own files become a Llama."""
+    """Load a causal language model as `AutoModelForCausalLM` does; InternLM2's own files become a Llama.
+
+    ValueError, before anything is built, for a value of its config that cannot work.
+    """
     if (own := _own_reader(name_or_path, **kwargs)) is not None:
         return own.load_model(name_or_path, **kwargs)
-    _refuse_hovle(name_or_path, _stored_model_type(name_or_path, **kwargs))
+    stored = _stored_config(name_or_path, **kwargs)
+    _refuse_hovle(name_or_path, stored.get("model_type"))
+    _check_values(stored)
     return AutoModelForCausalLM.from_pretrained(name_or_path, **kwargs)
 
 
 def load_language_config(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedConfig:
-    """Load the config of a language model, or of a vision-language model's; InternLM2's own becomes a Llama's."""
+    """Load the config of a language model, or of a vision-language model's; InternLM2's own becomes a Llama's.
+
+    ValueError for a value that cannot work.
+    """
     if (own := _own_reader(name_or_path, **kwargs)) is not None:
         return own.load_config(name_or_path, **kwargs)
+    _check_values(_stored_config(name_or_path, **kwargs))
     return language_part(AutoConfig.from_pretrained(name_or_path, **kwargs))
 
 
@@ -254,7 +264,7 @@ def load_tokenizer(name_or_path: str | os.PathLike, **kwargs) -> PreTrainedToken
 
 def _own_reader(name_or_path: str | os.PathLike, **kwargs) -> ModuleType | None:
     """The module that reads this language model's files, where transformers would need the files' own code."""
-    model_type = _stored_model_type(name_or_path, **kwargs)
+    model_type = _stored_config(name_or_path, **kwargs).get("model_type")
     if model_type not in OTHER_LAYOUTS:
         return None
     if model_type not in READERS:
@@ -264,16 +274,28 @@ def _own_reader(name_or_path: str | os.PathLike, **kwargs) -> ModuleType | None:
     return importlib.import_module(READERS[model_type])
 
 
-def _stored_model_type(name_or_path: str | os.PathLike, **kwargs) -> str | None:
-    """What a folder's or Hub id's config calls its type of model; None where it has no config, or one in GGUF."""
+def _check_values(stored: dict) -> None:
+    """Raise ValueError where the config.json of a language model, or of one with more parts, says what cannot work."""
+    check_decoder_values(stored)
+    if isinstance(stored.get("text_config"), dict):
+        check_decoder_values(stored["text_config"], "text_config.")
+
+
+def _stored_config(name_or_path: str | os.PathLike, **kwargs) -> dict:
+    """The config.json of a folder or Hub id; empty where it has none, none that can be read, or one in GGUF.
+
+    OSError where the Hub could not be asked: whoever asks next would wait as long.
+    """
     location = {key: kwargs[key] for key in LOCATION_OPTIONS if key in kwargs and key != "trust_remote_code"}
     if "gguf_file" in location:
-        return None
+        return {}
     try:
         content, _ = PreTrainedConfig.get_config_dict(name_or_path, **location)
-    except (OSError, ValueError):  # no config, or none that can be read: transformers says so with its own words
-        return None
-    return content.get("model_type")
+    except (OSError, ValueError) as error:
+        if isinstance(error.__cause__, LocalEntryNotFoundError):
+            raise
+        return {}  # transformers says what is wrong with its own words
+    return content
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ import argparse
 import torch
 from transformers.utils.import_utils import is_serve_available
 
-from ..files.model_folder import refuse_missing_folder
+from ..loading import check_chat_template, reading
 from ..options import add_picture_arguments
 
 
@@ -51,7 +51,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
-    refuse_missing_folder(args.model)
     if not is_serve_available():
         raise ValueError("The server's packages are missing: pip install 'hovle[serve]' brings them.")
     _refuse_missing_device(args.device)
@@ -61,10 +60,12 @@ def run(args: argparse.Namespace) -> int:
     from .app import ServerOptions, build_app
     from .connections import BoundedConnection
 
-    models = ModelManager(
-        device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation, force_model=args.model
-    )
-    model, processor = models.load_model_and_processor(models.process_model_name(args.model))
+    with reading(args.model):
+        models = ModelManager(
+            device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation, force_model=args.model
+        )
+        model, processor = models.load_model_and_processor(models.process_model_name(args.model))
+        check_chat_template(processor)
     options = ServerOptions(
         args.model, args.served_model_name, _defaults(args), args.allow_picture_host, args.allow_origin
     )

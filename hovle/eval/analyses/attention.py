@@ -26,6 +26,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ...charts import load_pyplot
+from ...errors import printable
 from ...model.pictures import load_picture
 from ..results import provenance
 from .attention_reading import ROWS, AttentionReading, read_attention, summarize
@@ -73,7 +74,8 @@ def run(args: argparse.Namespace) -> int:
     draw_layers(pyplot, readings, args.output / "layers.png")
     draw_maps(pyplot, readings, args.question, args.output / "maps.png", args.tokens)
     for found in readings:
-        print(f"{found.tested.label}: {' '.join(found.tokens)}\n{table(found)}\n")  # noqa: T201 - the output
+        text = f"{found.tested.label}: {' '.join(found.tokens)}\n{table(found)}\n"
+        print(printable(text))  # noqa: T201 - the output
     longest = max(len(found.answer) for found in readings)
     if longest > args.tokens:
         print(  # noqa: T201

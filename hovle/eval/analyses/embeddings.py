@@ -21,10 +21,10 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from ...assets import resolve_asset
 from ...charts import load_pyplot
+from ...loading import load_bare_model
 from ...model.backbones import scale_embeddings
 from ...model.pictures import load_picture
 from ..results import provenance
@@ -89,7 +89,7 @@ def word_table(tested: ModelUnderTest, language_model: str | None) -> torch.Tens
     """
     if language_model is None:
         return tested.model.model.input_embedding_matrix().float()
-    bare = AutoModelForCausalLM.from_pretrained(resolve_asset(language_model))
+    bare = load_bare_model(resolve_asset(language_model))
     weight = bare.get_input_embeddings().weight.detach()
     hidden_size = tested.model.config.text_config.hidden_size
     if weight.shape[1] != hidden_size:

@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
-from ...files.model_folder import refuse_missing_folder, short_name
+from ...files.model_folder import short_name
+from ...loading import check_chat_template, reading
 from ...model.holistic_sequence import HolisticLayout
 from .grids import TokenGrid
 from .probe import Section
@@ -44,8 +45,8 @@ class ModelUnderTest:
     """
 
     def __init__(self, path: str):
-        refuse_missing_folder(path)
-        kind = AutoConfig.from_pretrained(path).model_type
+        with reading(path, weights=False):
+            kind = AutoConfig.from_pretrained(path).model_type
         if kind not in KINDS:
             raise ValueError(
                 f"{path} is a {kind} model; the layers and tiles of {' and '.join(KINDS)} are known. One with 0 "
@@ -54,8 +55,10 @@ class ModelUnderTest:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self.path = path
         self.kind = kind
-        self.model: Any = AutoModelForImageTextToText.from_pretrained(path).to(device).eval()
-        self.processor: Any = AutoProcessor.from_pretrained(path)
+        with reading(path):
+            self.processor: Any = AutoProcessor.from_pretrained(path)
+            check_chat_template(self.processor)
+            self.model: Any = AutoModelForImageTextToText.from_pretrained(path).to(device).eval()
 
     @property
     def label(self) -> str:

@@ -27,9 +27,8 @@ from ...assets import resolve_asset
 from ...charts import load_pyplot
 from ...files.model_folder import refuse_missing_folder, short_name
 from ...language.text_perplexity import RetentionConfig, TextRetention
+from ...loading import load_bare_model, load_model, load_processor, reading
 from ...machine.speed import fastest_dtype
-from ...model.language_model import load_language_model
-from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ..results import digest, provenance
 from .drawing import FONT_SIZE, add_caption, save
@@ -71,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     config = RetentionConfig(source=args.text, num_tokens=args.num_tokens, window=args.window)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fastest_dtype(device)
-    readers = [(path, HoVLEProcessor.from_pretrained(path)) for path in args.models]
+    readers = [(path, load_processor(path)) for path in args.models]
     items = {task: draw_items(task, args.items) for task in TASKS}
     ids = _all_ids(readers[0][1], config, items)
     for path, processor in readers[1:]:
@@ -87,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
     rows = []
     for path in [None, *args.models]:
         if path is None:
-            model = load_language_model(bare_name, dtype=dtype)
+            model = load_bare_model(bare_name, dtype)
             _check_vocabulary(model, ids, args.language_model)
         else:
-            model = HoVLEForConditionalGeneration.from_pretrained(path, dtype=dtype)
+            model = load_model(path, dtype=dtype)
         name = f"bare {short_name(args.language_model.removeprefix('asset:'))}" if path is None else short_name(path)
         rows.append(measure(name, path or args.language_model, model.to(device).eval(), readers[0][1], config, items))
         print(f"{name}: {_in_words(rows[-1])}", flush=True)  # noqa: T201 - this is the command's output
@@ -129,10 +128,11 @@ def _check_tokenizer(
 ) -> None:
     """Refuse a bare language model that was trained on other ids than the stages give it."""
     try:
-        own = HoVLEProcessor.from_language_model(bare)
-    except (OSError, ValueError) as error:
+        with reading(bare):
+            own = HoVLEProcessor.from_language_model(bare)
+    except ValueError as error:
         raise ValueError(
-            f"{bare} gives no tokenizer ({str(error).splitlines()[0]}), so nobody knows whether it reads the ids of "
+            f"{bare} gives no tokenizer ({error}), so nobody knows whether it reads the ids of "
             f"{stage}: name a folder or Hub id that holds the bare language model together with its tokenizer."
         ) from error
     advice = (

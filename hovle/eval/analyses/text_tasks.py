@@ -15,7 +15,6 @@ the last are read from `pydoc_data`, which comes with Python (PSF licence), and 
 
 import functools
 import itertools
-import json
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from ...files.documents import load_json
 from ...language.text_perplexity import read_text
 from ..intervals import wilson
 
@@ -72,7 +72,7 @@ class TaskScore:
 
 @functools.cache
 def _facts() -> dict:
-    return json.loads(DATA.read_text(encoding="utf-8"))
+    return load_json(DATA)
 
 
 def _item(generator: random.Random, context: str, right: str, others: Sequence[str], count: int) -> Item:

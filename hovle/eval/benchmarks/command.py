@@ -26,6 +26,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ...errors import printable
 from ...version import __version__
 from .suites import Benchmark, Suites, load_suites
 
@@ -253,5 +254,5 @@ def model_name(model: str) -> str:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable(text) + "\n")
     sys.stdout.flush()

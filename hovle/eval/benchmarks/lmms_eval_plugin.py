@@ -21,9 +21,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
 
-from ...files.model_folder import refuse_missing_folder
-from ...model.modeling_hovle import HoVLEForConditionalGeneration
-from ...model.processing_hovle import HoVLEProcessor
+from ...loading import load_model, load_processor
 from ..results import digest
 
 logger = logging.getLogger(__name__)
@@ -116,15 +114,14 @@ class HoVLEChat(lmms):
     ):
         super().__init__()
         self.batch_size = _whole_number(batch_size, "batch_size")
-        refuse_missing_folder(str(pretrained))
         self._rank, self._world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         # lmms-eval would start one even for a single process, and with it a state all of the process shares.
         self.accelerator = _accelerator() if self._world_size > 1 else None
         local = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         self.device = torch.device(device or (local if torch.cuda.is_available() else "cpu"))
         arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-        self.model = _load(pretrained, dtype=dtype, **arguments).to(self.device).eval()
-        self.processor = HoVLEProcessor.from_pretrained(pretrained)
+        self.processor = load_processor(pretrained)
+        self.model = load_model(pretrained, dtype=dtype, **arguments).to(self.device).eval()
         self.label_pictures = label_pictures
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         self.max_new_tokens = max_new_tokens
@@ -449,14 +446,6 @@ def cut_at(text: str, stops: Sequence[str]) -> str:
         if stop:
             text = text.split(stop)[0]
     return text
-
-
-def _load(pretrained: str, **arguments: Any) -> HoVLEForConditionalGeneration:
-    """Load a model; whatever is wrong with its files becomes a ValueError."""
-    try:
-        return HoVLEForConditionalGeneration.from_pretrained(pretrained, **arguments)
-    except Exception as error:  # safetensors, transformers and torch have their own
-        raise ValueError(f"the model cannot be loaded from {pretrained}: {error}") from error
 
 
 def _whole_number(value: int | str, name: str) -> int:

@@ -5,10 +5,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_json
 
+from ...files.documents import load_yaml, parse_yaml
 from .data import DataSource
 from .objective import NamedObjective
 from .section import RENAMED, Kind, field_names, listed
@@ -53,7 +53,7 @@ def load_stage(name_or_path: str, overrides: Sequence[str] = ()) -> StageConfig:
         ValueError: For unknown or missing keys and values of the wrong type, naming the key.
     """
     path = find_recipe(name_or_path)
-    values = _read_yaml(path.read_text(), str(path))
+    values = load_yaml(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of fields to values.")
     for override in overrides:
@@ -87,13 +87,6 @@ def _without_other_kinds(base: type[Kind], values: dict) -> dict:
     }
 
 
-def _read_yaml(text: str, where: str):
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where} is no plain YAML: {error}") from error
-
-
 def _override(values: dict, override: str) -> None:
     key, separator, text = override.partition("=")
     if not separator:
@@ -105,7 +98,7 @@ def _override(values: dict, override: str) -> None:
         values = values[_place(values, parent, key)]
         if not isinstance(values, (dict, list)):
             raise ValueError(f"{key}: {parent} has no fields to override.")
-    values[_place(values, last, key)] = _read_yaml(text, override)
+    values[_place(values, last, key)] = parse_yaml(text, override)
 
 
 def _place(values: dict | list, name: str, key: str) -> str | int:

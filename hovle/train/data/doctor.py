@@ -23,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ...errors import printable, printable_name
 from ...model.modeling_hovle import IGNORE_INDEX
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig, load_stage
@@ -194,7 +195,7 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
     lines = [f"{source.label}: {source.size}, {source.share:.1%} of the samples"]
     if is_bounded:
         lines.append(f"  scanned        {source.num_scanned:,} records only; --samples 0 reads all")
-    lines += [f"  {_printable(line)}" for line in source.left_aside]
+    lines += [f"  {line}" for line in source.left_aside]
     lines.append(
         f"  samples        {len(source.lengths):,}, {tokens:,} tokens, {source.num_tiles:,} tiles"
         + (f"; {source.num_split:,} conversations cut between turns" if source.num_split else "")
@@ -215,13 +216,15 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
     if source.num_records:
         lines.append(f"  run            {report.num_draws * source.share / source.num_records:.2f} epochs (estimated)")
     lines += [
-        f"  not read       {count:,} rows: {_printable(keys)}" for keys, count in source.unread.most_common(NUM_WORST)
+        f"  not read       {count:,} rows: {printable_name(keys)}"
+        for keys, count in source.unread.most_common(NUM_WORST)
     ]
     num_made = len(source.lengths) + source.reasons.total()
     for reason, count in source.reasons.most_common():
         lines.append(f"  skipped        {count:,} ({count / num_made:.2%}): {reason}")
     lines += [
-        f"    {_printable(name)}: {_printable(detail)}" for (name, detail), _ in source.worst.most_common(NUM_WORST)
+        f"    {printable_name(name)}: {printable_name(detail)}"
+        for (name, detail), _ in source.worst.most_common(NUM_WORST)
     ]
     if len(source.worst) > NUM_WORST:
         lines.append(f"    ... and {len(source.worst) - NUM_WORST:,} more")
@@ -238,7 +241,7 @@ def describe_data(report: DataReport, config: StageConfig) -> str:
     stopping = [source.label for source in report.sources if would_stop(source, config)]
     if stopping:
         lines.append(f"A run would stop: {', '.join(stopping)} skips more than {config.max_skip_fraction:.2%}.")
-    return "\n".join(lines)
+    return "\n".join(printable(line, kept="") for line in lines)
 
 
 def show_sample(sample: Sample, processor: HoVLEProcessor, learnt: str, plain: str) -> str:
@@ -248,14 +251,9 @@ def show_sample(sample: Sample, processor: HoVLEProcessor, learnt: str, plain: s
     kinds = ((token, token == processor.image_token_id, label != IGNORE_INDEX) for token, label in tokens)
     for (is_image, is_learnt), run in itertools.groupby(kinds, key=lambda item: item[1:]):
         ids = [token for token, _, _ in run]
-        text = f"[{len(ids)} image tokens]" if is_image else _printable(processor.tokenizer.decode(ids))
+        text = f"[{len(ids)} image tokens]" if is_image else printable(processor.tokenizer.decode(ids))
         pieces.append(f"{learnt}{text}{plain}" if is_learnt else text)
-    return f"--- {_printable(sample.name)} ({len(sample.input_ids)} tokens)\n" + "".join(pieces).rstrip("\n")
-
-
-def _printable(text: str) -> str:
-    """Text in which data cannot send codes to the terminal."""
-    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    return f"--- {printable_name(sample.name)} ({len(sample.input_ids)} tokens)\n" + "".join(pieces).rstrip("\n")
 
 
 def draw_lengths(report: DataReport, config: StageConfig, path: Path) -> None:

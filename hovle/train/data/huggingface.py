@@ -314,7 +314,7 @@ class ShardStream:
         )
         self.dataset = split_dataset_by_node(shuffled, self.shard, self.num_shards)
         if state["dataset"] is not None:
-            self.dataset.load_state_dict(json.loads(state["dataset"]))
+            self.dataset.load_state_dict(parse_json(state["dataset"], "the data's place in a checkpoint"))
         self.rows: Iterator[dict] = iter(self.dataset)
 
     def state(self) -> dict:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
-from ...errors import StopRunError
+from ...errors import StopRunError, printable_name
 
 if TYPE_CHECKING:
     from .batch import PackedBatch
@@ -192,8 +192,10 @@ class SkipLedger:
 
 def describe_skips(reasons: Counter, worst: Counter) -> str:
     """Lines of counts by source and reason, and of the names skipped most often."""
-    lines = [f"  {count:6,}  {source}: {reason}" for (source, reason), count in reasons.most_common()]
-    lines += [f"  {name}: {detail}" for (name, detail), _ in worst.most_common(NUM_WORST)]
+    lines = [f"  {count:6,}  {printable_name(source)}: {reason}" for (source, reason), count in reasons.most_common()]
+    lines += [
+        f"  {printable_name(name)}: {printable_name(detail)}" for (name, detail), _ in worst.most_common(NUM_WORST)
+    ]
     if len(worst) > NUM_WORST:
         lines.append(f"  ... and {len(worst) - NUM_WORST:,} more")
     return "\n".join(lines)

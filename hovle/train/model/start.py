@@ -5,7 +5,7 @@ from transformers import PreTrainedConfig
 
 from ...assets import resolve_asset
 from ...files.model_folder import refuse_missing_folder
-from ...model.configuration_hovle import HoVLEConfig
+from ...loading import check_chat_template, load_config, load_model, load_processor, reading
 from ...model.language_model import load_language_config
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
@@ -17,13 +17,16 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
     start = config.model
     if start.checkpoint is not None:
         check_checkpoint(start.checkpoint)
-        model = HoVLEForConditionalGeneration.from_pretrained(start.checkpoint, dtype=torch.float32)
-        processor = HoVLEProcessor.from_pretrained(start.checkpoint)
+        processor = load_processor(start.checkpoint)
+        model = load_model(start.checkpoint, dtype=torch.float32)
         check_stated_fields(start, model, processor)
         return model, processor
     assert start.language_model is not None  # ModelConfig wants one of the two
     name = resolve_asset(start.language_model)
-    model = HoVLEForConditionalGeneration.from_language_model(name, dtype=torch.float32, **start.part(Architecture))
+    with reading(name):
+        model = HoVLEForConditionalGeneration.from_language_model(
+            name, dtype=torch.float32, **start.part(Architecture)
+        )
     return model, _new_processor(name, start, config=model.config)
 
 
@@ -31,7 +34,7 @@ def start_processor(start: ModelConfig) -> HoVLEProcessor:
     """Load the processor of the model a stage starts from, without the model."""
     if start.checkpoint is not None:
         check_checkpoint(start.checkpoint)
-        return HoVLEProcessor.from_pretrained(start.checkpoint)
+        return load_processor(start.checkpoint)
     assert start.language_model is not None  # ModelConfig wants one of the two
     return _new_processor(resolve_asset(start.language_model), start, **start.part(Geometry))
 
@@ -40,9 +43,11 @@ def start_positions(start: ModelConfig) -> int | None:
     """Positions of the language model a stage starts from, without the model; None where its config has no limit."""
     if start.checkpoint is not None:
         check_checkpoint(start.checkpoint)
-        return positions_of(HoVLEConfig.from_pretrained(start.checkpoint).text_config)
+        return positions_of(load_config(start.checkpoint).text_config)
     assert start.language_model is not None  # ModelConfig wants one of the two
-    return positions_of(load_language_config(resolve_asset(start.language_model)))
+    name = resolve_asset(start.language_model)
+    with reading(name, weights=False):
+        return positions_of(load_language_config(name))
 
 
 def positions_of(text_config: PreTrainedConfig) -> int | None:
@@ -52,15 +57,18 @@ def positions_of(text_config: PreTrainedConfig) -> int | None:
 
 def _new_processor(name: str, start: ModelConfig, **geometry) -> HoVLEProcessor:
     own_template: dict = {} if start.chat_template is None else {"chat_template": start.chat_template}
-    return HoVLEProcessor.from_language_model(name, max_tiles=start.max_tiles, **geometry, **own_template)
+    with reading(name, weights=False):
+        processor = HoVLEProcessor.from_language_model(name, max_tiles=start.max_tiles, **geometry, **own_template)
+        check_chat_template(processor)
+    return processor
 
 
-def check_checkpoint(name: str) -> None:
-    """Raise where neither a model folder nor a Hub id is named."""
+def check_checkpoint(name: str, advice: str = "Where a stage writes it, run that one first.") -> None:
+    """Raise where neither a model folder nor a Hub id is named, with advice for who expects one to come."""
     try:
         refuse_missing_folder(name)
     except ValueError as error:
-        raise ValueError(f"model.checkpoint: {error} Where a stage writes it, run that one first.") from None
+        raise ValueError(f"model.checkpoint: {error} {advice}") from None
 
 
 def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:

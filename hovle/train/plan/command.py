@@ -28,6 +28,7 @@ import torch
 import yaml
 from tabulate import tabulate
 
+from ...files.documents import parse_json
 from ...machine.speed import choose_dtype, dtype_name
 from ...model.configuration_hovle import HoVLEConfig
 from ..config import OVERRIDE, StageConfig, find_recipe, load_stage
@@ -356,4 +357,4 @@ def _measure_in_own_process(config: StageConfig, model: HoVLEConfig, dtype: torc
     if result.returncode != 0:
         reason = result.stderr.strip().splitlines() or [f"exit code {result.returncode}; out of memory?"]
         raise ValueError(f"The steps to check the plan with stopped: {reason[-1]}")
-    return json.loads(result.stdout.splitlines()[-1])
+    return parse_json(result.stdout.splitlines()[-1], "what the steps to check the plan with said")

@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen3Config
 from transformers.configuration_utils import PreTrainedConfig
 
-from ...files.model_folder import is_hub_id
+from ...loading import load_config, reading
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.language_model import IMAGE_TOKENS, config_around, load_language_config
 from ..config import Architecture, ModelConfig, StageConfig, TeacherConfig, load_stage
+from ..model.start import check_checkpoint
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> LlamaConfig:
@@ -102,16 +103,15 @@ def model_config(stage: StageConfig, others: Iterable[StageConfig] = ()) -> HoVL
     if start.checkpoint is None:
         return _new_model(start)
     if (Path(start.checkpoint) / "config.json").is_file():
-        return HoVLEConfig.from_pretrained(start.checkpoint)
+        return load_config(start.checkpoint)
     for other in others:
         if Path(other.output) / "model" == Path(start.checkpoint):
             return model_config(other, [item for item in others if item is not other])
-    if is_hub_id(start.checkpoint):
-        return HoVLEConfig.from_pretrained(start.checkpoint)
-    raise ValueError(
-        f"model.checkpoint: no model in {start.checkpoint} yet. Name the recipe that writes it as well, before this "
-        "one: hovle plan FIRST.yaml SECOND.yaml."
+    check_checkpoint(
+        start.checkpoint,
+        "Name the recipe that writes it as well, before this one: hovle plan FIRST.yaml SECOND.yaml.",
     )
+    return load_config(start.checkpoint)
 
 
 def _new_model(start: ModelConfig) -> HoVLEConfig:
@@ -124,14 +124,18 @@ def _new_model(start: ModelConfig) -> HoVLEConfig:
 
 def language_model_config(name: str) -> PreTrainedConfig:
     """Config of a language model: from its folder, from what is known here, or from the Hub."""
-    if not (Path(name) / "config.json").is_file() and name in KNOWN_LANGUAGE_MODELS:
+    is_here = (Path(name) / "config.json").is_file()
+    if not is_here and name in KNOWN_LANGUAGE_MODELS:
         return KNOWN_LANGUAGE_MODELS[name]
     try:
-        return load_language_config(name)
-    except (OSError, ValueError) as error:
+        with reading(name, weights=False):
+            return load_language_config(name)
+    except ValueError as error:
+        if is_here:
+            raise
         raise ValueError(
             f"No config of the language model {name!r}: it is no folder with config.json, it is not among the known "
-            f"ones ({', '.join(KNOWN_LANGUAGE_MODELS)}), and the Hub gave none ({str(error).splitlines()[0]})."
+            f"ones ({', '.join(KNOWN_LANGUAGE_MODELS)}), and the Hub gave none ({error})."
         ) from error
 
 

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from ...errors import printable
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
 from ..data.batch import PackedBatch
@@ -27,7 +28,7 @@ def describe(
         f"{supervised} supervised tokens",
         *describe_language(batch, config),
         f"whole run       {config.num_steps:,} steps of {config.gradient_accumulation_steps} batches",
-        "first sample    " + processor.tokenizer.decode(batch.input_ids[0, :end]),
+        "first sample    " + printable(processor.tokenizer.decode(batch.input_ids[0, :end])),
     ]
     return "\n".join(lines)
 

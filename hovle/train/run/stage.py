@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+from ...errors import printable
 from ...language.text_perplexity import TextRetention, write_record
 from ...machine.memory import keep_freed_memory
 from ..config import StageConfig
@@ -162,7 +163,7 @@ def examine_or_stop(examiner: Examiner, writer: Writer, num_steps: int, reached:
 def start_facts(step: TrainableStep, data: StageData, meter: Meter, estimate: Estimate) -> dict:
     """What a reader needs to judge a run's figures; what the data leaves aside is also printed."""
     for line in data.mixture.left_aside:
-        step.accelerator.print(line)
+        step.accelerator.print(printable(line))
     return {
         **run_environment(step.dtype, step.is_compiled, step.accelerator),
         **meter.facts(),

@@ -127,7 +127,7 @@ def test_a_checkpoint_to_come_has_the_shapes_of_the_recipe_that_writes_it(recipe
     path = tmp_path / "other" / "later.yaml"
     path.parent.mkdir()
     path.write_text(yaml.safe_dump(later))
-    with pytest.raises(ValueError, match=r"no model in .* yet\. Name the recipe that writes it"):
+    with pytest.raises(ValueError, match=r"No model in .*: expected a folder .* Name the recipe that writes it"):
         read_stages([str(path)])
     (_, _, first), (_, _, second) = read_stages([recipe, str(path)])
     assert first.to_dict() == second.to_dict()

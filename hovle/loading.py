@@ -1,0 +1,89 @@
+"""Load what a model folder holds; whatever is wrong with its files is one line that names folder and file.
+
+Commands, analyses and training all load here. Weight files are opened before a model is built, so that a truncated or
+missing one is named at once instead of after minutes.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+
+from .errors import foreign_errors
+from .files.checkpoint_files import refuse_damaged_weights
+from .files.model_folder import refuse_missing_folder, refuse_missing_processor, refuse_unreadable_documents
+from .model.configuration_hovle import HoVLEConfig
+from .model.language_model import load_language_model
+from .model.modeling_hovle import HoVLEForConditionalGeneration
+from .model.processing_hovle import HoVLEProcessor
+
+
+@contextlib.contextmanager
+def reading(model: str | os.PathLike, weights: bool = True, processor_alone: bool = False) -> Iterator[None]:
+    """Read files of a model folder within; a Hub id is left to whoever reads it.
+
+    Args:
+        model: Model folder or Hub id.
+        weights: Whether its weights are read, too.
+        processor_alone: Whether a folder with a processor and no model will do.
+
+    Raises:
+        ValueError: For a folder without a model, for damaged JSON, and for weights that are truncated, missing or a
+            Git LFS pointer, before anything is read; and for whatever the reading raises. The message is one line.
+    """
+    if processor_alone and (Path(model) / "processor_config.json").is_file():
+        refuse_unreadable_documents(model)
+    else:
+        refuse_missing_folder(model)
+    with foreign_errors(f"{os.fspath(model)} cannot be loaded"):
+        if weights:
+            refuse_damaged_weights(model)
+        yield
+
+
+def load_config(model: str | os.PathLike) -> HoVLEConfig:
+    """Load the config of a saved HoVLE; errors as in `reading`."""
+    with reading(model, weights=False):
+        return HoVLEConfig.from_pretrained(model)
+
+
+def load_model(model: str | os.PathLike, **options: Any) -> HoVLEForConditionalGeneration:
+    """Load a saved HoVLE with options of `from_pretrained`; errors as in `reading`."""
+    with reading(model):
+        return HoVLEForConditionalGeneration.from_pretrained(model, **options)
+
+
+def load_processor(model: str | os.PathLike) -> HoVLEProcessor:
+    """Load the processor of a saved HoVLE; errors as in `reading`, and for a chat template that is no Jinja."""
+    with reading(model, weights=False, processor_alone=True):
+        refuse_missing_processor(model)
+        processor = HoVLEProcessor.from_pretrained(model)
+        check_chat_template(processor)
+    return processor
+
+
+def load_bare_model(name: str | os.PathLike, dtype: torch.dtype | None = None) -> Any:
+    """Load a causal language model, from a folder or the Hub; errors as in `reading`."""
+    with reading(name):
+        return load_language_model(name, **({} if dtype is None else {"dtype": dtype}))
+
+
+def check_chat_template(processor: Any) -> None:
+    """Raise ValueError where a processor's chat template cannot be compiled; what it says is not looked at."""
+    found = processor.chat_template
+    templates = found if isinstance(found, dict) else {"chat template": found}
+    for name, template in templates.items():
+        if template is None:
+            continue
+        try:
+            processor.tokenizer.apply_chat_template(
+                [{"role": "user", "content": "?"}], chat_template=template, tokenize=False
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(f"its {name} is no Jinja template: line {error.lineno}: {error.message}") from error
+        except Exception:  # whether it takes this message is asked where it counts
+            continue
