@@ -116,6 +116,11 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or this process's piece of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def gradient_exchange(objective: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
     """Context of one micro-batch: replicas exchange gradients after the last one only.
 

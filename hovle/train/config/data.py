@@ -4,9 +4,9 @@ from dataclasses import field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Discriminator
+from pydantic import Discriminator, Field
 
-from .section import Count, Kind, Number, Positive, Section, section
+from .section import Count, Kind, Number, Positive, PositiveOrZero, Section, section
 
 
 @section
@@ -130,11 +130,11 @@ DataConfig = Annotated[
 class ExpectedData(Section):
     """What `hovle plan` assumes of the data, which it does not read; training ignores it."""
 
-    tiles_per_sample: Number = 1.0
+    tiles_per_sample: PositiveOrZero = 1.0
     """Picture tiles, thumbnail included."""
-    text_tokens_per_sample: Number = 60.0
+    text_tokens_per_sample: PositiveOrZero = 60.0
     """Tokens that are not picture, chat template included; in distillation without the random ones."""
-    supervised_tokens_per_sample: Number = 20.0
+    supervised_tokens_per_sample: PositiveOrZero = 20.0
     """Those of them that are replies."""
-    filled_ratio: Number = 0.95
+    filled_ratio: Annotated[Number, Field(gt=0, le=1)] = 0.95
     """Share of packed rows that is not padding."""

@@ -1,18 +1,22 @@
 """The model a stage starts from."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from .section import Number, Section, section
+from pydantic import Field
+
+from ...model.config_values import MOST_LAYERS
+from ...model.image_processing_hovle import MOST_TILES
+from .section import Count, Number, Positive, Section, Side, section
 
 
 @section
 class Geometry(Section):
     """Sizes that a new model and its processor share."""
 
-    image_size: int = 448
+    image_size: Side = 448
     """Side of one picture tile in pixels."""
-    patch_size: int = 14
+    patch_size: Side = 14
     """Side of one patch in pixels."""
     pixel_shuffle_loc: Literal["pre", "post", "none"] = "pre"
     """`pre` (HoVLE), `post` (HoVLE-HD) or `none` (plain convolution)."""
@@ -22,7 +26,7 @@ class Geometry(Section):
 class Architecture(Geometry):
     """What shapes a new model around a language model."""
 
-    num_embedding_layers: int = 8
+    num_embedding_layers: Annotated[int, Field(ge=0, le=MOST_LAYERS)] = 8
     """New holistic layers below the language model."""
     image_attention: Literal["causal", "bidirectional"] = "causal"
     """`causal` as in the paper, or `bidirectional`: tokens of one picture see each other in the holistic layers."""
@@ -38,7 +42,7 @@ class ModelConfig(Architecture):
     """HoVLE folder or Hub id, usually the `model` folder of the previous stage's output."""
     language_model: str | None = None
     """Hub id or folder of a causal language model to build a new HoVLE around; `asset:NAME` is fetched."""
-    max_tiles: int = 12
+    max_tiles: Annotated[int, Field(ge=1, le=MOST_TILES)] = 12
     """Most tiles a picture is cut into."""
     chat_template: str | None = None
     """Jinja source of a chat template instead of the language model's own; a base model has none."""
@@ -56,9 +60,9 @@ class ModelConfig(Architecture):
 class LoraConfig(Section):
     """Low-rank adapters on the language model's layers instead of full updates (needs peft)."""
 
-    rank: int = 16
+    rank: Count = 16
     """Rank of the update."""
-    alpha: Number = 32.0
+    alpha: Positive = 32.0
     """The update is scaled by alpha / rank."""
-    dropout: Number = 0.0
+    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapter."""

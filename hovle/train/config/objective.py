@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Discriminator, Field
 
-from .section import Count, Kind, Many, Number, Positive, Section, section
+from .section import Count, CountOrNone, Kind, Many, Place, Positive, PositiveOrZero, Section, Side, section
 
 PRINTABLE = "".join(map(chr, range(33, 127)))
 """Characters of ASCII that leave a mark."""
@@ -24,7 +24,7 @@ class CharactersConfig(Section):
 
     weight: Positive = 0.3
     """Weight of its cross-entropy."""
-    layer: int = -3
+    layer: Place = -3
     """Holistic layer it reads, counted as in Python lists: two below the top, whose output is the words' own."""
     per_token: Count = 3
     """Characters told of each token, those furthest left first."""
@@ -49,13 +49,13 @@ class WordsConfig(Section):
     """Divides the cosines where pieces are found."""
     num_others: Count = 2048
     """Random entries of the vocabulary among which each piece is to be found, beside the pieces of the micro-batch."""
-    scale_weight: Number = 1.0
+    scale_weight: PositiveOrZero = 1.0
     """Weight of the squared log ratio of the outputs' norms to those of the embeddings they should be."""
     filler: str = "\n"
     """What tokens of text pictures say where no piece ends; one token."""
-    filler_weight: Number = 1.0
+    filler_weight: PositiveOrZero = 1.0
     """Weight of the cosine to its embedding."""
-    min_pixels: Number = 8.0
+    min_pixels: PositiveOrZero = 8.0
     """Lines lower than this on their tiles, or with characters half as wide, are not asked for; names in boxes smaller
     than this neither."""
     characters: CharactersConfig | None = None
@@ -67,19 +67,19 @@ class DistillationConfig(NamedObjective):
     """Teacher features at picture positions and the text table elsewhere."""
 
     name: Literal["distillation"] = "distillation"
-    num_random_tokens: int = 50
+    num_random_tokens: CountOrNone = 50
     """Random ordinary tokens after the picture, and as many again in the reply."""
     image_loss: Literal["cosine", "smooth_l1", "info_nce"] = "cosine"
     """How picture outputs are compared with teacher features: negative cosine as in the paper; smooth L1, mean over
     channels; cross-entropy in nats of finding each patch's own feature among those of its tile set."""
-    temperature: Annotated[Number, Field(gt=0)] = 0.07
+    temperature: Positive = 0.07
     """Divides the cosines of info_nce."""
     tiles_per_set: Count = 16
     """Tiles whose patches compete in info_nce: so many consecutive ones of a micro-batch, the rest in a last set. A
     batch cut between sets has the same loss; 1 allows any cut."""
-    text_weight: Number = 1.0
+    text_weight: PositiveOrZero = 1.0
     """Weight of the text cosine beside the image cosine."""
-    scale_weight: Number = 0.1
+    scale_weight: PositiveOrZero = 0.1
     """Weight of the squared log ratio of output norms to text-embedding norms; a cosine alone leaves image outputs
     far too long for the LLM."""
     words: WordsConfig | None = None
@@ -101,9 +101,9 @@ ObjectiveConfig = Annotated[DistillationConfig | NextTokenConfig, Discriminator(
 class LayerMatch(Section):
     """One teacher layer and the holistic layer that learns to reproduce it, both counted as in Python lists."""
 
-    teacher: int = -1
+    teacher: Place = -1
     """Feature map or block of the teacher: 0 is its first, -1 its last."""
-    student: int = -1
+    student: Place = -1
     """Holistic layer: 0 is the first, -1 the last."""
 
 
@@ -119,7 +119,7 @@ class TeacherConfig(Section):
     checkpoint: str | None = None
     """timm: local weights file, `asset:NAME` is fetched; None: timm's own pretrained weights from the Hub. OpenCLIP:
     local weights file or pretrained tag. The other kinds find their weights beside their config."""
-    image_size: int
+    image_size: Side
     """Side in pixels at which the teacher sees a tile; its feature grid is pooled to the student's."""
     layers: Annotated[Many[LayerMatch], Field(min_length=1)] = (LayerMatch(),)
     """Which teacher layer each of some holistic layers reproduces; by default the last one the last one."""
@@ -131,7 +131,7 @@ class TeacherConfig(Section):
     cache: str | None = None
     """Folder that keeps the teacher's features of every picture: computed once before the first step, read in every
     epoch and by later runs. For small sets seen several times."""
-    max_cache_gib: Number = 20.0
+    max_cache_gib: PositiveOrZero = 20.0
     """Refuse to fill a cache larger than this."""
 
     def __post_init__(self):

@@ -9,14 +9,16 @@ from pydantic import BeforeValidator, ConfigDict, Field, Strict, model_validator
 from pydantic.dataclasses import dataclass
 from pydantic_core import ArgsKwargs
 
+from ...errors import printable_name
+
 RENAMED = {"blind_check": "image_ablation", "stop_when_blind": "stop_when_images_ignored"}
 """Key of earlier versions -> what it is called now."""
 
 Item = TypeVar("Item")
 
 
-def _number_in(value: Any) -> Any:
-    """YAML reads 3e-4 as text."""
+def number_in(value: Any) -> Any:
+    """The number a text stands for: YAML reads 3e-4 as text. Anything else stays."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -28,11 +30,21 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, dict) else value
 
 
-Number = Annotated[float, BeforeValidator(_number_in)]
-Positive = Annotated[Number, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
+MOST = 10**9
+"""More than any number of a recipe can mean, and less than what overflows on the way."""
+
+Number = Annotated[float, BeforeValidator(number_in), Field(allow_inf_nan=False)]
+"""A field that holds one says between what it must lie."""
+Positive = Annotated[Number, Field(gt=0, le=MOST)]
+PositiveOrZero = Annotated[Number, Field(ge=0, le=MOST)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1, le=MOST)]
+CountOrNone = Annotated[int, Field(ge=0, le=MOST)]
 """Where 0 stands for none, or never."""
+Side = Annotated[int, Field(ge=1, le=16_384)]
+"""Of a picture or patch, in pixels."""
+Place = Annotated[int, Field(ge=-MOST, le=MOST)]
+"""An index as in Python lists."""
 Many = Annotated[tuple[Item, ...], Strict(False), BeforeValidator(listed)]
 """A list in YAML, a tuple once it is loaded."""
 
@@ -98,6 +110,6 @@ def _advice(cls: type, key: str) -> str:
         [own] = [name for name, kind in kinds.items() if kind is cls]
         return f"{key} belongs to {', '.join(owners)}; {own} does not read it"
     meant = [name for section in (cls, *kinds.values()) for name in field_names(section)]
-    close = difflib.get_close_matches(key, meant, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(field_names(cls))}"
-    return f"unknown key {key!r}; {hint}"
+    *others, last = difflib.get_close_matches(str(key), dict.fromkeys(meant), n=3, cutoff=0)
+    nearest = f"{', '.join(others)} or {last}" if others else last
+    return f"unknown key {printable_name(repr(key))}; did you mean {nearest}?"

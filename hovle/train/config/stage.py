@@ -1,5 +1,6 @@
 """StageConfig: one training stage as a frozen value."""
 
+import math
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
 
@@ -10,7 +11,20 @@ from .data import DataConfig, ExpectedData
 from .language import LanguageConfig
 from .model import LoraConfig, ModelConfig
 from .objective import ObjectiveConfig, TeacherConfig
-from .section import Count, CountOrNone, Many, Number, Section, refuse_unknown_keys, section
+from .section import (
+    MOST,
+    Count,
+    CountOrNone,
+    Many,
+    Number,
+    Section,
+    Share,
+    number_in,
+    refuse_unknown_keys,
+    section,
+)
+
+Beta = Annotated[Number, Field(ge=0, lt=1)]
 
 ParameterGroup = Literal["stem", "holistic_layers", "text_embeddings", "language_model"]
 
@@ -26,6 +40,11 @@ def _switch(value: Any) -> Any:
 def _none(value: Any) -> Any:
     """What one may leave out may also be null."""
     return () if value is None else value
+
+
+def _norm(value: Any) -> Any:
+    """A norm of gradients; YAML reads off as a boolean."""
+    return math.inf if value is False or value == "off" else number_in(value)
 
 
 @section
@@ -49,7 +68,7 @@ class StageConfig(Section):
     """Steps between validations; 0: only before the first step and after the last."""
     image_ablation: bool = True
     """With every validation after the first, measure blank and shuffled pictures too (next_token)."""
-    min_picture_gap: Number = 0.01
+    min_picture_gap: Annotated[float, BeforeValidator(number_in), Field(ge=-math.inf, le=MOST)] = 0.01
     """Nats per reply token by which such pictures must raise the loss; below it, an alarm is raised after warm-up."""
     stop_when_images_ignored: bool = False
     """End the run on that alarm instead of warning; first it is saved, after the last step as a model."""
@@ -81,25 +100,25 @@ class StageConfig(Section):
     """Samples drawn ahead to choose from when rows are packed; more of them waste less padding."""
     max_tiles_per_batch: Count | None = None
     """Most picture tiles of one micro-batch on one process, where pictures would overflow the memory."""
-    max_skip_fraction: Annotated[Number, Field(ge=0, le=1)] = 0.001
+    max_skip_fraction: Share = 0.001
     """The run stops when a larger share of the samples (of the first thousand at least) had to be skipped."""
     max_tiles_per_picture: Count | None = None
     """Most tiles a picture is cut into in this stage; by default what the model's processor allows, which stays."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
-    learning_rate: Number
+    learning_rate: Annotated[Number, Field(ge=0, le=10)]
     """Peak learning rate."""
-    final_learning_rate_ratio: Number = 0.1
+    final_learning_rate_ratio: Share = 0.1
     """Learning rate at the last step over the peak, reached by a cosine."""
     warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
     """Share of the steps with a linear warm-up."""
-    adam_betas: Annotated[tuple[Number, Number], Strict(False)] = (0.9, 0.95)
+    adam_betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.95)
     """AdamW's betas."""
-    weight_decay: Number = 0.05
+    weight_decay: Annotated[Number, Field(ge=0, le=10)] = 0.05
     """AdamW's weight decay, on matrices only."""
-    max_gradient_norm: Number = 1.0
-    """Gradients are clipped to this norm."""
-    seed: int = 0
+    max_gradient_norm: Annotated[float, BeforeValidator(_norm), Field(gt=0, le=math.inf)] = 1.0
+    """Gradients are clipped to this norm; `off`, which is infinity: they are not."""
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seeds new weights, sample order and random text."""
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -113,7 +132,7 @@ class StageConfig(Section):
     quantize_frozen: Literal["none", "int8", "int4"] = "none"
     """Hold the frozen language model's layers in 8 or 4 bits while training (needs bitsandbytes); the saved model has
     its weights as they were."""
-    num_workers: CountOrNone = 0
+    num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """0: the training process prepares the batches; 1: a process of its own does; more: one of them tokenises and
     packs, the others read pictures. The batches are the same."""
     log_every: Count = 10

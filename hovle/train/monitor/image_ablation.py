@@ -19,6 +19,7 @@ from ...model.image_tokens import number_pictures
 from ...model.modeling_hovle import IGNORE_INDEX
 from ..data.batch import PackedBatch
 from ..step.assembly import TrainableStep
+from ..step.train_step import NonFiniteLossError
 from ..step.validation import validate
 from .language_check import ForgettingError, LanguageCheck
 
@@ -110,6 +111,11 @@ class Examiner:
                 terms["perplexity_ratio"] = self.language.perplexity_ratio()
             self.last = step, terms
             self.log({"event": "validation", "step": step, **self.last[1]})
+            if wrong := [f"{name} is {value}" for name, value in self.last[1].items() if not math.isfinite(value)]:
+                raise NonFiniteLossError(
+                    f"Validation after step {step}: {', '.join(wrong)}. The model is not saved; lower the learning "
+                    "rate, set dtype to float32, or look at the held-out samples."
+                )
         return self.last[1]
 
     def _measure(self, batches: list[PackedBatch]) -> dict[str, float]:

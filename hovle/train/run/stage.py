@@ -44,7 +44,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
 
     Raises:
         ValueError: For a wrong config, an occupied output folder, or a failed hand-off check.
-        NonFiniteLossError: When the loss is not a number.
+        NonFiniteLossError: When a loss is not a number, in training or validation, or an update ruined the weights.
         BlindPicturesError: When pictures do not matter and the recipe says `stop_when_images_ignored`.
         ForgettingError: When the language is lost beyond the recipe's `stop_when_forgetting`.
     """
@@ -137,6 +137,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         )
 
         # A look after the last one, and the model.
+        step.refuse_ruined_weights(config.num_steps)
         end = examiner.examine(config.num_steps)
         if retention:
             with unsharded(objective):

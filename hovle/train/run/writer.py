@@ -52,7 +52,11 @@ class Writer:
         Args:
             num_steps: Finished steps.
             reached: Where the data of this process continues.
+
+        Raises:
+            RuinedWeightsError: Instead of writing weights that hold NaN or infinity.
         """
+        self.step.refuse_ruined_weights(num_steps)
         self.data.log_skips(self.log, num_steps)  # so that the counts saved are complete
         if self.config.keep_best:
             loss = self.examiner.held_out_loss(num_steps)

@@ -14,9 +14,9 @@ from ..model.layers import checkpoint_activations, compile_layers
 from ..model.parameters import select_trainable, store_parameters
 from ..model.quantization import in_full_precision, quantize_language_model
 from ..objectives.base import Objective
-from ..parallel import reshard, wrap_data_parallel
+from ..parallel import gather, local_part, reshard, wrap_data_parallel
 from .optimizer import make_optimizer, set_learning_rate
-from .train_step import StepResult, train_step
+from .train_step import NonFiniteLossError, RuinedWeightsError, StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,48 @@ class TrainableStep:
 
         Raises:
             NonFiniteLossError: As `train_step`.
+            RuinedWeightsError: When that is because an update before it ruined the weights.
         """
         set_learning_rate(self.optimizer, self.config, number)
-        return train_step(
-            self.wrapped,
-            self.optimizer,
-            [batch.to(self.accelerator.device) for batch in micro_batches],
-            self.config.max_gradient_norm,
-            self.autocast,
-            reduce_sum=lambda tensor: self.accelerator.reduce(tensor, "sum"),
-            num_processes=self.accelerator.num_processes,
-        )
+        try:
+            return train_step(
+                self.wrapped,
+                self.optimizer,
+                [batch.to(self.accelerator.device) for batch in micro_batches],
+                self.config.max_gradient_norm,
+                self.autocast,
+                reduce_sum=lambda tensor: self.accelerator.reduce(tensor, "sum"),
+                num_processes=self.accelerator.num_processes,
+            )
+        except NonFiniteLossError:
+            self.refuse_ruined_weights(number)
+            raise
+
+    @torch.no_grad()
+    def refuse_ruined_weights(self, num_steps: int) -> None:
+        """Raise RuinedWeightsError where anything that learns holds NaN or infinity after so many steps (all ranks).
+
+        Losses cannot tell: the last update comes after the last of them.
+        """
+        learns = {name: item for name, item in self.objective.named_parameters() if item.requires_grad}
+        ruined = sorted({*gather([name for name, item in learns.items() if not _is_finite(local_part(item))])})
+        if ruined:
+            shown = ", ".join(ruined[:3]) + (f" and {len(ruined) - 3} more" if len(ruined) > 3 else "")
+            raise RuinedWeightsError(
+                f"After step {num_steps} {len(ruined)} of {len(learns)} tensors that learn hold NaN or infinity: "
+                f"{shown}. They are not saved. Start anew with a lower learning_rate, or a smaller max_gradient_norm; "
+                "the newest checkpoint, if there is one, is from before and can be its model.checkpoint."
+            )
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Plain float32 weights of the model on the main process, nothing on the others (all ranks)."""
         reshard(self.objective)
         with in_full_precision(self.model, self.trainable.originals):
             return merged_state_dict(self.model, keep=self.accelerator.is_main_process)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return tensor.numel() == 0 or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def number_format(device: torch.device, dtype: torch.dtype) -> torch.autocast:

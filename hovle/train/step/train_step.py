@@ -35,6 +35,10 @@ class NonFiniteLossError(StopRunError):
     """The loss or its gradient became NaN or infinite; the message names the batch."""
 
 
+class RuinedWeightsError(NonFiniteLossError):
+    """An update left NaN or infinity in the weights; the message names them."""
+
+
 UNTOUCHED = "Weights are as before this step; lower the learning rate or look at these samples."
 
 

@@ -21,10 +21,11 @@ from hovle.train import run_stage
 from hovle.train.config import load_stage
 from hovle.train.data.skips import SkipBudgetError
 from hovle.train.monitor import image_ablation as diagnosis
+from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.run import stage_data, start
 from hovle.train.run.checkpoint import SaveError, find_checkpoint, sorted_checkpoints
 from hovle.train.step import assembly
-from hovle.train.step.train_step import NonFiniteLossError
+from hovle.train.step.train_step import NonFiniteLossError, RuinedWeightsError
 
 # peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -638,11 +639,59 @@ def test_the_checkpoint_with_the_smallest_validation_loss_stays(next_token_confi
 
 
 def test_a_loss_that_is_not_a_number_ends_the_run_with_its_checkpoint_kept(next_token_config, monkeypatch, tmp_path):
-    config = next_token_config(
-        "checkpoint_every=1", "learning_rate=1e30", "max_gradient_norm=1e30", "warmup_ratio=0.0"
+    forward = NextTokenObjective.forward
+    calls = iter(range(100))
+
+    def fail_in_the_third_step(self, batch):
+        output = forward(self, batch)
+        if self.training and next(calls) > 2:  # the first one counts operations
+            output.terms = {name: term * float("nan") for name, term in output.terms.items()}
+        return output
+
+    monkeypatch.setattr(NextTokenObjective, "forward", fail_in_the_third_step)
+    with pytest.raises(NonFiniteLossError, match=r"on the batch of chat\.jsonl:.*Weights are as before this step"):
+        run_stage(next_token_config("checkpoint_every=1"))
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-000002"]
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def ruin_after(monkeypatch, num_steps: int) -> None:
+    """Let the update of one step leave a NaN in the weights."""
+    update = torch.optim.AdamW.step
+    calls = iter(range(1, 100))
+
+    def step(self, *arguments, **options):
+        update(self, *arguments, **options)
+        if next(calls) == num_steps:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].view(-1)[0] = float("nan")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+
+
+RUINED = r"After step {} 1 of \d+ tensors that learn hold NaN or infinity: \S+\. They are not saved\."
+
+
+@pytest.mark.parametrize(("ruined", "told"), [(4, 4), (2, 2), (3, 3)], ids=["last", "before a checkpoint", "between"])
+def test_weights_that_an_update_ruined_are_never_saved(ruined, told, next_token_config, monkeypatch, tmp_path):
+    ruin_after(monkeypatch, ruined)
+    with pytest.raises(RuinedWeightsError, match=RUINED.format(told)):
+        run_stage(next_token_config("checkpoint_every=2"))
+    saved = [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()]
+    assert saved == (["checkpoint-000002"] if ruined > 2 else [])
+
+
+def test_a_validation_that_is_no_number_ends_the_run_without_a_model(next_token_config, data, monkeypatch, tmp_path):
+    validation = ("validation.source=chat", f"validation.path={data / 'chat.jsonl'}")
+    measure = diagnosis.validate
+    calls = iter(range(100))
+    monkeypatch.setattr(
+        diagnosis,
+        "validate",
+        lambda *given: {name: float("nan") if next(calls) else value for name, value in measure(*given).items()},
     )
-    with pytest.raises(NonFiniteLossError, match=r"on the batch of chat\.jsonl:"):
-        run_stage(config)
+    with pytest.raises(NonFiniteLossError, match="Validation after step 4: cross_entropy is nan"):
+        run_stage(next_token_config(*validation))
     assert not (tmp_path / "run" / "model").exists()
 
 
