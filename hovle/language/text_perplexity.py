@@ -114,21 +114,34 @@ class TextRetention:
         Raises:
             ValueError: Where nothing tells the bare language model's perplexity on this text.
         """
+        record = self.find_record(earlier)
         self.measure(model, autocast)
-        record = None if earlier is None else read_record(Path(earlier))
-        if record is None or record.fingerprint != self.fingerprint:
+        if record is None:
+            perplexity = self.measured
             if self.config.language_model is not None:
-                name = resolve_asset(self.config.language_model)
-                bare = load_bare_model(name, torch.float32).to(model.device)
-                record = BareRecord(self.config.source, self.fingerprint, self.perplexity(bare, autocast))
-            elif earlier is None:
-                record = BareRecord(self.config.source, self.fingerprint, self.measured)
-            else:
-                raise ValueError(
-                    f"retention: {earlier} does not record the bare language model's perplexity on this text. Name "
-                    "the model as retention.language_model, or measure the same text from the first stage on."
-                )
+                bare = load_bare_model(resolve_asset(self.config.language_model), torch.float32).to(model.device)
+                perplexity = self.perplexity(bare, autocast)
+            record = BareRecord(self.config.source, self.fingerprint, perplexity)
         self.record = record
+
+    def find_record(self, earlier: str | Path | None) -> BareRecord | None:
+        """What a folder records of the bare language model on this text; None where it is to be measured.
+
+        Args:
+            earlier: As in `start`.
+
+        Raises:
+            ValueError: Where it can neither be read nor measured.
+        """
+        record = None if earlier is None else read_record(Path(earlier))
+        if record is not None and record.fingerprint == self.fingerprint:
+            return record
+        if self.config.language_model is None and earlier is not None:
+            raise ValueError(
+                f"retention: {earlier} does not record the bare language model's perplexity on this text. Name "
+                "the model as retention.language_model, or measure the same text from the first stage on."
+            )
+        return None
 
     def measure(self, model: nn.Module, autocast: contextlib.AbstractContextManager) -> None:
         """Measure the model as it stands now."""

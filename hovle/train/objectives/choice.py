@@ -35,15 +35,20 @@ def make_objective(
     image_processor: HoVLEImageProcessor,
     text_table: torch.Tensor,
     dtype: torch.dtype,
+    teacher: ImageTeacher | None = None,
 ) -> Objective:
-    """Build the objective a config names, over a model that is prepared for training in a number format."""
+    """Build the objective a config names, over a model that is prepared for training in a number format.
+
+    The teacher is loaded here unless `load_teacher` has done so.
+    """
     normalize = PixelNormalization.of(image_processor)
     if config.objective.name == "next_token":
         if config.language is None:
             return NextTokenObjective(model, normalize)
         bare, language = BareLanguageModel(model, dtype), config.language
         return NextTokenObjective(model, normalize, bare, language.weight, language.around_images)
-    teacher = side_by_side([make_teacher(_with_weights(item)) for item in config.teacher])
+    teacher = teacher or load_teacher(config)
+    assert teacher is not None  # StageConfig wants one with this objective
     student_layers = [match.student for match in config.teacher[0].layers]
     distance = None if config.language is None else make_text_distance(config.language.error, model)
     weight = 1.0 if config.language is None else config.language.weight
@@ -87,6 +92,11 @@ def _with_weights(config: TeacherConfig) -> TeacherConfig:
     """The config with the path of an asset that has been fetched."""
     checkpoint = config.checkpoint
     return config if checkpoint is None else dataclasses.replace(config, checkpoint=resolve_asset(checkpoint))
+
+
+def load_teacher(config: StageConfig) -> ImageTeacher | None:
+    """Load the teacher of a stage that has one, or several side by side."""
+    return side_by_side([make_teacher(_with_weights(item)) for item in config.teacher]) if config.teacher else None
 
 
 def prepare_teacher(

@@ -4,6 +4,7 @@ Every kind of teacher takes tiles of bytes, normalises them as its own preproces
 student's token grid. A subclass of `ImageTeacher` loads one kind of model and says where its feature maps are.
 """
 
+import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from ...errors import foreign_errors
 from ...files.checkpoint_files import CONFIG, Checkpoint, local_folder
+from ...loading import reading
 from ...model.image_tokens import pixel_shuffle
 from ..config import TeacherConfig
 from ..data.batch import TileBatch
@@ -168,7 +171,11 @@ class TimmTeacher(ImageTeacher):
     def __init__(self, config: TeacherConfig):
         import timm  # an extra: only distillation needs it
 
-        full: Any = timm.create_model(config.name, pretrained=config.checkpoint is None)
+        if ":" not in config.name and not timm.is_model(config.name):
+            near = difflib.get_close_matches(config.name, timm.list_models(), n=3, cutoff=0)
+            raise ValueError(f"teacher.name: timm knows no model {config.name!r}; did you mean {', '.join(near)}?")
+        with foreign_errors(f"teacher.name: timm cannot load {config.name}, whose weights teacher.checkpoint may name"):
+            full: Any = timm.create_model(config.name, pretrained=config.checkpoint is None)
         if config.checkpoint is not None:
             _load_in_order(full, Path(config.checkpoint))
         if not hasattr(full, "forward_intermediates"):
@@ -201,15 +208,13 @@ class OpenClipTeacher(ImageTeacher):
                 f"teacher.checkpoint is missing: which weights of {config.name}? A file, or one of its tags: "
                 f"{', '.join(open_clip.list_pretrained_tags_by_model(config.name)) or 'none are known'}."
             )
-        try:
+        with foreign_errors(f"open_clip cannot load {config.name} with {config.checkpoint}"):
             model: Any = open_clip.create_model(
                 config.name,
                 pretrained=config.checkpoint,
                 force_image_size=config.image_size,
                 require_pretrained=True,
             )
-        except (RuntimeError, OSError) as error:
-            raise ValueError(f"open_clip cannot load {config.name} with {config.checkpoint}: {error}") from error
         visual = model.visual.eval()
         with torch.no_grad():
             blank = torch.zeros(1, 3, config.image_size, config.image_size)
@@ -240,8 +245,9 @@ class TransformersTeacher(ImageTeacher):
     def __init__(self, config: TeacherConfig):
         from transformers import AutoImageProcessor, AutoModel
 
-        model: Any = AutoModel.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True)
-        processor: Any = AutoImageProcessor.from_pretrained(config.name)
+        with reading(config.name):
+            model: Any = AutoModel.from_pretrained(config.name, dtype=torch.float32, use_safetensors=True)
+            processor: Any = AutoImageProcessor.from_pretrained(config.name)
         backbone = getattr(model, "vision_model", model)
         patch_size = getattr(backbone.config, "patch_size", None)
         if isinstance(patch_size, int) and config.image_size % patch_size:
@@ -303,7 +309,8 @@ class InternViTTeacher(ImageTeacher):
         from transformers.models.internvl.modeling_internvl import InternVLMultiModalProjector, InternVLVisionModel
 
         folder = local_folder(config.name)
-        model_config: Any = AutoConfig.from_pretrained(folder)
+        with reading(folder):
+            model_config: Any = AutoConfig.from_pretrained(folder)
         if model_config.model_type not in ("internvl", "internvl_vision"):
             raise ValueError(
                 f"{config.name} holds a {model_config.model_type} model; kind internvit wants an InternVL folder in "

@@ -17,7 +17,7 @@ from ..monitor.image_ablation import Examiner
 from ..monitor.language_check import LanguageCheck
 from ..monitor.meter import Meter
 from ..monitor.run_log import check_trackers, make_log, run_environment, tracking
-from ..objectives.choice import make_objective, prepare_teacher, prepare_text_distance
+from ..objectives.choice import load_teacher, make_objective, prepare_teacher, prepare_text_distance
 from ..parallel import fail_on_all_ranks, load_optimizer_state, make_accelerator, unsharded
 from ..step.assembly import TrainableStep, prepare_model
 from .checkpoint import checkpoint_folder, load_trainable
@@ -26,7 +26,7 @@ from .loop import train
 from .random_numbers import continue_random_numbers
 from .run_folder import check_resumable, check_unused, claim_output, end_at_taught_replies, find_standing
 from .stage_data import StageData
-from .start import agree_on_dtype, load_start, load_state
+from .start import agree_on_dtype, check_start, load_start, load_state
 from .writer import Writer
 
 
@@ -61,6 +61,11 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         accelerator.print(f"{output} is finished: nothing to resume.")
         return output / "model"
 
+    # What cannot work is refused before minutes of reading.
+    with fail_on_all_ranks():
+        check_start(config)
+        teacher = load_teacher(config)
+
     # The data, and where an earlier attempt left it.
     mixture = open_mixture(config.data, config.seed)
     state = None
@@ -76,7 +81,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     dtype = agree_on_dtype(config, state, accelerator)
     trainable = prepare_model(model, config, dtype, accelerator.device)
     retention = TextRetention(config.retention, processor) if config.retention else None
-    objective = make_objective(config, model, processor.image_processor, trainable.text_table, dtype)
+    objective = make_objective(config, model, processor.image_processor, trainable.text_table, dtype, teacher)
     if state:
         load_trainable(objective, state.pop("trainable"))
     max_positions = positions_of(model.config.text_config)

@@ -4,16 +4,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.configuration_utils import PreTrainedConfig
 
+from ...assets import resolve_asset
+from ...errors import printable_name
+from ...language.text_perplexity import TextRetention
+from ...loading import reading
 from ...machine.speed import choose_dtype, dtype_name
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import ConversationData, EasyVqaData, StageConfig
 from ..data.packing import StreamPosition
-from ..model.start import start_model
+from ..model.start import check_checkpoint, start_model, start_processor
 from .checkpoint import check_same_run, find_checkpoint, load_training_state
 from .handoff import check_handoff
 from .random_numbers import seed_everything
+
+
+def check_start(config: StageConfig) -> None:
+    """Refuse a start that cannot work by what is quickly read, before data are opened and weights loaded.
+
+    Raises:
+        ValueError: For a model folder that is damaged, or whose weights are quantised, and for text retention without
+            anything to compare with.
+    """
+    named = {"model.checkpoint": config.model.checkpoint, "model.language_model": config.model.language_model}
+    for field, name in named.items():
+        if name is not None:
+            _check_folder(field, resolve_asset(name))
+    if config.retention is None or find_checkpoint(Path(config.output)) is not None:
+        return  # a run that goes on has its own record
+    if config.retention.language_model is not None:
+        _check_folder("retention.language_model", resolve_asset(config.retention.language_model), may_be_quantized=True)
+    TextRetention(config.retention, start_processor(config.model)).find_record(config.model.checkpoint)
+
+
+def _check_folder(field: str, name: str, may_be_quantized: bool = False) -> None:
+    """Raise ValueError for a damaged model folder, and for weights that were stored in few bits."""
+    if field == "model.checkpoint":
+        check_checkpoint(name)
+    with reading(name):
+        content, _ = PreTrainedConfig.get_config_dict(name)
+    quantization = content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config")
+    if quantization and not may_be_quantized:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise ValueError(
+            f"{field}: the weights of {name} are quantised ({printable_name(method)}), and such weights cannot be "
+            "trained, adapted or merged. Name the model they were made of; quantize_frozen holds its language model "
+            "in 8 or 4 bits while a stage trains, with lora too."
+        )
 
 
 def load_start(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor, float | None]:
