@@ -21,12 +21,12 @@ NOT_OURS = {
 
 def main() -> int:
     """Run the linter on the package; return its exit code."""
-    rules = (Path(mlinter.__file__).parent / "rules.toml").read_text()
+    rules = (Path(mlinter.__file__).parent / "rules.toml").read_text(encoding="utf-8")
     for name in NOT_OURS:
         rules, count = re.subn(rf"(\[rules\.{name}\][^\[]*?default_enabled = )true", r"\1false", rules)
         if count != 1:
             raise SystemExit(f"Rule {name} is not in this version of the linter: remove it here.")
-    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+    with tempfile.NamedTemporaryFile("w", suffix=".toml", encoding="utf-8") as file:
         file.write(rules)
         file.flush()
         command = [sys.executable, "-m", "mlinter", "--no-progress", "--rules-toml", file.name, "hovle"]

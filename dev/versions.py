@@ -78,18 +78,20 @@ def own_environment(requirements: Sequence[str], folder: Path, pip_options: Sequ
     ready = folder / ".ready"
     wanted = "\n".join(requirements)
     if ready.exists():
-        if ready.read_text() != wanted:
-            raise SystemExit(f"{folder} was built for {ready.read_text().split()}: name another folder.")
+        found = ready.read_text(encoding="utf-8")
+        if found != wanted:
+            raise SystemExit(f"{folder} was built for {found.split()}: name another folder.")
         return str(python)
     venv.create(folder, with_pip=True)
     constraints = folder / "constraints.txt"
-    constraints.write_text("\n".join(loosened((ROOT / "constraints.txt").read_text().splitlines(), requirements)))
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints.write_text("\n".join(loosened(pinned, requirements)), encoding="utf-8")
     install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *pip_options]
     subprocess.run(
         [*install, "--constraint", str(constraints), "torchvision", *requirements, "--editable", f"{ROOT}[dev]"],
         check=True,
     )
-    ready.write_text(wanted)
+    ready.write_text(wanted, encoding="utf-8")
     return str(python)
 
 
@@ -154,9 +156,9 @@ def note(result: dict, file: Path) -> None:
     def key(item: dict) -> tuple:
         return item["requirements"], item.get("own_environment", False), item["python"].rpartition(".")[0]
 
-    known = json.loads(file.read_text()) if file.exists() else []
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     kept = [item for item in known if key(item) != key(result)]
-    file.write_text(json.dumps([*kept, result], indent=1) + "\n")
+    file.write_text(json.dumps([*kept, result], indent=1) + "\n", encoding="utf-8")
 
 
 def _output(command: Sequence[str], environment: dict[str, str]) -> str:

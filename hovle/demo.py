@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         report["stages"][stage].update(scores)
     report["num_questions"] = args.questions
     report["scoring_seconds"] = round(time.perf_counter() - started_at, 1)
-    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     shown = answers[:NUM_SHOWN]
     for question, answer in shown:
         mark = "right" if exact_match([answer], [question]) else f"wrong, it is {question.answer}"

@@ -155,5 +155,5 @@ def run(args: argparse.Namespace) -> int:
     print(text)  # noqa: T201 - this is the command's output
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(text + "\n")
+        Path(args.out).write_text(text + "\n", encoding="utf-8")
     return 0

@@ -182,7 +182,7 @@ def run(args: argparse.Namespace) -> int:
         }
         _say(table(mix, measured))
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / "train.json").write_text(json.dumps(result, indent=1) + "\n")
+    (args.output / "train.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     draw(result["steps"], args.output / "train.png")
     _say(f"Written: {args.output / 'train.json'}, {args.output / 'train.png'}")
     return 0

@@ -11,7 +11,6 @@ from transformers import BatchFeature
 
 from ..export.llama_cpp import LlamaCppForConditionalGeneration
 from ..loading import load_model, load_processor
-from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.pictures import load_picture
 from .saved import origin, write_messages
 from .streaming import AnswerPrinter

@@ -66,7 +66,7 @@ def appear_when_complete(dst: Path) -> Iterator[Path]:
     _remove_unfinished(dst)
     folder = dst.with_name(f".{dst.name}-{os.urandom(4).hex()}")
     folder.mkdir()
-    lock = _try_lock(folder)
+    lock = try_lock(folder)
     try:
         yield folder
         rename_durably(folder, dst)
@@ -83,13 +83,13 @@ def _remove_unfinished(dst: Path) -> None:
     for folder in dst.parent.iterdir():
         if not re.fullmatch(rf"\.{re.escape(dst.name)}-[0-9a-f]{{8}}", folder.name) or folder.is_symlink():
             continue
-        lock = _try_lock(folder)
+        lock = try_lock(folder)
         if lock is not None:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
 
 
-def _try_lock(folder: Path) -> int | None:
+def try_lock(folder: Path) -> int | None:
     """Lock a folder until the descriptor is closed or the process ends; None where another process has it."""
     if fcntl is None:
         return None
@@ -102,6 +102,25 @@ def _try_lock(folder: Path) -> int | None:
             os.close(descriptor)
         return None
     return descriptor
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, where there is a free one: others see by it that somebody works there."""
+    lock = try_lock(folder)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process holds a folder's lock, or there are no locks on this disk to tell."""
+    lock = try_lock(folder)
+    if lock is not None:
+        os.close(lock)
+    return lock is None
 
 
 def remove_folder(folder: Path) -> None:
@@ -134,5 +153,5 @@ def _flush(path: Path) -> None:
 
 def append_log(path: Path, entry: dict) -> None:
     """Append one JSON line."""
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(entry) + "\n")

@@ -95,7 +95,7 @@ class Progress:
     def save(self, path: Path) -> None:
         """Replace the file of an earlier batch."""
         unfinished = path.with_name(f"{path.name}.writing")
-        unfinished.write_text(json.dumps(dataclasses.asdict(self)))
+        unfinished.write_text(json.dumps(dataclasses.asdict(self)), encoding="utf-8")
         os.replace(unfinished, path)
 
     @classmethod

@@ -178,4 +178,4 @@ def read_record(folder: Path) -> BareRecord | None:
 
 def write_record(folder: Path, record: BareRecord) -> None:
     """Put a record into a run or model folder."""
-    (folder / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n")
+    (folder / RECORD).write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")

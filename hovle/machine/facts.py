@@ -37,7 +37,7 @@ def _sample(values: torch.Tensor) -> torch.Tensor:
 def processor_name() -> str:
     """What the processor calls itself, where the system tells."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -3,13 +3,16 @@
 import dataclasses
 import re
 from collections.abc import Iterator
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import pytest
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 from places import ROOT
-from pydantic import TypeAdapter
+from pydantic.fields import FieldInfo
 
 from hovle.train.config import RECIPES, StageConfig, find_recipe, load_stage
+from hovle.train.config.section import Section
 
 SHIPPED = sorted(str(path.relative_to(RECIPES).with_suffix("")) for path in RECIPES.rglob("*.yaml"))
 
@@ -133,7 +136,8 @@ def test_wrong_types_are_refused_with_the_key(load, changes, message):
             "keep_best compares checkpoints by validation loss: set validation",
         ),
         ({"keep_last": 0}, "keep_last: must be greater than or equal to 1, got 0"),
-        ({"num_steps": 0}, "num_steps: must be greater than or equal to 1, got 0"),
+        ({"num_steps": 0}, "how long the stage is, is missing: set num_steps, or num_epochs"),
+        ({"num_steps": -1}, "num_steps: must be greater than or equal to 0, got -1"),
         ({"packing_window": 0}, "packing_window: must be greater than or equal to 1"),
         ({"checkpoint_every": -1}, "checkpoint_every: must be greater than or equal to 0"),
         ({"num_workers": -1}, "num_workers: must be greater than or equal to 0, got -1"),
@@ -154,6 +158,29 @@ def test_wrong_types_are_refused_with_the_key(load, changes, message):
     ],
 )
 def test_values_that_cannot_work_are_refused(load, changes, message):
+    with pytest.raises(ValueError, match=message):
+        load(minimal(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rates": {"language_model": 1e-5}}, "names language_model, which this stage does not train; it tr"),
+        ({"learning_rates": {"lora": 1e-5}}, "names lora, which this stage does not train; it trains stem"),
+        ({"learning_rates": {"stem": -1}}, "learning_rates.stem: must be greater than or equal to 0, got -1"),
+        ({"learning_rates": {"stems": 1}}, "learning_rates.stems.*: must be 'stem', "),
+        ({"schedule": "step"}, "schedule: must be 'cosine', 'linear' or 'constant', got 'step'"),
+        ({"patience": 2}, "patience counts validations: set validation and validate_every"),
+        ({"data": {"source": "easy_vqa", "held_out": 1}}, "held_out: must be less than 1, got 1"),
+        (
+            {"data": {"source": "easy_vqa", "held_out": 0.1}, "validation": {"source": "easy_vqa"}},
+            "validation names held-out data, and so does held_out of easy_vqa",
+        ),
+        ({"validation": {"source": "easy_vqa", "held_out": 0.1}}, "validation.held_out has no meaning"),
+        ({"num_epochs": -1}, "num_epochs: must be greater than or equal to 0"),
+    ],
+)
+def test_options_that_cannot_work_together_are_refused(load, changes, message):
     with pytest.raises(ValueError, match=message):
         load(minimal(**changes))
 
@@ -192,8 +219,8 @@ def test_a_key_of_another_kind_is_refused_even_with_its_default(load, section, m
 
 def test_missing_keys_are_named(load):
     values = minimal()
-    del values["num_steps"], values["data"]
-    with pytest.raises(ValueError, match="data: missing; num_steps: missing"):
+    del values["row_length"], values["data"]
+    with pytest.raises(ValueError, match="data: missing; row_length: missing"):
         load(values)
     with pytest.raises(ValueError, match=r"teacher\.name: missing; teacher\.image_size: missing"):
         load(minimal(teacher={}))
@@ -222,36 +249,49 @@ def test_gradients_are_not_clipped_where_the_recipe_says_off(load):
             load(minimal(max_gradient_norm=value))
 
 
-ENDLESS = {("StageConfig", "max_gradient_norm"), ("StageConfig", "min_picture_gap")}
-"""Numbers that may be infinite."""
+def bounds(annotation: Any, found: frozenset[type] = frozenset()) -> Iterator[frozenset[type]]:
+    """Kinds of bounds of every number in an annotation."""
+    if get_origin(annotation) is Annotated:
+        base, *marks = get_args(annotation)
+        inner = [mark for info in marks if isinstance(info, FieldInfo) for mark in info.metadata]
+        yield from bounds(base, found | {type(mark) for mark in inner})
+    elif annotation in (int, float):
+        yield found
+    else:
+        for part in get_args(annotation):
+            yield from bounds(part)
 
 
-def numbers(schema: dict) -> Iterator[dict]:
-    """Every number in a JSON schema, wherever it is nested."""
-    if schema.get("type") in ("number", "integer"):
-        yield schema
-    for inner in [*schema.get("anyOf", ()), *schema.get("prefixItems", ()), schema.get("items")]:
-        if isinstance(inner, dict):
-            yield from numbers(inner)
+def sections(kind: type = StageConfig) -> Iterator[type]:
+    """A section of recipes and those inside it."""
+    yield kind
+    inner = [part for hint in get_type_hints(kind).values() for part in (hint, *get_args(hint))]
+    for part in [nested for item in inner for nested in (item, *get_args(item))]:
+        if isinstance(part, type) and issubclass(part, Section):
+            yield from sections(part)
 
 
 def test_every_number_of_a_recipe_has_a_range():
-    schema = TypeAdapter(StageConfig).json_schema()
-    sections = {"StageConfig": schema, **schema["$defs"]}
-    del sections["RetentionConfig"]  # checks its own
     found = {
-        (section, name): number
-        for section, content in sections.items()
-        for name, field in content["properties"].items()
-        for number in numbers(field)
+        (kind.__name__, name): kinds
+        for kind in {*sections()}
+        for name, hint in get_type_hints(kind, include_extras=True).items()
+        for kinds in bounds(hint)
     }
     assert len(found) > 40
-    assert [place for place, number in found.items() if not {"minimum", "exclusiveMinimum"} & number.keys()] == []
-    assert {place for place, number in found.items() if not {"maximum", "exclusiveMaximum"} & number.keys()} <= ENDLESS
+    assert [place for place, kinds in found.items() if not {Ge, Gt} & kinds] == []
+    assert [place for place, kinds in found.items() if not {Le, Lt} & kinds] == []
 
 
 NUMBERS = [
-    *("learning_rate", "final_learning_rate_ratio", "warmup_ratio", "weight_decay", "max_skip_fraction", "data.weight"),
+    *(
+        "learning_rate",
+        "final_learning_rate_ratio",
+        "warmup_ratio",
+        "weight_decay",
+        "max_skip_fraction",
+        "data.weight",
+    ),
     *("lora.alpha", "lora.dropout", "expected.filled_ratio", "expected.tiles_per_sample", "language.share"),
     *("num_steps", "seed", "model.image_size", "model.max_tiles", "lora.rank", "num_workers"),
 ]
@@ -265,7 +305,9 @@ def test_numbers_beyond_their_range_are_refused_by_name(load, key, value):
 
 
 def test_a_recipe_that_says_something_twice_is_refused_with_the_key(load, tmp_path):
-    with pytest.raises(ValueError, match=rf"{tmp_path}/recipe.yaml is no plain YAML: (?s:.)*duplicate key 'num_steps'"):
+    with pytest.raises(
+        ValueError, match=rf"{tmp_path}/recipe.yaml is no plain YAML: (?s:.)*duplicate key 'num_steps'"
+    ):
         load(yaml.safe_dump(minimal()) + "num_steps: 5\n")
 
 
@@ -333,6 +375,26 @@ def test_wrong_overrides_are_refused(load, override, message):
     assert message in str(caught.value)
 
 
+def test_an_override_makes_a_source_one_of_another_kind(load):
+    recipe = minimal(
+        data={"source": "easy_vqa", "split": "test", "balance_answers": True, "weight": 2, "questions_per_sample": 4},
+        validation={"source": "easy_vqa"},
+        objective={"name": "distillation", "num_random_tokens": 3},
+        teacher={"name": "x", "image_size": 64},
+    )
+    changes = ("data.source=llava", "data.path=x.json", "validation.source=chat", "validation.path=y.jsonl")
+    config = load(recipe, *changes, "objective.name=next_token", "teacher=null")
+    [source] = config.data
+    assert (source.source, source.path, source.weight, source.questions_per_sample) == ("llava", "x.json", 2.0, 4)
+    assert config.validation.path == "y.jsonl"
+    assert load(minimal(data=[recipe["data"]]), "data.0.source=pictures", "data.0.path=x").data[0].source == "pictures"
+    assert load(minimal(), "data.name=split").data[0].label == "split"  # a name there is no kind
+    with pytest.raises(ValueError, match=r"data\.0\.source: must be one of .*, got 'lava'"):
+        load(recipe, "data.source=lava")
+    with pytest.raises(ValueError, match="split belongs to easy_vqa, huggingface; llava does not read it"):
+        load(recipe, "data.source=llava", "data.path=x.json", "data.split=test")
+
+
 def test_data_is_one_source_or_a_list_of_them(load):
     alone = load(minimal(data={"source": "chat", "path": "a.jsonl"}), "data.weight=2")
     assert [(data.path, data.weight) for data in alone.data] == [("a.jsonl", 2.0)]
@@ -351,8 +413,8 @@ def test_a_stage_cannot_be_changed_after_loading(load):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.num_steps = 5
     assert dataclasses.replace(config, num_steps=5).num_steps == 5
-    with pytest.raises(ValueError, match=r"(?s)num_steps.*greater than or equal to 1"):
-        dataclasses.replace(config, num_steps=0)
+    with pytest.raises(ValueError, match=r"(?s)num_steps.*greater than or equal to 0"):
+        dataclasses.replace(config, num_steps=-1)
 
 
 def test_every_stage_script_runs_a_recipe_of_its_own_name():

@@ -37,7 +37,7 @@ def main(folder: Path) -> None:
     for picture in pictures:
         shutil.copy(picture, folder / "pictures" / picture.name)
     entries = [conversation(asked_about[picture][:QUESTIONS_PER_PICTURE]) for picture in pictures]
-    (folder / "conversations.json").write_text(json.dumps(entries, indent=1))
+    (folder / "conversations.json").write_text(json.dumps(entries, indent=1), encoding="utf-8")
     sys.stdout.write(f"{len(pictures)} pictures and {len(entries)} conversations in {folder}\n")
 
 

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         "models": [summarize(found) for found in readings],
         "provenance": provenance([found.tested.path for found in readings], readings[0].tested.model.device),
     }
-    (args.output / "attention.json").write_text(json.dumps(result) + "\n")
+    (args.output / "attention.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     draw_layers(pyplot, readings, args.output / "layers.png")
     draw_maps(pyplot, readings, args.question, args.output / "maps.png", args.tokens)
     for found in readings:

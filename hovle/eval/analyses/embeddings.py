@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         **summarize(found),
         "provenance": provenance([args.model], tested.model.device),
     }
-    (args.output / FILES[0]).write_text(json.dumps(result) + "\n")
+    (args.output / FILES[0]).write_text(json.dumps(result) + "\n", encoding="utf-8")
     draw_words(pyplot, found, args.output / FILES[1])
     draw_numbers(pyplot, found, args.output / FILES[2])
     for kind in KINDS:

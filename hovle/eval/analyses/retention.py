@@ -29,6 +29,7 @@ from ...files.model_folder import refuse_missing_folder, short_name
 from ...language.text_perplexity import RetentionConfig, TextRetention
 from ...loading import load_bare_model, load_model, load_processor, reading
 from ...machine.speed import fastest_dtype
+from ...model.language_model import load_language_config
 from ...model.processing_hovle import HoVLEProcessor
 from ..results import digest, provenance
 from .drawing import FONT_SIZE, add_caption, save
@@ -80,8 +81,8 @@ def run(args: argparse.Namespace) -> int:
                 "language models have no common bare model to be compared with."
             )
     bare_name = resolve_asset(args.language_model)
-    if bare_name == args.language_model:
-        refuse_missing_folder(bare_name)
+    with reading(bare_name):
+        load_language_config(bare_name)  # says what cannot work before the tokenizer fails for it
     _check_tokenizer(bare_name, args.models[0], readers[0][1], config, items)
     rows = []
     for path in [None, *args.models]:
@@ -103,8 +104,8 @@ def run(args: argparse.Namespace) -> int:
         "models": rows,
     }
     args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / FILES[0]).write_text(json.dumps(result, indent=1) + "\n")
-    (args.output / FILES[1]).write_text(table(result) + "\n")
+    (args.output / FILES[0]).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (args.output / FILES[1]).write_text(table(result) + "\n", encoding="utf-8")
     draw(pyplot, result, args.output / FILES[2])
     print(f"\n{table(result)}\n\nWritten: {', '.join(str(args.output / name) for name in FILES)}")  # noqa: T201
     return 0

@@ -19,6 +19,10 @@ class DataSource(Kind):
     weight: Positive = 1.0
     """Samples drawn from this source in proportion to those of the others in the list; leave a source out to mute
     it."""
+    held_out: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of the source's records that is never trained on but measured, as `validation` is. The seed does not move
+    it. Records go to one side or the other one by one: a picture that several have may be on both sides, unless
+    `questions_per_sample` puts them together."""
     name: str | None = None
     """What logs and errors call the source; by default its kind and the name of its file."""
 

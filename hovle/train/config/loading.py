@@ -25,6 +25,13 @@ STAGE = TypeAdapter(StageConfig)
 WORDS = {"Input should": "must", "valid array": "list", "an object": "a mapping"}
 """What pydantic says of JSON -> what that is in a recipe."""
 
+TAGGED: dict[tuple[str, str], type[Kind]] = {
+    ("data", "source"): DataSource,
+    ("validation", "source"): DataSource,
+    ("objective", "name"): NamedObjective,
+}
+"""Section and key by which an override makes it one of another kind -> its kinds."""
+
 TAGS = {*DataSource.kinds(), *NamedObjective.kinds()}
 """What pydantic puts into the path of a key where there are several kinds; recipes have no such level."""
 
@@ -47,7 +54,8 @@ def load_stage(name_or_path: str, overrides: Sequence[str] = ()) -> StageConfig:
     Args:
         name_or_path: YAML file or the name of a shipped recipe.
         overrides: `key=value` strings that replace fields, dots for nested ones: `model.image_size=224`,
-            `data.0.weight=2` for the first of a list.
+            `data.0.weight=2` for the first of a list. `data.source=chat` makes a source one of that kind: what
+            only the former kind has goes, what both have stays.
 
     Raises:
         ValueError: For unknown or missing keys and values of the wrong type, naming the key.
@@ -99,6 +107,17 @@ def _override(values: dict, override: str) -> None:
         if not isinstance(values, (dict, list)):
             raise ValueError(f"{key}: {parent} has no fields to override.")
     values[_place(values, last, key)] = parse_yaml(text, override)
+    if isinstance(values, dict) and (base := TAGGED.get((parents[0] if parents else "", last))) is not None:
+        _forget_other_kinds(values, base)
+
+
+def _forget_other_kinds(values: dict, base: type[Kind]) -> None:
+    """Drop what belongs to the kind that a section was, now that an override has named another."""
+    kind = base.kinds().get(values[base.TAG])
+    if kind is not None:
+        of_others = {name for other in base.kinds().values() for name in field_names(other)} - {*field_names(kind)}
+        for name in of_others & values.keys():
+            del values[name]
 
 
 def _place(values: dict | list, name: str, key: str) -> str | int:

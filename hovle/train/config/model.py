@@ -7,7 +7,7 @@ from pydantic import Field
 
 from ...model.config_values import MOST_LAYERS
 from ...model.image_processing_hovle import MOST_TILES
-from .section import Count, Number, Positive, Section, Side, section
+from .section import Count, Many, Number, Positive, Section, Side, section
 
 
 @section
@@ -66,3 +66,5 @@ class LoraConfig(Section):
     """The update is scaled by alpha / rank."""
     dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
     """Dropout before the adapter."""
+    target_modules: Many[str] = ()
+    """Which linear maps get adapters, by the last part of their names, such as q_proj; empty: all of them."""

@@ -1,5 +1,6 @@
 """StageConfig: one training stage as a frozen value."""
 
+import dataclasses
 import math
 from functools import partial
 from typing import Annotated, Any, Literal, get_args
@@ -17,6 +18,7 @@ from .section import (
     CountOrNone,
     Many,
     Number,
+    PositiveOrZero,
     Section,
     Share,
     number_in,
@@ -25,8 +27,12 @@ from .section import (
 )
 
 Beta = Annotated[Number, Field(ge=0, lt=1)]
+LearningRate = Annotated[Number, Field(ge=0, le=10)]
 
 ParameterGroup = Literal["stem", "holistic_layers", "text_embeddings", "language_model"]
+
+Part = Literal["stem", "holistic_layers", "text_embeddings", "language_model", "lora", "projections"]
+"""What learns with a learning rate of its own: parameter groups, adapters, and distillation's maps."""
 
 PARAMETER_GROUPS: tuple[str, ...] = get_args(ParameterGroup)
 """What a stage can train: patch stem; the first N layers; the text table; the LLM's layers, norm and head."""
@@ -60,12 +66,15 @@ class StageConfig(Section):
     data: Annotated[Many[DataConfig], Field(min_length=1)]
     """What it reads: one source, or a list of sources mixed by `weight`."""
     validation: DataConfig | None = None
-    """Held-out data, measured before the first step, every `validate_every` steps and after the last."""
+    """Held-out data, measured before the first step, every `validate_every` steps and after the last; None: what
+    `held_out` of the sources keeps from training, if anything."""
     num_validation_batches: Count = 4
     """Packed batches of it, all processes and micro-batches together, fewer where the source ends: the same samples
     whatever their number, each once."""
     validate_every: CountOrNone = 0
     """Steps between validations; 0: only before the first step and after the last."""
+    patience: CountOrNone = 0
+    """End the run after so many validations in a row without a smaller loss; 0: never. `keep_best` keeps the best."""
     image_ablation: bool = True
     """With every validation after the first, measure blank and shuffled pictures too (next_token)."""
     min_picture_gap: Annotated[float, BeforeValidator(number_in), Field(ge=-math.inf, le=MOST)] = 0.01
@@ -76,7 +85,7 @@ class StageConfig(Section):
     """Whether the model still knows its language; None: not measured."""
     language: LanguageConfig | None = None
     """Text in every batch on which the model is held to the bare language model; None: nothing holds its language."""
-    stop_when_forgetting: Annotated[Number, Field(gt=1)] | None = None
+    stop_when_forgetting: Annotated[Number, Field(gt=1, le=MOST)] | None = None
     """End the run where after warm-up perplexity on held-out text of `language.source` is so many times the
     bare LLM's, as every validation measures it (`perplexity_ratio`); first it is saved, as above. None: never."""
     tracking: Many[str] = ()
@@ -90,8 +99,11 @@ class StageConfig(Section):
     expected: ExpectedData | None = None
     """Average sample, for `hovle plan` only."""
 
-    num_steps: Count
-    """Optimizer steps, not micro-batches."""
+    num_steps: CountOrNone = 0
+    """Optimizer steps, not micro-batches; 0: as many as num_epochs takes."""
+    num_epochs: PositiveOrZero = 0.0
+    """Instead of num_steps: how many times the data are read. With several sources one time is as many samples as they
+    hold together. The steps are counted before the first one, by packing the data once without their pictures."""
     rows_per_batch: Count
     """Packed rows of one micro-batch on one process."""
     row_length: Count
@@ -106,10 +118,15 @@ class StageConfig(Section):
     """Most tiles a picture is cut into in this stage; by default what the model's processor allows, which stays."""
     gradient_accumulation_steps: Count = 1
     """Micro-batches per optimizer step."""
-    learning_rate: Annotated[Number, Field(ge=0, le=10)]
+    learning_rate: LearningRate
     """Peak learning rate."""
+    learning_rates: dict[Part, LearningRate] = dataclasses.field(default_factory=dict)
+    """Peak learning rates of parts that shall have another one: trainable groups, `lora`, and `projections`, the maps
+    to a teacher's width."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     final_learning_rate_ratio: Share = 0.1
-    """Learning rate at the last step over the peak, reached by a cosine."""
+    """Learning rate at the last step over the peak; a constant one stays at the peak."""
     warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] = 0.03
     """Share of the steps with a linear warm-up."""
     adam_betas: Annotated[tuple[Beta, Beta], Strict(False)] = (0.9, 0.95)
@@ -131,7 +148,9 @@ class StageConfig(Section):
     """Run each decoder layer again in the backward pass instead of keeping what it computed: saves memory."""
     quantize_frozen: Literal["none", "int8", "int4"] = "none"
     """Hold the frozen language model's layers in 8 or 4 bits while training (needs bitsandbytes); the saved model has
-    its weights as they were."""
+    its weights as they were, with `lora` (QLoRA) plus the adapters."""
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Number format of the weights in `model`; checkpoints, from which runs go on, keep float32."""
     num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """0: the training process prepares the batches; 1: a process of its own does; more: one of them tokenises and
     packs, the others read pictures. The batches are the same."""
@@ -145,6 +164,8 @@ class StageConfig(Section):
     """Measure the validation loss at every checkpoint and keep the one with the smallest, too; `best` names it."""
 
     def __post_init__(self):
+        if not self.num_steps and not self.num_epochs:
+            raise ValueError("how long the stage is, is missing: set num_steps, or num_epochs.")
         if not self.trainable and self.lora is None:
             raise ValueError("trainable is empty and lora is not set: nothing would learn.")
         if self.lora is not None and "language_model" in self.trainable:
@@ -154,15 +175,24 @@ class StageConfig(Section):
         self._check_teachers()
         if self.objective.name == "distillation" and (self.lora is not None or "language_model" in self.trainable):
             raise ValueError("Distillation does not run the language model: it can train neither it nor lora.")
-        if self.validate_every and self.validation is None:
+        self._check_held_out()
+        if self.validate_every and not self.holds_out:
             raise ValueError(f"validate_every is {self.validate_every}, but there is no validation source.")
-        if self.stop_when_images_ignored and not (self.image_ablation and self.validation and not self.teacher):
+        if self.stop_when_images_ignored and not (self.image_ablation and self.holds_out and not self.teacher):
             raise ValueError(
                 "stop_when_images_ignored needs image_ablation, a validation source and the next_token objective: "
                 "nothing would be checked."
             )
         if self.stop_when_forgetting is not None and self.language is None:
             raise ValueError("stop_when_forgetting needs a language block, whose held-out text it measures.")
+        learning = {*self.trainable, *(["lora"] if self.lora else []), *(["projections"] if self.teacher else [])}
+        if idle := [part for part in self.learning_rates if part not in learning]:
+            raise ValueError(
+                f"learning_rates names {', '.join(idle)}, which this stage does not train; it trains "
+                f"{', '.join(sorted(learning))}."
+            )
+        if self.patience and not (self.validate_every and self.holds_out):
+            raise ValueError("patience counts validations: set validation and validate_every.")
         self._check_quantization()
         if self.language is not None and self.language_length < 2:
             raise ValueError(
@@ -176,7 +206,7 @@ class StageConfig(Section):
             )
         if self.language is not None and self.language.around_images and self.objective.name == "distillation":
             raise ValueError("language.around_images is for next_token: in distillation, text there is random tokens.")
-        if self.keep_best and (self.validation is None or not self.checkpoint_every):
+        if self.keep_best and not (self.holds_out and self.checkpoint_every):
             raise ValueError("keep_best compares checkpoints by validation loss: set validation and checkpoint_every.")
         labels = [data.label for data in self.data]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
@@ -196,13 +226,27 @@ class StageConfig(Section):
                 f"student layers {', '.join(map(str, student_layers))}."
             )
 
+    def _check_held_out(self) -> None:
+        shares = [source.label for source in self.data if source.held_out]
+        if shares and self.validation is not None:
+            raise ValueError(
+                f"validation names held-out data, and so does held_out of {', '.join(shares)}: take one of them out."
+            )
+        if self.validation is not None and self.validation.held_out:
+            raise ValueError("validation.held_out has no meaning: all of that source is held out.")
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are data that are never trained on, to measure."""
+        return self.validation is not None or any(source.held_out for source in self.data)
+
     def _check_quantization(self) -> None:
         if self.quantize_frozen == "none":
             return
-        if self.objective.name == "distillation" or self.lora is not None or "language_model" in self.trainable:
+        if self.objective.name == "distillation" or "language_model" in self.trainable:
             raise ValueError(
                 f"quantize_frozen is {self.quantize_frozen}, which is for next_token stages whose language model is "
-                "frozen and has no lora: distillation does not run it, the others change it."
+                "frozen, with or without lora: distillation does not run it, and what learns cannot be quantised."
             )
         if self.retention is not None:
             raise ValueError(

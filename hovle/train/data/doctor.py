@@ -213,7 +213,7 @@ def describe_source(source: SourceReport, report: DataReport, config: StageConfi
             f"  length         {ordered[0]} to {ordered[-1]} tokens, median {middle}, row {config.row_length}"
         )
         lines.append(f"  supervised     {source.num_supervised / tokens:.1%} of the tokens")
-    if source.num_records:
+    if source.num_records and config.num_steps:
         lines.append(f"  run            {report.num_draws * source.share / source.num_records:.2f} epochs (estimated)")
     lines += [
         f"  not read       {count:,} rows: {printable_name(keys)}"

@@ -13,8 +13,8 @@ from fractions import Fraction
 
 import torch
 
-from ..config import DataConfig
-from .readers import fingerprint_records, load_records
+from ..config import DataConfig, StageConfig
+from .readers import fingerprint_records, load_part
 from .records import Record, Records, RecordStream
 from .skips import SkipSampleError
 
@@ -207,11 +207,24 @@ class MixtureReader:
         }
 
 
-def open_mixture(configs: Sequence[DataConfig], seed: int) -> Mixture:
-    """Open the sources of a recipe."""
+def open_mixture(configs: Sequence[DataConfig], seed: int, held_out: bool = False) -> Mixture:
+    """Open the sources of a recipe: what is trained on, or what they hold out.
+
+    Args:
+        configs: The sources; with `held_out`, those that hold anything out.
+        seed: Of the order.
+        held_out: Whether to take the other part of sources that are divided.
+    """
     return Mixture(
-        [load_records(config) for config in configs],
+        [load_part(config, held_out) for config in configs],
         seed,
         [config.weight for config in configs],
         [config.label for config in configs],
     )
+
+
+def open_held_out(config: StageConfig) -> Mixture:
+    """What a stage measures and does not train on: `validation`, or what its sources hold out."""
+    if config.validation is not None:
+        return open_mixture([config.validation], config.seed)
+    return open_mixture([source for source in config.data if source.held_out], config.seed, held_out=True)

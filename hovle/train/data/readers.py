@@ -1,8 +1,12 @@
 """Readers turn files into records, conversations whose pictures are still on disk."""
 
+import functools
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+import torch
 
 from ...assets import easy_vqa
 from ...assets.vqa_questions import Question, load_questions, wording_weights
@@ -14,6 +18,9 @@ from .local_files import describe_left, list_folder
 from .records import PICTURE_SUFFIXES, Record, Records, RecordStream, conversation, picture_paths
 from .skips import SkipSampleError
 
+HOLDING_OUT = 0x401D
+"""Seed by which records are held out, whatever the run's: what was held out once may be measured by any run."""
+
 
 def load_records(config: DataConfig) -> Records | RecordStream:
     """Open a source; pictures stay on disk."""
@@ -21,6 +28,62 @@ def load_records(config: DataConfig) -> Records | RecordStream:
     if not isinstance(config, ConversationData) or not (config.questions_per_sample > 1 or config.independent_turns):
         return records
     return share_pictures(records, config.questions_per_sample, config.independent_turns)
+
+
+def load_part(config: DataConfig, held_out: bool = False) -> Records | RecordStream:
+    """Open what training reads of a source, or what `held_out` of its config keeps from it.
+
+    Raises:
+        ValueError: For a stream, which has no numbers to divide it by, and where one of the parts would be empty.
+    """
+    records = load_records(config)
+    if not config.held_out:
+        return records
+    if isinstance(records, RecordStream):
+        raise ValueError(
+            f"{config.label}: held_out needs a source that is read by number, not a stream: take streaming out, or "
+            "name other data as `validation`."
+        )
+    count = round(config.held_out * len(records))
+    if not 0 < count < len(records):
+        raise ValueError(
+            f"{config.label}: held_out {config.held_out} of {len(records)} records is {count}: raise or lower it, so "
+            "that both parts have some."
+        )
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(HOLDING_OUT)).tolist()
+    return PartOfRecords(records, sorted(order[:count] if held_out else order[count:]))
+
+
+class PartOfRecords(Sequence[Record]):
+    """Some records of a source.
+
+    Args:
+        records: All of them.
+        places: Which ones.
+    """
+
+    def __init__(self, records: Records, places: Sequence[int]):
+        self.records = records
+        self.places = places
+        self.left_aside = list(getattr(records, "left_aside", ()))
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, place):
+        return self.records[self.places[place]]
+
+    @functools.cached_property
+    def has_branches(self) -> bool:
+        """Whether records may hold several conversations."""
+        if isinstance(self.records, list):
+            return any(record.has_branches for record in self.records)
+        return getattr(self.records, "has_branches", False)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the whole source: the recipe says which part it is."""
+        return fingerprint_records(self.records)
 
 
 def _open(config: DataConfig) -> Records | RecordStream:

@@ -15,7 +15,7 @@ def quantize_language_model(
     """Replace every linear map of the language model's layers by a quantised one, in place.
 
     Args:
-        model: Its language model is frozen.
+        model: Its language model is frozen; adapters on it stay as they are.
         bits: `int8` (LLM.int8) or `int4` (NF4 in blocks).
         dtype: Number format of products.
         device: Where the quantised weights go.
@@ -28,7 +28,7 @@ def quantize_language_model(
         f"model.language_model.layers.{first + index}.{name}": module
         for index, layer in enumerate(model.model.language_layers)
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and ".lora_" not in name
     }
     for name, linear in originals.items():
         model.set_submodule(name, _quantized(linear, bits, dtype).to(device))

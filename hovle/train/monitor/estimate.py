@@ -1,10 +1,14 @@
 """What a plan says of a run that is about to start, and what the run then measured: both go to its log."""
 
+import contextlib
+import logging
 import statistics
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
+from ...errors import printable_name
 from ...machine.memory import peak_resident_bytes
 from ...machine.speed import matmul_flops_per_second
 from ...model.configuration_hovle import HoVLEConfig
@@ -19,8 +23,26 @@ def is_planned(config: StageConfig) -> bool:
     return all(teacher.kind == "timm" for teacher in config.teacher)
 
 
+@contextlib.contextmanager
+def _without_errors_of(name: str) -> Iterator[None]:
+    """Keep a logger from telling of an error that is caught and told in a line."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _line(error: Exception) -> str:
+    return printable_name(next(iter(str(error).splitlines()), ""))
+
+
 class Estimate:
     """Prediction and measurement of one run on the main process.
+
+    `predicted` is None for a stage that the plan does not know, and where predicting failed; `problem` says why then.
 
     Args:
         config: The stage.
@@ -34,8 +56,13 @@ class Estimate:
         self.device: torch.device = accelerator.device
         self.rates: list[float] = []
         self.predicted: dict[str, Any] | None = None
+        self.problem: str | None = None
         if is_planned(config):
-            self.predicted = self._predict(config, model, dtype, batch, accelerator)
+            try:
+                with _without_errors_of("torch._subclasses.fake_tensor"):
+                    self.predicted = self._predict(config, model, dtype, batch, accelerator)
+            except Exception as error:  # whatever it is, nobody's run may end for a forecast
+                self.problem = f"What this run will take cannot be predicted ({type(error).__name__}: {_line(error)})."
 
     def _predict(
         self, config: StageConfig, model: HoVLEConfig, dtype: torch.dtype, batch: PackedBatch, accelerator

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tqdm.auto import tqdm
@@ -36,6 +36,16 @@ class BlindPicturesError(StopRunError):
 
 
 @dataclass
+class Waiting:
+    """For a smaller validation loss."""
+
+    smallest: float | None = None
+    """So far."""
+    num_validations: int = 0
+    """Since then."""
+
+
+@dataclass
 class Examiner:
     """Measures held-out batches and text during a run and says when pictures do not matter or language is lost."""
 
@@ -48,6 +58,8 @@ class Examiner:
     """On held-out text; None where the recipe holds none."""
     last: tuple[int, dict[str, float]] | None = None
     """Step and terms of the last validation; asked again after the same step, they are still right."""
+    waiting: Waiting = field(default_factory=Waiting)
+    """What `patience` goes by."""
 
     def warn_where_blind(self) -> None:
         """Show a warning where the recipe wants the effect of pictures checked and nothing held out tells it."""
@@ -98,6 +110,25 @@ class Examiner:
     def _is_warming_up(self, step: int) -> bool:
         config = self.step.config
         return step <= math.ceil(config.num_steps * config.warmup_ratio) < config.num_steps
+
+    def has_waited_enough(self, step: int) -> bool:
+        """Whether the run shall end, as `patience` validations in a row had no smaller loss; asked once after each."""
+        if not self.batches:
+            return False
+        loss, waiting = self.held_out_loss(step), self.waiting
+        if waiting.smallest is None or loss < waiting.smallest:
+            self.waiting = Waiting(loss)
+            return False
+        waiting.num_validations += 1
+        if not 0 < self.step.config.patience <= waiting.num_validations:
+            return False
+        message = (
+            f"the validation loss, {loss:.5g}, has not fallen below {waiting.smallest:.5g} for "
+            f"{waiting.num_validations} validations: the run ends here (patience)."
+        )
+        self.log({"event": "early_stop", "step": step, "message": message})
+        self._show(f"After step {step}, {message}")
+        return True
 
     def held_out_loss(self, step: int) -> float:
         """Log the held-out terms after so many steps and weigh them as training does."""

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     for folder in args.runs:
         shown = read_run(folder)
         draw(pyplot, shown, folder / "report.png")
-        (folder / "report.md").write_text(summarize(shown))
+        (folder / "report.md").write_text(summarize(shown), encoding="utf-8")
         print(f"{state(shown)}\nReport: {folder / 'report.md'}, {folder / 'report.png'}")  # noqa: T201 - the output
     return 0
 
@@ -98,7 +98,7 @@ def read_run(folder: Path) -> Run:
     if missing:
         raise ValueError(f"{folder} is no run folder: it holds no {' and no '.join(missing)}.")
     shown = Run(folder, load_yaml(folder / "recipe.yaml"))
-    for number, line in enumerate((folder / "log.jsonl").read_text().splitlines(), 1):
+    for number, line in enumerate((folder / "log.jsonl").read_text(encoding="utf-8").splitlines(), 1):
         try:
             entry = parse_json(line, f"line {number} of log.jsonl")
         except UnreadableError:
@@ -144,7 +144,7 @@ def warnings_of(shown: Run) -> list[str]:
         and shown.events("finish")
         and not shown.events("image_ablation")
     ):
-        reason = "there is no validation source" if shown.recipe["validation"] is None else "image_ablation is off"
+        reason = "image_ablation is off" if shown.events("validation") else "there is no validation source"
         found.append(f"Whether the pictures matter was not measured: {reason}.")
     for entry in shown.events("image_ablation")[-1:]:
         if not entry["num_pictures"]:

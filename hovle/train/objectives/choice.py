@@ -35,7 +35,7 @@ def make_objective(
     image_processor: HoVLEImageProcessor,
     text_table: torch.Tensor,
     dtype: torch.dtype,
-    teacher: ImageTeacher | None = None,
+    teacher: Targets | None = None,
 ) -> Objective:
     """Build the objective a config names, over a model that is prepared for training in a number format.
 
@@ -94,7 +94,7 @@ def _with_weights(config: TeacherConfig) -> TeacherConfig:
     return config if checkpoint is None else dataclasses.replace(config, checkpoint=resolve_asset(checkpoint))
 
 
-def load_teacher(config: StageConfig) -> ImageTeacher | None:
+def load_teacher(config: StageConfig) -> Targets | None:
     """Load the teacher of a stage that has one, or several side by side."""
     return side_by_side([make_teacher(_with_weights(item)) for item in config.teacher]) if config.teacher else None
 

@@ -25,7 +25,7 @@ from ...model.pictures import picture_size
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig, TeacherConfig
 from ..data.batch import PackedBatch, TileBatch
-from ..data.mixture import Mixture, open_mixture
+from ..data.mixture import Mixture, open_held_out
 from ..data.records import RecordStream, picture_sources
 from ..data.skips import SkipSampleError
 from ..data.tiles import picture_key, read_tiles
@@ -57,7 +57,7 @@ class FeatureCache:
         self.folder = root / hashlib.sha256(text.encode()).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         if not (self.folder / "teacher.json").exists():
-            (self.folder / "teacher.json").write_text(text + "\n")
+            (self.folder / "teacher.json").write_text(text + "\n", encoding="utf-8")
         self._shards: dict[str, Path] = {}
         self._handles: dict[Path, object] = {}
         self.reload()
@@ -301,8 +301,8 @@ def cached_targets(
 
     def pictures() -> Iterator[str | bytes]:
         yield from _first_pictures(mixture)
-        if config.validation is not None:
-            yield from _first_pictures(open_mixture([config.validation], config.seed), names)
+        if config.holds_out:
+            yield from _first_pictures(open_held_out(config), names)
 
     grid_size = round(processor.image_seq_length**0.5)
     identity = cache_identity(teacher_config, teacher, processor.image_processor, grid_size, dtype)

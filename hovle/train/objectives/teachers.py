@@ -174,7 +174,9 @@ class TimmTeacher(ImageTeacher):
         if ":" not in config.name and not timm.is_model(config.name):
             near = difflib.get_close_matches(config.name, timm.list_models(), n=3, cutoff=0)
             raise ValueError(f"teacher.name: timm knows no model {config.name!r}; did you mean {', '.join(near)}?")
-        with foreign_errors(f"teacher.name: timm cannot load {config.name}, whose weights teacher.checkpoint may name"):
+        with foreign_errors(
+            f"teacher.name: timm cannot load {config.name}, whose weights teacher.checkpoint may name"
+        ):
             full: Any = timm.create_model(config.name, pretrained=config.checkpoint is None)
         if config.checkpoint is not None:
             _load_in_order(full, Path(config.checkpoint))

@@ -28,6 +28,7 @@ import torch
 import yaml
 from tabulate import tabulate
 
+from ...errors import foreign_errors
 from ...files.documents import parse_json
 from ...machine.speed import choose_dtype, dtype_name
 from ...model.configuration_hovle import HoVLEConfig
@@ -119,11 +120,12 @@ def plan_stage(name: str, config: StageConfig, model: HoVLEConfig, device: Devic
         device: What it runs on.
         count: How many of them, each with one process.
     """
-    cost = StageCost(config, model, planned_dtype(config, device))
-    work = Workload.expected(config, model)
+    work, dtype = Workload.expected(config, model), planned_dtype(config, device)
     if device.is_cpu:
         device = dataclasses.replace(device, slack_ratio=cpu_slack_ratio(config))
-    flops, memory = cost.flops(work), cost.memory(work, count, device.is_cpu)
+    with foreign_errors(f"{name}: what a {model.text_config.model_type} takes cannot be predicted"):
+        cost = StageCost(config, model, dtype)
+        flops, memory = cost.flops(work), cost.memory(work, count, device.is_cpu)
     compute_seconds = sum(flops.values()) / (device.flops_per_second * device.mfu)
     optimizer_seconds = ADAM_BYTES * memory.optimizer / 8 / device.bytes_per_second
     largest = _largest_rows(cost, work, device, count)
@@ -215,6 +217,12 @@ def read_stages(arguments: Sequence[str]) -> list[tuple[str, StageConfig, HoVLEC
     if not names:
         raise ValueError("Name at least one recipe.")
     stages = [load_stage(name, overrides) for name in names]
+    for name, stage in zip(names, stages, strict=True):
+        if not stage.num_steps:
+            raise ValueError(
+                f"{name} says num_epochs, and a plan reads no data to count the steps: add num_steps=N for it; `hovle "
+                "train --dry-run` counts them."
+            )
     named = []
     for number, (name, stage) in enumerate(zip(names, stages, strict=True)):
         others = [*reversed(stages[:number]), *sibling_stages(find_recipe(name), overrides)]
@@ -350,8 +358,8 @@ def check_stage(config: StageConfig, model: HoVLEConfig) -> dict:
 
 def _measure_in_own_process(config: StageConfig, model: HoVLEConfig, dtype: torch.dtype) -> dict:
     with tempfile.TemporaryDirectory(prefix="hovle-plan-") as folder:
-        (Path(folder) / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict()))
-        (Path(folder) / "config.json").write_text(model.to_json_string(use_diff=False))
+        (Path(folder) / "recipe.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+        (Path(folder) / "config.json").write_text(model.to_json_string(use_diff=False), encoding="utf-8")
         command = [sys.executable, "-m", "hovle.train.plan.random_step", folder, dtype_name(dtype)]
         result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:

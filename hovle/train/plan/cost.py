@@ -31,6 +31,7 @@ from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ..config import PARAMETER_GROUPS, ExpectedData, StageConfig
 from ..data.batch import PackedBatch
+from ..model.adapters import adapted_maps
 from ..model.parameters import parameter_groups
 from .memory import Activations, measure_activations, tied_table_learns
 from .shapes import teacher_shapes
@@ -500,7 +501,7 @@ def _products(layers: nn.ModuleList, config: HoVLEConfig) -> float:
 def _num_adapters(model: HoVLEForConditionalGeneration, config: StageConfig) -> int:
     if config.lora is None:
         return 0
-    linear = [module for module in model.model.language_layers.modules() if isinstance(module, nn.Linear)]
+    linear = adapted_maps(model, config.lora).values()
     return sum(config.lora.rank * (module.in_features + module.out_features) for module in linear)
 
 

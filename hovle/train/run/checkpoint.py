@@ -31,6 +31,8 @@ RESUMABLE_CHANGES = (
     "expected",
     "keep_last",
     "keep_best",
+    "save_dtype",
+    "patience",
     "sharding",
     "activation_checkpointing",
     "gradient_accumulation_steps",
@@ -128,6 +130,8 @@ def load_training_state(checkpoint: Path) -> dict:
 def changed_fields(old: dict, new: dict) -> list[str]:
     """Fields in which two recipes would train differently; a field that the old one lacks had its default."""
     old, new = _without_revisions(with_new_fields(old)), _without_revisions(new)
+    if new["num_epochs"] and not new["num_steps"]:  # not counted yet; they follow from what else is compared
+        new = {**new, "num_steps": old.get("num_steps")}
     return [key for key in new if key not in RESUMABLE_CHANGES and old.get(key) != new[key]]
 
 

@@ -22,11 +22,11 @@ def train(
     meter: Meter,
     log: Callable[[dict], None],
     check: Callable[[], None],
-    validate: Callable[[int, StreamPosition], None],
+    validate: Callable[[int, StreamPosition], bool],
     save: Callable[[int, StreamPosition], None],
     name: str,
-) -> None:
-    """Run the steps of a stage.
+) -> int:
+    """Run the steps of a stage; how many are finished at its end.
 
     Args:
         step: What trains, with its config.
@@ -35,7 +35,7 @@ def train(
         meter: Measures speed.
         log: Takes one entry with units in its keys.
         check: Raises, on all ranks alike, where the data so far must end the run; what is learnt is saved before.
-        validate: Takes the number of finished steps and where the data continues.
+        validate: Takes the number of finished steps and where the data continues; whether the run shall end there.
         save: Takes the same.
         name: Shown on the progress bar.
     """
@@ -49,7 +49,7 @@ def train(
         disable=not step.accelerator.is_main_process,
     )
     meter.start()
-    num_empty = 0
+    num_empty, finished = 0, first_step
     save_last: Callable[[], None] | None = None  # what the last step learnt, unless it is saved
     for number in range(first_step, config.num_steps):
         with saving_before_a_stop(save_last), fail_on_all_ranks(), meter.waiting_for_data():
@@ -71,12 +71,17 @@ def train(
             with saving_before_a_stop(save_last):
                 check()
         with meter.paused():
-            if config.validate_every and finished % config.validate_every == 0 and not is_last:
-                validate(finished, reached)
-            if config.checkpoint_every and finished % config.checkpoint_every == 0 and not is_last:
+            is_due = {
+                act: bool(every) and finished % every == 0 and not is_last
+                for act, every in (("validate", config.validate_every), ("save", config.checkpoint_every))
+            }
+            if is_due["validate"] and validate(finished, reached):
+                break
+            if is_due["save"]:
                 save_last()
                 save_last = None
     progress.close()
+    return finished
 
 
 @contextlib.contextmanager

@@ -10,9 +10,9 @@ import yaml
 from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
-from ...files.atomic import remove_leftovers, rename_durably, write_folder
+from ...files.atomic import is_locked, remove_leftovers, rename_durably, write_folder
 from ...files.documents import load_yaml
-from ...language.text_perplexity import BareRecord, write_record
+from ...language.text_perplexity import RECORD, BareRecord, write_record
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
@@ -26,14 +26,17 @@ from .handoff import make_probe, write_probe
 
 RECIPE = "recipe.yaml"
 UNFINISHED_RECIPE = f".{RECIPE}.writing"
+LOG = "log.jsonl"
+START_FILES = {RECIPE, UNFINISHED_RECIPE, LOG, RECORD}
+"""What a run leaves before its first step."""
 
 SAMPLING_ONLY = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 """Settings of generation that a random choice of tokens alone reads; published ones are often set without it."""
 
 
 def check_unused(output: Path) -> None:
-    """Raise where a run folder is not empty: one run per folder."""
-    if _holds_files(output):
+    """Raise where a run folder is not empty: one run per folder. A start that took no step is no run."""
+    if _holds_files(output) and not _holds_failed_start(output):
         raise ValueError(
             f"Output folder {output} already holds a run. Continue it with --resume, or choose another output."
         )
@@ -41,6 +44,18 @@ def check_unused(output: Path) -> None:
 
 def _holds_files(output: Path) -> bool:
     return output.exists() and any(path.name != UNFINISHED_RECIPE for path in output.iterdir())
+
+
+def _holds_failed_start(output: Path) -> bool:
+    """Whether a folder holds nothing but the recipe and the log of a run that ended before its first logged step.
+
+    One that still goes on has locked it.
+    """
+    others = {path.name for path in output.iterdir()} - START_FILES
+    if others or not (output / RECIPE).is_file() or is_locked(output):
+        return False
+    log = output / LOG
+    return not log.is_file() or not any('"loss":' in line for line in log.read_text(encoding="utf-8").splitlines())
 
 
 def check_resumable(output: Path, config: StageConfig) -> None:
@@ -56,11 +71,13 @@ def claim_output(output: Path, config: StageConfig, resume: bool) -> None:
     """Take a run folder once everything is set up; one that is resumed keeps its recipe and loses its leftovers."""
     if not resume:
         check_unused(output)
+        for name in START_FILES:  # of a start that took no step
+            (output / name).unlink(missing_ok=True)
     output.mkdir(parents=True, exist_ok=True)
     remove_leftovers(output)
     if not (output / RECIPE).is_file():
         unfinished = output / UNFINISHED_RECIPE
-        unfinished.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False))
+        unfinished.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
         rename_durably(unfinished, output / RECIPE)
 
 
@@ -121,21 +138,32 @@ def write_model(
     batch: PackedBatch,
     record: BareRecord | None,
     generation_config: GenerationConfig | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Write a model and what it says of a batch, computed free of all that training wrapped around it.
 
-    The bare language model's record, if there is one, goes with it, and so do the settings of generation.
+    Args:
+        folder: Where it goes.
+        config: Of the model.
+        processor: Goes with it.
+        weights: In float32.
+        batch: What the probe for the next stage is made of.
+        record: Of the bare language model; goes with it, if there is one.
+        generation_config: Settings of generation; go with it, too.
+        dtype: Number format it is stored in. The probe is made in float32 of the weights as they are stored.
     """
     with no_init_weights():
         model = HoVLEForConditionalGeneration(config)
     if generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)
-    model.load_state_dict(weights, assign=True)
+    model.load_state_dict({name: item.to(dtype).float() for name, item in weights.items()}, assign=True)
     model.tie_weights()
     probe = make_probe(model, batch, PixelNormalization.of(processor.image_processor))
+    stored = {name: item.to(dtype) for name, item in weights.items()}
+    model.to(dtype)  # what is saved says which format it has
 
     def fill(temporary: Path) -> None:
-        save_weights(temporary, model, processor, weights)
+        save_weights(temporary, model, processor, stored)
         write_probe(temporary, probe)
         if record is not None:
             write_record(temporary, record)

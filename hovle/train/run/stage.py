@@ -1,19 +1,22 @@
 """One stage, from its recipe to a trained model: read `run_stage` from top to bottom."""
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import printable
+from ...files.atomic import locked
 from ...language.text_perplexity import TextRetention, write_record
 from ...machine.memory import keep_freed_memory
 from ..config import StageConfig
 from ..data.mixture import open_mixture
 from ..data.packing import StreamPosition
+from ..model.adapters import unadapted
 from ..model.start import positions_of
 from ..monitor.estimate import Estimate
-from ..monitor.image_ablation import Examiner
+from ..monitor.image_ablation import Examiner, Waiting
 from ..monitor.language_check import LanguageCheck
 from ..monitor.meter import Meter
 from ..monitor.run_log import check_trackers, make_log, run_environment, tracking
@@ -25,7 +28,7 @@ from .dry_run import describe
 from .loop import train
 from .random_numbers import continue_random_numbers
 from .run_folder import check_resumable, check_unused, claim_output, end_at_taught_replies, find_standing
-from .stage_data import StageData
+from .stage_data import StageData, with_counted_steps
 from .start import agree_on_dtype, check_start, load_start, load_state
 from .writer import Writer
 
@@ -55,7 +58,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     with fail_on_all_ranks():
         if resume:
             check_resumable(output, config)
-        elif not dry_run:
+        elif not dry_run and accelerator.is_main_process:
             check_unused(output)
     if resume and find_standing(output) == "model":
         accelerator.print(f"{output} is finished: nothing to resume.")
@@ -68,6 +71,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
 
     # The data, and where an earlier attempt left it.
     mixture = open_mixture(config.data, config.seed)
+    config = with_counted_steps(config, mixture, accelerator)
     state = None
     if resume:
         with fail_on_all_ranks():
@@ -107,7 +111,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     if state:
         load_optimizer_state(objective, step.optimizer, state.pop("optimizer"))
 
-    with tracking(config, accelerator):
+    with locked(output) if is_main_process else contextlib.nullcontext(), tracking(config, accelerator):
         # A look before the first step: what machine and model promise, and what the model knows already.
         log = make_log(output, accelerator)
         batches = data.training_batches()
@@ -117,8 +121,11 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         meter = Meter(objective, on_device, step.autocast, dtype, accelerator.num_processes)
         estimate = Estimate(config, model.config, dtype, first_batch, accelerator)
         log({"event": "start", "step": first_step, **start_facts(step, data, meter, estimate), "handoff": handoff})
+        warn(step, log, estimate, first_step)
         language = LanguageCheck(step, data.held_out_language) if data.held_out_language else None
         examiner = Examiner(step, data.usable(held_out, log, first_step), log, language)
+        if state:
+            examiner.waiting = Waiting(**state.get("waiting", {}))
         examiner.warn_where_blind()
         if retention:
             if is_main_process:
@@ -129,7 +136,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
 
         # The steps.
         writer = Writer(step, data, examiner, log, state["best"] if state else None)
-        train(
+        finished = train(
             step,
             itertools.chain([first_batch], batches),
             first_step=first_step,
@@ -142,28 +149,33 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         )
 
         # A look after the last one, and the model.
-        step.refuse_ruined_weights(config.num_steps)
-        end = examiner.examine(config.num_steps)
+        step.refuse_ruined_weights(finished)
+        end = examiner.examine(finished)
         if retention:
             with unsharded(objective):
                 retention.measure(model, step.autocast)
-            log(retention.entry(config.num_steps))
+            log(retention.entry(finished))
         facts = {"predicted": estimate.predicted, "measured": estimate.measured()}
         writer.finish(retention)
-        log({"event": "finish", "step": config.num_steps, **facts})
+        log({"event": "finish", "step": finished, **facts})
         accelerator.wait_for_everyone()
     if end is not None:
         raise type(end)(f"{end} The model is saved in {output / 'model'}.")
     return output / "model"
 
 
-def examine_or_stop(examiner: Examiner, writer: Writer, num_steps: int, reached: StreamPosition) -> None:
-    """Examine in the middle of a run; save a checkpoint and raise where the recipe wants it to end (all ranks)."""
+def examine_or_stop(examiner: Examiner, writer: Writer, num_steps: int, reached: StreamPosition) -> bool:
+    """Examine in the middle of a run; save a checkpoint and raise where the recipe wants it to end (all ranks).
+
+    Returns:
+        Whether the run shall end here as if it were finished, because validation falls no more.
+    """
     end = examiner.examine(num_steps)
     if end is not None:
         writer.save(num_steps, reached)
         folder = checkpoint_folder(writer.output, num_steps)
         raise type(end)(f"{end} The run is saved in {folder} and can be resumed.")
+    return examiner.has_waited_enough(num_steps)
 
 
 def start_facts(step: TrainableStep, data: StageData, meter: Meter, estimate: Estimate) -> dict:
@@ -177,6 +189,17 @@ def start_facts(step: TrainableStep, data: StageData, meter: Meter, estimate: Es
         "keeps_freed_memory": keep_freed_memory(step.accelerator.device),
         "predicted": estimate.predicted,
     }
+
+
+def warn(step: TrainableStep, log: Callable[[dict], None], estimate: Estimate, first_step: int) -> None:
+    """Say, on the terminal and in the log, what a run does without."""
+    messages = [estimate.problem] if estimate.problem else []
+    if step.trainable.peft_model is not None and (left := unadapted(step.model)):
+        shown = ", ".join(f"{name} ({count:,} numbers)" for name, count in left.items())
+        messages.append(f"lora leaves out what is no linear map, so it stays as it is: {shown}.")
+    for message in messages:
+        log({"event": "warning", "step": first_step, "message": message})
+        step.accelerator.print(f"WARNING: {message}")
 
 
 def log_step(log: Callable[[dict], None], data: StageData, estimate: Estimate, entry: dict) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,12 +10,51 @@ from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
 from ..data.batch import PackedBatch
 from ..data.language import LanguageText, open_language
-from ..data.mixture import Mixture, open_mixture
+from ..data.mixture import Mixture, open_held_out
 from ..data.packing import PackedBatches, StreamPosition, load_batches
 from ..data.skips import NO_FAULTS, SkipLedger, describe_skips
 from ..data.transforms import make_transform
 from ..data.words import check_has_regions
-from ..parallel import fail_on_all_ranks, gather
+from ..model.start import start_positions, start_processor
+from ..parallel import OneProcess, fail_on_all_ranks, gather
+
+
+def with_counted_steps(config: StageConfig, mixture: Mixture, accelerator: Any) -> StageConfig:
+    """The config with the number of steps that its `num_epochs` takes; one without stays as it is.
+
+    One epoch is packed without its pictures, as a single process with one micro-batch in a step would.
+
+    Raises:
+        ValueError: For a stream, whose end nobody knows, and for a num_steps that does not follow from num_epochs.
+    """
+    if not config.num_epochs:
+        return config
+    if mixture.num_records is None:
+        streams = ", ".join(mixture.labels[number] for number in mixture.streams)
+        raise ValueError(f"num_epochs needs sources whose end is known, and {streams} is a stream: set num_steps.")
+    alone = dataclasses.replace(config, gradient_accumulation_steps=1)
+    processor, max_positions = start_processor(config.model), start_positions(config.model)
+    batches = StageData(alone, mixture, processor, OneProcess(accelerator.device), None, max_positions).batches()
+    count, packed, total = 0.0, 0, mixture.num_records
+    for plan in batches.plans():
+        assert plan.position is not None  # a stream's plans know it
+        [shard] = plan.position.shards.values()
+        before, packed = packed, shard.next_index - len({index for index, _ in shard.pending})
+        if packed >= total:
+            count += (total - before) / (packed - before)  # of the last batch
+            break
+        count += 1
+    in_a_step = config.gradient_accumulation_steps * accelerator.num_processes
+    num_steps = math.ceil(config.num_epochs * count / in_a_step)
+    accelerator.print(
+        f"num_epochs {config.num_epochs:g} x {count:,.1f} batches, {in_a_step} in a step: {num_steps:,} steps."
+    )
+    if config.num_steps not in (0, num_steps):
+        raise ValueError(
+            f"num_steps ({config.num_steps}) is not what num_epochs ({config.num_epochs:g}) takes, {num_steps}: leave "
+            "one of them out."
+        )
+    return dataclasses.replace(config, num_steps=num_steps)
 
 
 class StageData:
@@ -88,10 +128,10 @@ class StageData:
 
         They are packed as one process with one micro-batch in a step would, so that neither number changes them.
         """
-        if self.config.validation is None:
+        if not self.config.holds_out:
             return []
         with fail_on_all_ranks():
-            mixture = open_mixture([self.config.validation], self.config.seed)
+            mixture = open_held_out(self.config)
             config = dataclasses.replace(self.config, gradient_accumulation_steps=1)
             stream = self._packed(
                 mixture, config, StreamPosition(), rank=0, world_size=1, once=True, language=self.held_out_language
@@ -104,7 +144,7 @@ class StageData:
             skips.check()
             if not any(batch.names for batch in batches):
                 raise ValueError(
-                    f"The validation source {self.config.validation.label} has no sample that can be used.\n"
+                    f"The validation source {', '.join(mixture.labels)} has no sample that can be used.\n"
                     + describe_skips(skips.reasons, skips.worst)
                 )
         return batches

@@ -13,6 +13,7 @@ from ...loading import reading
 from ...machine.speed import choose_dtype, dtype_name
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
+from ...requirements import installed_version
 from ..config import ConversationData, EasyVqaData, StageConfig
 from ..data.packing import StreamPosition
 from ..model.start import check_checkpoint, start_model, start_processor
@@ -25,9 +26,15 @@ def check_start(config: StageConfig) -> None:
     """Refuse a start that cannot work by what is quickly read, before data are opened and weights loaded.
 
     Raises:
-        ValueError: For a model folder that is damaged, or whose weights are quantised, and for text retention without
-            anything to compare with.
+        ValueError: For a package that is missing, a model folder that is damaged or whose weights are quantised, and
+            for text retention without anything to compare with.
     """
+    needed = {"lora": ("peft", "train"), "quantize_frozen": ("bitsandbytes", "quant")}
+    wanted = [*(["lora"] if config.lora else []), *(["quantize_frozen"] if config.quantize_frozen != "none" else [])]
+    for field in wanted:
+        package, extra = needed[field]
+        if installed_version(package) is None:
+            raise ValueError(f"{field} needs {package}: pip install 'hovle[{extra}]' brings it.")
     named = {"model.checkpoint": config.model.checkpoint, "model.language_model": config.model.language_model}
     for field, name in named.items():
         if name is not None:
@@ -35,7 +42,9 @@ def check_start(config: StageConfig) -> None:
     if config.retention is None or find_checkpoint(Path(config.output)) is not None:
         return  # a run that goes on has its own record
     if config.retention.language_model is not None:
-        _check_folder("retention.language_model", resolve_asset(config.retention.language_model), may_be_quantized=True)
+        _check_folder(
+            "retention.language_model", resolve_asset(config.retention.language_model), may_be_quantized=True
+        )
     TextRetention(config.retention, start_processor(config.model)).find_record(config.model.checkpoint)
 
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from ...language.text_perplexity import BareRecord, TextRetention, read_record
 from ...machine.speed import dtype_name
 from ..data.packing import StreamPosition
@@ -76,6 +78,7 @@ class Writer:
             "optimizer": optimizer_state(self.step.objective, self.step.optimizer),
             "rng": gather([rng_state()]),
             "best": self.best,
+            "waiting": dataclasses.asdict(self.examiner.waiting),
         }
         save = functools.partial(save_weights, model=self.step.model, processor=self.data.processor, weights=weights)
         with fail_on_all_ranks():
@@ -97,7 +100,11 @@ class Writer:
                 write_adapter(self.output / "adapter", peft_model, trained)
             batch = next(iter(self.data.batches()))
             parts = (self.step.model.config, self.data.processor, weights, batch, self._bare_record(retention))
-            write_model(self.output / "model", *parts, self.step.model.generation_config)
+            settings = {
+                "generation_config": self.step.model.generation_config,
+                "dtype": getattr(torch, self.config.save_dtype),
+            }
+            write_model(self.output / "model", *parts, **settings)
 
     def _bare_record(self, retention: TextRetention | None) -> BareRecord | None:
         """The bare language model's perplexity: measured here, or handed on from the start checkpoint."""

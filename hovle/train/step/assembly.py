@@ -70,6 +70,8 @@ class TrainableStep:
     """The objective, wrapped for data parallelism; steps go through it."""
     optimizer: torch.optim.Optimizer
     """Over the trainable parameters."""
+    learning_rate: float
+    """Of the last step, for parts without one of their own."""
 
     def __init__(
         self,
@@ -98,15 +100,11 @@ class TrainableStep:
         """Context in which matrix products run in the step's number format."""
         return number_format(self.accelerator.device, self.dtype)
 
-    @property
-    def learning_rate(self) -> float:
-        """Of the last step."""
-        return self.optimizer.param_groups[0]["lr"]
-
     def distribute(self) -> Self:
         """Spread the objective over all processes and give it an optimizer (all ranks)."""
         self.wrapped = wrap_data_parallel(self.objective, self.config.sharding, self.accelerator)
         self.optimizer = make_optimizer(self.objective, self.config)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         return self
 
     def step(self, number: int, micro_batches: list[PackedBatch]) -> StepResult:
@@ -120,7 +118,7 @@ class TrainableStep:
             NonFiniteLossError: As `train_step`.
             RuinedWeightsError: When that is because an update before it ruined the weights.
         """
-        set_learning_rate(self.optimizer, self.config, number)
+        self.learning_rate = set_learning_rate(self.optimizer, self.peaks, self.config, number)
         try:
             return train_step(
                 self.wrapped,

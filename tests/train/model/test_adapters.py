@@ -53,6 +53,19 @@ def test_adapters_sit_on_every_projection_of_the_language_model_and_nowhere_else
     assert names == {f"model.language_model.layers.{layer}.{name}" for layer in (2, 3) for name in projections}
 
 
+def test_adapters_go_where_the_recipe_says(parts):
+    model, _ = parts
+    add_lora(model, LoraConfig(rank=4, target_modules=("q_proj", "down_proj")))
+    names = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    targets = ("self_attn.q_proj", "mlp.down_proj")
+    assert names == {f"model.language_model.layers.{layer}.{name}" for layer in (2, 3) for name in targets}
+
+
+def test_a_misspelt_target_is_refused_with_what_there_is(parts):
+    with pytest.raises(ValueError, match=r"no linear map q_prj, W; they have down_proj, gate_proj, .*, v_proj\."):
+        add_lora(parts[0], LoraConfig(target_modules=("q_prj", "W", "v_proj")))
+
+
 def test_what_else_is_trainable_stays_so(parts, next_token_config):
     model, _ = parts
     select_trainable(model, next_token_config("trainable=[stem]", "lora.rank=4"))

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hovle.train.model import quantization
 from hovle.train.model.parameters import select_trainable
@@ -11,6 +12,9 @@ from hovle.train.model.quantization import in_full_precision, quantize_language_
 from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.run.checkpoint import find_checkpoint
 from hovle.train.run.stage import run_stage
+
+# peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 BITS = {"int8": (8, 0.02), "int4": (4, 0.2)}
 """Bits of a weight, and how far outputs may move, relative; worst 0.006 and 0.10."""
@@ -71,8 +75,6 @@ def test_exact_weights_are_back_only_while_they_are_read(quantized):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stage_saves_the_language_model_bit_for_bit(next_token_config, checkpoints, bits, dtype, monkeypatch):
-    from safetensors.torch import load_file
-
     forms = []
     original = quantization._quantized
     monkeypatch.setattr(quantization, "_quantized", lambda *args: forms.append(args[1]) or original(*args))
@@ -90,6 +92,25 @@ def test_a_stage_saves_the_language_model_bit_for_bit(next_token_config, checkpo
             assert torch.equal(tensor, start[name]) != is_new, name
 
 
+def test_adapters_learn_over_a_quantised_model_and_are_merged_with_its_exact_weights(
+    next_token_config, checkpoints, bits
+):
+    """QLoRA: what is saved differs from the start by the adapters alone, and not by what the bits lost."""
+    changes = ("trainable=[]", "lora.rank=4", "learning_rate=0.01", "learning_rates.lora=0.02", "num_steps=2")
+    folder = run_stage(next_token_config(f"quantize_frozen={bits}", *changes))
+    saved, start = (load_file(f"{place}/model.safetensors") for place in (folder, checkpoints["tied"]))
+    adapters = load_file(folder.parent / "adapter" / "adapter_model.safetensors")
+    assert set(saved) == set(start)
+    for name, tensor in saved.items():
+        down, up = (adapters.get(f"base_model.model.{name[:-7]}.lora_{part}.weight") for part in "AB")
+        if down is None or up is None:
+            assert torch.equal(tensor, start[name]), name
+            continue
+        assert up.abs().max() > 0
+        torch.testing.assert_close(tensor, start[name] + 32 / 4 * up @ down, atol=1e-6, rtol=0)
+    assert len(adapters) == 2 * 2 * 7
+
+
 def test_without_the_library_the_message_says_what_to_install(parts, next_token_config, monkeypatch):
     model, _ = parts
     select_trainable(model, next_token_config())
@@ -99,7 +120,9 @@ def test_without_the_library_the_message_says_what_to_install(parts, next_token_
 
 
 @pytest.mark.parametrize(
-    "overrides", [["trainable=[language_model]"], ["lora.rank=4"], ["sharding=full"]], ids=lambda item: item[0]
+    "overrides",
+    [["trainable=[language_model]"], ["sharding=full"], ["retention.window=16"]],
+    ids=lambda item: item[0],
 )
 def test_what_cannot_be_quantised_is_refused(next_token_config, overrides):
     with pytest.raises(ValueError, match="quantize_frozen"):

@@ -1,5 +1,7 @@
 """What is set up before the first step: start, frozen and trainable parts, number formats, compiler."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from hovle.train.model.layers import checkpoint_activations, compile_layers
 from hovle.train.model.parameters import parameter_groups, select_trainable, store_parameters
 from hovle.train.model.start import check_stated_fields, start_model
 from hovle.train.objectives.next_token import NextTokenObjective
-from hovle.train.step.optimizer import make_optimizer
+from hovle.train.step.optimizer import make_optimizer, set_learning_rate
 
 
 def load(folder: str) -> HoVLEForConditionalGeneration:
@@ -99,7 +101,7 @@ def test_only_matrices_decay(checkpoints, next_token_config):
     config = next_token_config("weight_decay=0.3")
     model = load(checkpoints["tied"])
     select_trainable(model, config)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(NextTokenObjective(model), config)
     matrices, vectors = optimizer.param_groups
     assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
     assert all(item.dim() > 1 for item in matrices["params"])
@@ -107,6 +109,22 @@ def test_only_matrices_decay(checkpoints, next_token_config):
     trainable = [item for item in model.parameters() if item.requires_grad]
     assert len(matrices["params"]) + len(vectors["params"]) == len(trainable)
     assert (matrices["lr"], matrices["betas"]) == (1e-3, (0.9, 0.95))
+
+
+def test_parts_have_learning_rates_of_their_own(checkpoints, next_token_config):
+    config = next_token_config("weight_decay=0.3", "learning_rates.stem=0.5", "schedule=constant", "warmup_ratio=0")
+    model = load(checkpoints["tied"])
+    select_trainable(model, config)
+    optimizer = make_optimizer(NextTokenObjective(model), config)
+    rates = {id(item): group["lr"] for group in optimizer.param_groups for item in group["params"]}
+    groups = parameter_groups(model)
+    assert {rates[id(item)] for item in groups["stem"]} == {0.5}
+    assert {rates[id(item)] for item in groups["holistic_layers"]} == {1e-3}
+    assert sorted(group["weight_decay"] for group in optimizer.param_groups) == [0.0, 0.0, 0.3, 0.3]
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    falling = dataclasses.replace(config, schedule="linear", final_learning_rate_ratio=0.5)
+    assert set_learning_rate(optimizer, peaks, falling, config.num_steps - 1) == pytest.approx(5e-4)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([peak / 2 for peak in peaks])
 
 
 # --- number formats --------------------------------------------------------------------------------------------------

@@ -556,4 +556,7 @@ def test_learning_rate_of_short_and_flat_schedules():
     assert [learning_rate_factor(step, 1, 0.0, 0.1) for step in range(1)] == [1.0]
     assert [learning_rate_factor(step, 3, 0.0, 1.0) for step in range(3)] == [1.0, 1.0, 1.0]
     assert [learning_rate_factor(step, 2, 0.9, 0.0) for step in range(2)] == [0.5, 1.0]
+    assert learning_rate_factor(60, 121, 0.0, 0.2, "linear") == pytest.approx(0.6)
+    assert learning_rate_factor(120, 121, 0.0, 0.2, "linear") == pytest.approx(0.2)
+    assert [learning_rate_factor(step, 4, 0.5, 0.1, "constant") for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
     assert learning_rate_factor(50, 10, 0.1, 0.2) == pytest.approx(0.2)  # never below, even past the end

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError
+from transformers.configuration_utils import PreTrainedConfig
 
 from hovle.cli import main
 from hovle.train.config import load_stage
@@ -135,6 +137,20 @@ def test_a_checkpoint_to_come_has_the_shapes_of_the_recipe_that_writes_it(recipe
     (path.parent / "notes.yaml").write_text("no: recipe")
     [(_, _, found)] = read_stages([str(path), "learning_rate=1e-5", "objective={name: next_token}"])  # beside it
     assert found.to_dict() == first.to_dict()
+
+
+def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch):
+    """Each question waits for half a minute where there is no network."""
+    asked = []
+
+    def ask(name, **_):
+        asked.append(name)
+        raise OSError("We couldn't connect") from LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", ask)
+    with pytest.raises(ValueError, match=r"the Hub gave none \(no/such-model cannot be loaded: We couldn't connect\)"):
+        language_model_config("no/such-model")
+    assert asked == ["no/such-model"]
 
 
 def test_an_unknown_language_model_is_refused_with_what_is_known(offline):

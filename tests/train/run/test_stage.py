@@ -683,13 +683,13 @@ def test_weights_that_an_update_ruined_are_never_saved(ruined, told, next_token_
 
 def test_a_validation_that_is_no_number_ends_the_run_without_a_model(next_token_config, data, monkeypatch, tmp_path):
     validation = ("validation.source=chat", f"validation.path={data / 'chat.jsonl'}")
-    measure = diagnosis.validate
-    calls = iter(range(100))
-    monkeypatch.setattr(
-        diagnosis,
-        "validate",
-        lambda *given: {name: float("nan") if next(calls) else value for name, value in measure(*given).items()},
-    )
+    measure, calls = diagnosis.validate, iter(range(100))
+
+    def fail_after_the_first(*given) -> dict[str, float]:
+        terms = measure(*given)
+        return dict.fromkeys(terms, float("nan")) if next(calls) else terms
+
+    monkeypatch.setattr(diagnosis, "validate", fail_after_the_first)
     with pytest.raises(NonFiniteLossError, match="Validation after step 4: cross_entropy is nan"):
         run_stage(next_token_config(*validation))
     assert not (tmp_path / "run" / "model").exists()
