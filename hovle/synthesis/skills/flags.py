@@ -11,17 +11,11 @@ from PIL import Image
 from ...files.documents import load_json
 from ..naming import Drawing, Plates, is_validation
 from ..samples import Question
-from ..skill import Source
+from ..skill import fetched
 from ..vector import rasterize
 from .pictograms import FILES, GOOGLE, OPENMOJI, TWITTER
 
-FLAG_ICONS = Source(
-    asset="flag-icons",
-    title="Flags of countries and regions",
-    package="npm flag-icons@7.5.0",
-    sha256="c0b80bf0e08006a60f56621d6bc49f8c7131f4d1fef6737a165a673431f4b518",
-    license="MIT",
-)
+FLAG_ICONS = fetched("flag-icons")
 
 UNNAMED = ("xx",)
 """Flags of nobody."""

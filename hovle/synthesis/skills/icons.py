@@ -15,43 +15,15 @@ from ..cutouts import show, tint
 from ..english import as_sentence, with_article
 from ..looks import draw_looks
 from ..naming import Drawing, Naming, Shown, is_validation
-from ..skill import Source
+from ..skill import fetched
 from ..vector import rasterize
 
 LEARNED = ("train", "validation")
 
-MDI = Source(
-    asset="mdi-svg",
-    title="Material Design Icons of Pictogrammers, without brands",
-    package="npm @mdi/svg@7.4.47",
-    sha256="de92e5dc9ce46c392ab5c53aa7190b19f82b40cb48872a083f788c7e13e91fef",
-    license="Apache-2.0",
-    splits=LEARNED,
-)
-TABLER = Source(
-    asset="tabler-icons",
-    title="Tabler Icons, without brands",
-    package="npm @tabler/icons@3.51.0",
-    sha256="b30108713d3fa60aee862c2a133225da8e0f309be0708fe2925763ff810c766c",
-    license="MIT",
-    splits=LEARNED,
-)
-PHOSPHOR = Source(
-    asset="phosphor-icons",
-    title="Phosphor Icons, without brands",
-    package="npm @phosphor-icons/core@2.1.1",
-    sha256="313332be6190b724da24107addd781799b48bf76b13963f24501112ffe1baadd",
-    license="MIT",
-    splits=LEARNED,
-)
-LUCIDE = Source(
-    asset="lucide-static",
-    title="Lucide Icons",
-    package="npm lucide-static@1.62.0",
-    sha256="386f9080c440d6f5049cefe3456ae8357f7a0c7f76e59670cd1cb83bc7050a44",
-    license="ISC",
-    splits=("test",),
-)
+MDI = fetched("mdi-svg", LEARNED)
+TABLER = fetched("tabler-icons", LEARNED)
+PHOSPHOR = fetched("phosphor-icons", LEARNED)
+LUCIDE = fetched("lucide-static", ("test",))
 
 PHOSPHOR_WEIGHTS = ("regular", "bold", "fill", "light", "duotone")
 """Without `thin`, whose strokes vanish in small pictures."""

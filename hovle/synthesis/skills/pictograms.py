@@ -11,50 +11,16 @@ from PIL import Image
 
 from ...files.documents import load_json
 from ..naming import Drawing, Naming, is_validation
-from ..skill import Source
+from ..skill import Source, fetched
 from ..vector import rasterize
 
 LEARNED = ("train", "validation")
 
-GOOGLE = Source(
-    asset="emoji-datasource-google",
-    title="Noto Emoji drawings",
-    package="npm emoji-datasource-google@16.0.0",
-    sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-    license="Apache-2.0 (drawings), MIT (package)",
-    splits=LEARNED,
-)
-TWITTER = Source(
-    asset="emoji-datasource-twitter",
-    title="Twemoji drawings",
-    package="npm emoji-datasource-twitter@16.0.0",
-    sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-    license="CC BY 4.0 (drawings), MIT (package)",
-    splits=LEARNED,
-)
-FLUENT = Source(
-    asset="fluent-emoji-3d",
-    title="Fluent Emoji, shaded drawings",
-    package="npm @lobehub/fluent-emoji-3d@1.1.0",
-    sha256="c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58",
-    license="MIT",
-    splits=LEARNED,
-)
-OPENMOJI = Source(
-    asset="openmoji",
-    title="OpenMoji drawings",
-    package="npm openmoji@17.0.0",
-    sha256="55ee7d13485dec86e9f38c1f3a645a13382d33ff97c0cd845ee824b0aef45e68",
-    license="CC BY-SA 4.0",
-    splits=("test",),
-)
-NAMES = Source(
-    asset="emojibase-data",
-    title="Plain names and tags of emoji, from Unicode CLDR",
-    package="npm emojibase-data@17.0.0",
-    sha256="d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
-    license="MIT, Unicode License v3 (names)",
-)
+GOOGLE = fetched("emoji-datasource-google", LEARNED)
+TWITTER = fetched("emoji-datasource-twitter", LEARNED)
+FLUENT = fetched("fluent-emoji-3d", LEARNED)
+OPENMOJI = fetched("openmoji", ("test",))
+NAMES = fetched("emojibase-data")
 
 FILES: Mapping[str, tuple[Source, str]] = MappingProxyType(
     {

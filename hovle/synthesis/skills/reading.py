@@ -17,7 +17,7 @@ from ..grounds import draw_ground
 from ..lettering import Block, Lettering, letter_crop, letter_page, wrap
 from ..looks import Looks, draw_looks
 from ..samples import Question, Sample
-from ..skill import Skill
+from ..skill import Skill, fetched
 from ..words import WORDNET, WordNet, draw_of_split, words_of
 
 SMALLEST, LARGEST = 12, 64
@@ -209,6 +209,13 @@ def wear(image: Image.Image, letter_size: float, rng: random.Random) -> bytes:
     return to_jpeg(image, rng.randint(55, 95)) if rng.random() < 0.3 else to_png(image)
 
 
+FONTS = tuple(
+    fetched(f"font-{family}", ("test",) if split == "test" else ("train", "validation"))
+    for split, families in FAMILIES.items()
+    for family in families
+)
+
+
 class Reading(Skill):
     """Words, numbers and notices."""
 
@@ -225,7 +232,7 @@ class Reading(Skill):
         }
     )
     held_out: ClassVar[tuple[str, ...]] = ("font", "word", "text")
-    sources = (WORDNET,)
+    sources = (WORDNET, *FONTS)
     extras = MappingProxyType({"fontTools": "hovle[smol]"})
 
     @cached_property

@@ -12,16 +12,10 @@ from PIL import Image
 
 from ..english import with_article
 from ..naming import Drawing, Plates
-from ..skill import Source
+from ..skill import fetched
 from ..vector import rasterize
 
-MAPILLARY = Source(
-    asset="mapillary-sprite-source",
-    title="Traffic signs of Mapillary",
-    package="npm mapillary_sprite_source@1.8.0",
-    sha256="6266c97de1746319b9437355c853384e1c7dfc1f06973c8c37a3704a8ca763da",
-    license="MIT",
-)
+MAPILLARY = fetched("mapillary-sprite-source")
 
 CATEGORIES = MappingProxyType(
     {
