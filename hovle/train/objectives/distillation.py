@@ -8,7 +8,7 @@ from torch import nn
 
 from ...model.modeling_hovle import IGNORE_INDEX, HolisticEmbeddingOutput, HoVLEForConditionalGeneration
 from ..config import DistillationConfig
-from ..data.batch import PackedBatch
+from ..data.batch import PackedBatch, TileBatch
 from ..data.tiles import PixelNormalization
 from ..model.bare_language_model import bare_logits
 from .base import Objective, ObjectiveOutput
@@ -144,9 +144,10 @@ class DistillationObjective(Objective):
         """Cosine and image loss of a packed batch, summed over image positions and matched layers."""
         last = outputs.image_hidden_states
         assert last is not None
-        with self.teacher_time if self.training else contextlib.nullcontext():
-            targets = self.teacher.targets(batch, round(last.shape[1] ** 0.5)).split(self.teacher.widths, dim=-1)
         is_matched = None if self.words is None else ~kinds_of_tokens(batch)[0]
+        with self.teacher_time if self.training else contextlib.nullcontext():
+            grid_size = round(last.shape[1] ** 0.5)
+            targets = self._targets(batch, grid_size, is_matched).split(self.teacher.widths, dim=-1)
         terms = dict.fromkeys(("image_cosine", self.image_term), last.new_zeros((), dtype=torch.float32))
         for layer, projection, target in zip(self.student_layers, self.projections, targets, strict=True):
             projected = projection(self._image_part(outputs, layer, is_image)).float()
@@ -159,6 +160,20 @@ class DistillationObjective(Objective):
             if self.config.image_loss == "smooth_l1":
                 terms[self.image_term] = terms[self.image_term] + _smooth_l1(projected, target)
         return terms
+
+    def _targets(self, batch: PackedBatch, grid_size: int, is_matched: torch.Tensor | None) -> torch.Tensor:
+        """Teacher features of a batch's tiles; a teacher need not look at tiles all of whose tokens have words."""
+        if is_matched is None or self.config.image_loss == "info_nce":  # there all are among what may be found
+            return self.teacher.targets(batch, grid_size)
+        is_asked = is_matched.any(dim=1)
+        if is_asked.all() or (is_asked.any() and not self.teacher.takes_any_tiles):
+            return self.teacher.targets(batch, grid_size)
+        shape = (*is_matched.shape, sum(self.teacher.widths))
+        targets = torch.zeros(shape, device=is_matched.device)
+        if is_asked.any():
+            some = TileBatch(pixel_values=batch.pixel_values[is_asked], names=batch.names)
+            targets[is_asked] = self.teacher.targets(some, grid_size)
+        return targets
 
     @property
     def _needs_layers(self) -> bool:

@@ -29,6 +29,9 @@ class Targets(nn.Module):
         widths: Channels of each matched layer; features of all layers lie side by side.
     """
 
+    takes_any_tiles = False
+    """Whether it also describes some tiles of a picture without the others."""
+
     def __init__(self, widths: Sequence[int]):
         super().__init__()
         self.widths = tuple(widths)
@@ -82,6 +85,7 @@ class JointTargets(Targets):
     def __init__(self, members: Sequence[Targets]):
         super().__init__([sum(widths) for widths in zip(*(member.widths for member in members), strict=True)])
         self.members = nn.ModuleList(members)
+        self.takes_any_tiles = all(member.takes_any_tiles for member in members)
 
     def raw_targets(self, batch: TileBatch, grid_size: int) -> torch.Tensor:
         members: Any = self.members
@@ -103,6 +107,8 @@ class ImageTeacher(Targets):
         mean: Of the channels, as the model's own preprocessing has it.
         std: Deviation of the same.
     """
+
+    takes_any_tiles = True
 
     def __init__(self, config: TeacherConfig, backbone: nn.Module, mean: Sequence[float], std: Sequence[float]):
         self.image_size = config.image_size

@@ -11,7 +11,7 @@ from torch import nn
 
 from hovle import HoVLEForConditionalGeneration
 from hovle.train.config import CharactersConfig, DistillationConfig, WordsConfig
-from hovle.train.data.batch import PackedBatch
+from hovle.train.data.batch import PackedBatch, TileBatch
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.records import Record, conversation
 from hovle.train.data.regions import Region
@@ -159,6 +159,30 @@ def test_a_token_with_a_word_is_none_of_the_teachers(parts, batches, loss):
     plain = objective(model, None, image_loss=loss)(batch)
     same = objective(model, WORDS, image_loss=loss)(nothing)
     torch.testing.assert_close(same.terms[name], plain.terms[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("takes_any_tiles", [True, False])
+def test_a_teacher_looks_at_tiles_only_where_a_token_is_left_to_it(parts, batches, takes_any_tiles):
+    batch = batches(WORDS)
+    distillation = objective(parts[0], WORDS)
+    expected = distillation(batch)
+    calls, original = [], distillation.teacher.raw_targets
+
+    def counted(tiles: TileBatch, grid_size: int) -> torch.Tensor:
+        calls.append(len(tiles.pixel_values))
+        return original(tiles, grid_size)
+
+    distillation.teacher.raw_targets, distillation.teacher.takes_any_tiles = counted, takes_any_tiles
+    output = distillation(batch)
+    num_asked = int((batch.word_ids == NO_WORD).any(dim=1).sum())
+    assert 0 < num_asked < len(batch.word_ids)
+    assert calls == [num_asked if takes_any_tiles else len(batch.word_ids)]
+    for name, term in expected.terms.items():
+        torch.testing.assert_close(output.terms[name], term, rtol=1e-5, atol=1e-6)
+    calls.clear()
+    silent = dataclasses.replace(batch, word_ids=batch.word_ids.clamp(min=0))
+    assert float(distillation(silent).terms["image_cosine"].detach()) == 0
+    assert calls == []
 
 
 def test_without_words_a_record_with_regions_trains_as_before(parts, batches, records):
