@@ -20,6 +20,7 @@ SKILLS: Mapping[str, str] = MappingProxyType(
         "clocks": "clocks:Clocks",
         "clothing": "clothing:Clothing",
         "replay": "replay:Replay",
+        "objects": "objects:Objects",
     }
 )
 """Name -> module below `skills` and class."""
