@@ -186,6 +186,7 @@ def test_a_process_that_cannot_draw_its_next_batch_ends_the_other_with_the_reaso
     assert (folder / "lost-1.txt").read_text() == "raised 'a column is gone'"
     assert "hovle train: Process 1: KeyError: 'a column is gone'" in (folder / "stderr.txt").read_text()
     assert [entry["step"] for entry in read_log(folder / "lost")] == [0, 1, 2]
+    assert (folder / "lost" / "checkpoint-000002").is_dir()  # what both had learnt
 
 
 @pytest.mark.parametrize("name", ["replicated", "sharded"])
