@@ -92,6 +92,17 @@ def test_a_real_run_is_reported_by_the_command(next_token_config, data, capsys):
         assert picture.width > 1000
 
 
+def test_what_holds_the_language_has_charts_of_its_own(run_folder):
+    held = [step(number, 2.0, language_kl=0.1 * number) for number in (1, 2)]
+    validation = {"event": "validation", "step": 2, "cross_entropy": 1.0, "language_kl": 0.3, "perplexity_ratio": 1.02}
+    drawn = {panel.title: panel.curves for panel in panels(read_run(run_folder([START, *held, validation])))}
+    distance = drawn["distance of text from the bare language model"]
+    assert distance == {"language_kl": [(1, 0.1), (2, 0.2)], "language_kl, held out": [(2, 0.3)]}
+    ratios = drawn["perplexity over the bare language model's, held-out text"]
+    assert ratios == {"perplexity_ratio": [(2, 1.02)]}
+    assert set(drawn["terms"]) == set(TERMS)
+
+
 def test_the_page_says_what_was_reached(run_folder):
     shown = read_run(run_folder(FINISHED))
     assert state(shown) == "Finished: 6 of 6 steps in 3.0 minutes of training."
