@@ -13,7 +13,7 @@ FLOORS = [
     ["assets", "model"],
     ["loading", "synthesis"],
     ["convert", "export"],
-    ["language"],
+    ["language", "inference"],
     ["chat", "serve"],
     ["train.config", "train.parallel"],
     ["train.model"],

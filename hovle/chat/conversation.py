@@ -10,6 +10,7 @@ import torch
 from transformers import BatchFeature
 
 from ..export.llama_cpp import LlamaCppForConditionalGeneration
+from ..inference import PrefixCache
 from ..loading import load_model, load_processor
 from ..model.pictures import load_picture
 from .saved import origin, write_messages
@@ -63,6 +64,7 @@ class Conversation:
         self.add_images(images)
         self.processor = load_processor(model)
         self.model = _load_model(model, engine, quantization)
+        self.prefixes = PrefixCache(self.model) if engine == "torch" else None  # other engines keep their own
         self.max_new_tokens = max_new_tokens
         limits = {"max_tiles": max_tiles, "max_image_tokens": max_image_tokens}
         self.image_kwargs = {name: limit for name, limit in limits.items() if limit is not None}
@@ -98,7 +100,7 @@ class Conversation:
         num_said, num_new = inputs["input_ids"].shape[1], self._count_new(inputs["input_ids"].shape[1])
         streamer = AnswerPrinter(self.processor.tokenizer) if stream else None
         try:
-            generated = self.model.generate(**inputs, **self.sampling, max_new_tokens=num_new, streamer=streamer)
+            generated = self._generate(inputs, **self.sampling, max_new_tokens=num_new, streamer=streamer)
         except KeyboardInterrupt:
             if streamer is not None and streamer.ids:
                 streamer.end()  # prints what waits for the end of a word
@@ -109,6 +111,11 @@ class Conversation:
             is_wanted = num_new == self.max_new_tokens
             self.stopped_by = f"{'max_new_tokens' if is_wanted else 'the end of its positions'} ({num_new:,} tokens)"
         return self._keep(asked, ids)
+
+    def _generate(self, inputs: BatchFeature, **options: Any) -> torch.Tensor:
+        if self.prefixes is None:
+            return self.model.generate(**inputs, **options)
+        return self.prefixes.generate(inputs, **options)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write what was said as JSON, a list of messages that `apply_chat_template` reads.

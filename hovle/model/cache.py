@@ -199,6 +199,7 @@ class HolisticCacheState:
         attention_mask: torch.Tensor | None,
         num_short: int,
         num_long: int,
+        image_mask: torch.Tensor | None,
     ) -> None:
         """Keep what a cache holds after a pass that gave either section so many slots.
 
@@ -208,16 +209,24 @@ class HolisticCacheState:
             attention_mask: Padding of the long sequence, shape `(B, past + L)`.
             num_short: T.
             num_long: L.
+            image_mask: True at placeholders, shape `(B, T)`; None where no ids were given.
         """
         if cache is None:
             return
         self.attention_mask = attention_mask
         cache.holistic_state = self  # type: ignore[attr-defined]
-        self._note(cache, config, num_short, num_long)
+        self._note(cache, config, num_short, num_long, image_mask)
 
     @unless_compiling
-    def _note(self, cache: Cache, config: HoVLEConfig, num_short: int, num_long: int) -> None:
-        self.num_text = self.num_text + num_long if num_short == num_long else 0
+    def _note(
+        self, cache: Cache, config: HoVLEConfig, num_short: int, num_long: int, image_mask: torch.Tensor | None
+    ) -> None:
+        if num_short == num_long:
+            self.num_text += num_long
+        elif image_mask is not None and len(image_mask) == 1:
+            self.num_text = int(image_mask.flip(1).cumsum(1).eq(0).sum())
+        else:  # padding stands elsewhere in the long rows, so it is not known how much text they end with
+            self.num_text = 0
         self.short_length += num_short
         self.long_length += num_long
         holistic_layers = cache.layers[config.num_language_layers :]

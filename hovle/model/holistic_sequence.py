@@ -195,7 +195,8 @@ class LongHolisticSequence(HolisticSequence):
         self, hidden_states: torch.Tensor, inputs: LanguageInputs, cache: Cache | None
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Shuffle and project the patches, and put the tokens in the places the language model knows."""
-        self.state.keep_beside(cache, self.config, self.attention_mask, inputs.embeds.shape[1], hidden_states.shape[1])
+        num_short, num_long = inputs.embeds.shape[1], hidden_states.shape[1]
+        self.state.keep_beside(cache, self.config, self.attention_mask, num_short, num_long, inputs.image_mask)
         if self.layout is None or inputs.image_features is None or inputs.image_mask is None:
             return None, self.normalize(hidden_states)
         patches = take_image_tokens(hidden_states, self.layout.image_mask, *inputs.image_features.shape[:2])

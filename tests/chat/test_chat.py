@@ -384,3 +384,13 @@ def test_a_saved_conversation_can_be_taken_up_again(model_folder, pictures, tmp_
         assert torch.equal(saved["input_ids"], said["input_ids"])
         assert torch.equal(saved["pixel_values"], said["pixel_values"])
     assert messages[1]["content"][0] == {"type": "image", "path": str(pictures[0])}
+
+
+def test_a_later_turn_reads_only_what_is_new(model_folder, pictures):
+    conversation = Conversation(str(model_folder), max_new_tokens=4)
+    conversation.add_images([str(pictures[0])])
+    conversation.answer("what is it?")
+    assert conversation.prefixes is not None
+    read = len(conversation.prefixes._reads[-1].signature)
+    conversation.answer("and now?")
+    assert 0 < read - 4 <= conversation.prefixes.num_reused  # but for an answer's end, which is written anew
