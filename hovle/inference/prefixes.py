@@ -108,7 +108,7 @@ class PrefixCache:
         signature = sign(ids, is_image, pixel_values)
         longest = len(signature) + int(options.get("max_new_tokens") or 0)
         num_reused, cache = self._longest_prefix(signature, is_image, longest)
-        rest = dict(inputs)
+        rest: dict[str, Any] = dict(inputs)
         if pixel_values is not None:
             rest["pixel_values"] = pixel_values[num_tiles(is_image[:num_reused], is_image, len(pixel_values)) :]
         generated = self.model.generate(**rest, **options, **{CACHE: cache})
