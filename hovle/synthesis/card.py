@@ -25,16 +25,29 @@ PARTS_SHOWN = {"train": "", "test": "-held-out"}
 def count_part(skill: Skill, folder: Path, split: str) -> dict[str, Any]:
     """Exact counts of a part of a skill, from its shards."""
     counts: Counter[str] = Counter()
-    kinds: Counter[str] = Counter()
+    answers: dict[str, Counter[str]] = {}
     sizes: Counter[str] = Counter()
     for row in read_rows(folder, skill.name, split):
         counts["pictures"] += 1
         counts["questions"] += len(row["messages"]) // 2
         counts["regions"] += len(row["regions"])
         counts["picture_bytes"] += len(row["image"]["bytes"])
-        kinds.update(question["kind"] for question in json.loads(row["metadata"])["questions"])
+        for question in from_row(row).questions:
+            answers.setdefault(question.kind, Counter())[question.answer] += 1
         sizes[f"{row['width']}x{row['height']}"] += 1
-    return {**counts, "kinds_of_question": dict(kinds.most_common()), "picture_sizes": dict(sizes.most_common())}
+    kinds = Counter({kind: found.total() for kind, found in answers.items()})
+    return {
+        **counts,
+        "kinds_of_question": dict(kinds.most_common()),
+        "majority_answers": {kind: _majority(answers[kind]) for kind, _ in kinds.most_common()},
+        "picture_sizes": dict(sizes.most_common()),
+    }
+
+
+def _majority(answers: Counter[str]) -> dict[str, Any]:
+    """The answer that is right most often, and for which share: what is got without looking."""
+    ((answer, count),) = answers.most_common(1)
+    return {"answer": answer, "share": round(count / answers.total(), 3)}
 
 
 def make_card(skills: Sequence[Skill], build: Build) -> dict[str, Any]:
@@ -130,9 +143,14 @@ def _megabytes(part: dict[str, Any]) -> str:
 
 def _describe_skill(name: str, skill: dict[str, Any]) -> str:
     held_out = ", ".join(f"{count:,} {kind}s" for kind, count in skill["held_out"].items())
-    kinds = ", ".join(f"{kind} {count:,}" for kind, count in skill["parts"]["train"]["kinds_of_question"].items())
+    learned = skill["parts"]["train"]
+    kinds = ", ".join(
+        f"{kind} {count:,} ({learned['majority_answers'][kind]['share']:.0%})"
+        for kind, count in learned["kinds_of_question"].items()
+    )
     return (
-        f"### {name}\n\n{skill['description']} Questions to learn from: {kinds}. Of what the test part was made from, "
+        f"### {name}\n\n{skill['description']} Questions to learn from, with the share of their "
+        f"most frequent answer: {kinds}. Of what the test part was made from, "
         f"the training part has none: {held_out}.\n\n"
         + "\n".join(f"![{name}](sheets/{_sheet_name(name, split)})" for split in PARTS_SHOWN)
     )

@@ -190,6 +190,11 @@ def test_counts_of_the_card_are_those_of_the_shards(built):
     assert part["questions"] == sum(len(sample.questions) for sample in samples)
     assert part["regions"] == sum(len(sample.regions) for sample in samples)
     assert f"{part['questions']:,}" in (built / "README.md").read_text()
+    assert part["majority_answers"].keys() == part["kinds_of_question"].keys()
+    for kind, found in part["majority_answers"].items():
+        answers = [question.answer for sample in samples for question in sample.questions if question.kind == kind]
+        assert answers.count(found["answer"]) == max(map(answers.count, answers))
+        assert found["share"] == pytest.approx(answers.count(found["answer"]) / len(answers), abs=0.001)
     assert {path.name for path in (built / "sheets").iterdir()} == {"reading.png", "reading-held-out.png"}
     header = read_header(next(built.glob("reading/train-00001*")))
     assert (header["first"], header["count"], header["seed"]) == (5, 5, 0)

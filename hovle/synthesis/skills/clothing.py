@@ -16,7 +16,7 @@ from ..english import as_sentence, with_article
 from ..grounds import choose_ground, draw_ground
 from ..layouts import Box, Size
 from ..samples import Question, Region, Sample
-from ..skill import AssetFolders, Skill, Source
+from ..skill import AssetFolders, Skill, fetched
 
 NAMES = (
     "T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot",
@@ -93,15 +93,7 @@ class Clothing(Skill):
         }
     )
     held_out = ("photograph",)
-    sources = (
-        Source(
-            asset="dataset-fashion-mnist",
-            title="Fashion-MNIST, 70,000 product photographs of 28 x 28 pixels",
-            package="deb dataset-fashion-mnist 0.0~git20200523.55506a9-1",
-            sha256="39e172fe32dd318ebb3e512220c3beea2fa47d7e20bab348fb4e0922d6beefc0",
-            license="MIT",
-        ),
-    )
+    sources = (fetched("dataset-fashion-mnist"),)
 
     def __init__(self, folders: AssetFolders):
         super().__init__(folders)

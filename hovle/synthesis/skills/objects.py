@@ -14,7 +14,7 @@ from ..furniture import WITHOUT_ARTICLE, Parts, Piece, accepted_names, read_cata
 from ..grounds import choose_ground
 from ..ray_tracing import Camera, Light, Stage, Surroundings, linear, render
 from ..samples import Question, Region, Sample
-from ..skill import Skill, Source
+from ..skill import Skill, fetched
 
 NUM_SECTORS = 24
 """Parts of the circle around a model."""
@@ -64,15 +64,7 @@ class Objects(Skill):
         }
     )
     held_out = ("view", "new-model", "new-name")
-    sources = (
-        Source(
-            asset="sweethome3d-furniture",
-            title="3-D models of Sweet Home 3D's contributors",
-            package="deb sweethome3d-furniture 1.8-1",
-            sha256="3ccb90c63f9525e887a767b9cd5c8b6933b8b6b2973a615a5359ee68a2118668",
-            license="CC BY 3.0; CC0 in part",
-        ),
-    )
+    sources = (fetched("sweethome3d-furniture"),)
     extras = MappingProxyType({"embreex": "hovle[smol]"})
 
     @cached_property

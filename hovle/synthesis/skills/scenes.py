@@ -14,7 +14,7 @@ from ..grounds import choose_ground, draw_ground
 from ..layouts import Box, Layout, Size, Thing, on_grid, scatter
 from ..samples import Question, Region, Sample
 from ..scene_questions import CAPTION_PROMPTS, ask, caption
-from ..skill import AssetFolders, Skill, Source
+from ..skill import AssetFolders, Skill, fetched
 from ..stamps import Stamp, StampBox
 
 FAMILIES = MappingProxyType({"shapes": 0.4, "icons": 0.2, "pictograms": 0.4})
@@ -217,29 +217,7 @@ class Scenes(Skill):
         }
     )
     held_out = ("color-of-name",)
-    sources = (
-        Source(
-            asset="emoji-datasource-google",
-            title="Noto Emoji drawings",
-            package="npm emoji-datasource-google@16.0.0",
-            sha256="fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
-            license="Apache-2.0 (drawings), MIT (package)",
-        ),
-        Source(
-            asset="emoji-datasource-twitter",
-            title="Twemoji drawings",
-            package="npm emoji-datasource-twitter@16.0.0",
-            sha256="f64a530c63bca463bd8317fdc4615ce63a53a0c65018e4ce2d848aaba7a28877",
-            license="CC BY 4.0 (drawings), MIT (package)",
-        ),
-        Source(
-            asset="phosphor-icons",
-            title="Phosphor icons, filled",
-            package="npm @phosphor-icons/core@2.1.1",
-            sha256="313332be6190b724da24107addd781799b48bf76b13963f24501112ffe1baadd",
-            license="MIT",
-        ),
-    )
+    sources = (fetched("emoji-datasource-google"), fetched("emoji-datasource-twitter"), fetched("phosphor-icons"))
 
     extras = MappingProxyType({"resvg_py": "hovle[smol]"})
 
