@@ -99,6 +99,7 @@ def test_every_package_of_an_extra_is_looked_for():
         ("gguf", "llamacpp"),
         ("hovle", "demo"),
         ("hovle", "smol"),
+        ("matplotlib", "smol"),
         ("transformers", "serve"),
         ("pydantic", "serve"),
         ("sentencepiece", "eval"),
