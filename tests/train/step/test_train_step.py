@@ -240,7 +240,8 @@ def run_loop(make_parts, batches, one_process):
             first_step=first_step,
             meter=Meter(objective, two[0], FLOAT32, torch.float32, num_processes=1),
             log=entries.append,
-            validate=lambda step: saved.append((step, "validated")),
+            check=lambda: None,
+            validate=lambda step, reached: bool(saved.append((step, "validated"))),  # never: go on
             save=lambda step, position: saved.append((step, position)),
             name="tiny",
         )
