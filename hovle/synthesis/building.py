@@ -103,7 +103,7 @@ def _difference(found: dict[str, Any], wanted: dict[str, Any] | None) -> str:
 def draw_shard(shard: Shard, build: Build) -> Pace:
     """Draw the samples of a shard and write them."""
     started_at = time.perf_counter()
-    skill = _open_once(shard.skill, build)
+    skill = open_once(shard.skill, build)
     rows = [
         _draw_row(skill, shard.split, index, build.seed) for index in range(shard.first, shard.first + shard.count)
     ]
@@ -125,7 +125,8 @@ _OPEN: dict[tuple[str, Path | None, Path | None], Skill] = {}
 """Skills of this process: to open one may take seconds."""
 
 
-def _open_once(name: str, build: Build) -> Skill:
+def open_once(name: str, build: Build) -> Skill:
+    """A skill of a build, the same one whenever this process asks for it."""
     key = (name, build.assets, build.replay)
     if key not in _OPEN:
         _OPEN[key] = open_skill(name, build.folders)
@@ -146,7 +147,7 @@ def run_build(build: Build, num_workers: int) -> list[Pace]:
         ValueError: When the folder holds another build, or tests share with training what they must not.
     """
     build.folder.mkdir(parents=True, exist_ok=True)
-    skills = [_open_once(name, build) for name in build.skills]
+    skills = [open_once(name, build) for name in build.skills]
     missing = [shard for skill in skills for shard in missing_shards(skill, build)]
     remove_unfinished(build.folder)
     paces = []

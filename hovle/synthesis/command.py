@@ -2,7 +2,7 @@
 
 examples:
   hovle data build smol --out data/smol                          every skill at full size
-  hovle data build smol --out data/trial --size small            a hundredth of it, to look at
+  hovle data build smol --out data/trial --size small            less of all, to look at
   hovle data build smol --out data/reading --skills reading --workers 16
   hovle data build smol --list                                   the skills there are
 
@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from .building import Build, Pace, run_build
+from .building import Build, Pace, open_once, run_build
 from .card import write_card
-from .registry import SKILLS, open_skill, skill_class
+from .registry import SKILLS, skill_class
 from .skill import SIZES
 
 MIXES = {"smol": tuple(SKILLS)}
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; expected 1 or more.")
     build = Build(args.out, names, _size(args.size), args.seed, args.shard_size, args.assets, args.replay)
     paces = run_build(build, args.workers)
-    write_card([open_skill(name, build.folders) for name in names], build)
+    write_card([open_once(name, build) for name in names], build)
     for line in describe_paces(paces):
         print(line)  # noqa: T201 - this is the command's output
     print(f"Built {', '.join(names)} in {args.out}; see {args.out / 'README.md'}")  # noqa: T201

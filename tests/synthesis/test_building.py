@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from places import ROOT
 
+from hovle.assets import load_manifest
 from hovle.cli import main
 from hovle.synthesis import building, registry, shards
 from hovle.synthesis.building import Build, run_build
@@ -258,3 +259,12 @@ def test_a_skill_names_the_packages_it_lacks(monkeypatch):
     monkeypatch.setattr(Reading, "extras", {"no_such_module": "hovle[smol]", "PIL": "hovle[other]"})
     with pytest.raises(ValueError, match=r"reading needs no_such_module: pip install 'hovle\[smol\]'$"):
         registry.skill_class("reading")
+
+
+@pytest.mark.parametrize("name", registry.SKILLS)
+def test_what_is_drawn_from_is_fetched_as_it_is_told_and_free_where_it_is_learned_from(name):
+    manifest = load_manifest()
+    for source in registry.skill_class(name).sources:
+        entry = manifest[source.asset]
+        assert source.sha256 == entry.archive.sha256
+        assert "train" not in source.splits or "smol" in entry.groups
