@@ -14,7 +14,7 @@ from pathlib import Path
 from hovle.assets import load_manifest
 from hovle.assets.cache import megabytes
 from hovle.assets.manifest import DEFAULT_GROUP, find_assets
-from hovle.eval.analyses import retention
+from hovle.eval.analyses import retention_report
 from hovle.eval.benchmarks.report import notes, published_text, results_table
 from hovle.eval.benchmarks.suites import load_suites
 from hovle.eval.results import read_results
@@ -106,7 +106,15 @@ def step_table(root: Path) -> str:
 
 def retention_table(root: Path) -> str:
     """The bare language model and each stage of the demo on text."""
-    return retention.table(_read(root, "eval/results/analyses/retention/retention.json"))
+    return retention_report.table(_read(root, RETENTION))
+
+
+def retention_answers_table(root: Path) -> str:
+    """What the bare language model and the demo's last stage answer to the same questions."""
+    return retention_report.answers_table(_read(root, RETENTION))
+
+
+RETENTION = "eval/results/analyses/retention/retention.json"
 
 
 def _read(root: Path, name: str) -> dict:
@@ -187,6 +195,7 @@ TABLES = {
     "train_speed": train_speed_table,
     "steps": step_table,
     "retention": retention_table,
+    "retention_answers": retention_answers_table,
     "benchmarks": benchmarks_table,
     "paper_suite": paper_suite_table,
 }

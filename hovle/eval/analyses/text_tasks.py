@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from ...files.documents import load_json
+from ...language.likelihood import Row, log_likelihoods
 from ...language.text_perplexity import read_text
 from ..intervals import wilson
 
@@ -154,12 +154,11 @@ def draw_items(task: str, count: int, seed: int = 0) -> list[Item]:
     return generator.sample(items, min(count, len(items)))
 
 
-@torch.inference_mode()
 def score_items(
     model: nn.Module,
     encode: Callable[[str, bool], list[int]],
     items: Sequence[Item],
-    batch_size: int = 32,
+    tokens_at_once: int = 1024,
 ) -> TaskScore:
     """Count the items whose right ending a model finds likeliest.
 
@@ -167,42 +166,15 @@ def score_items(
         model: A causal language model in evaluation mode.
         encode: Text and whether it stands at the beginning -> ids without special tokens.
         items: What to score.
-        batch_size: Endings run together.
+        tokens_at_once: Size of a batch.
     """
-    rows = [
-        (encode(item.context, True), encode(choice, False), number)
-        for number, item in enumerate(items)
-        for choice in item.choices
-    ]
-    order = sorted(range(len(rows)), key=lambda place: len(rows[place][0]) + len(rows[place][1]))
-    scores = [0.0] * len(rows)
-    for start in range(0, len(rows), batch_size):
-        places = order[start : start + batch_size]
-        found = _log_likelihoods(model, [rows[place][:2] for place in places])
-        for place, score in zip(places, found, strict=True):
-            scores[place] = score
+    rows = []
+    for item in items:
+        context = encode(item.context, True)
+        rows += [Row(context + encode(choice, False), len(context)) for choice in item.choices]
+    scores = iter(log_likelihoods(model, rows, tokens_at_once))
     num_right = 0
-    for number, item in enumerate(items):
-        own = [score for score, row in zip(scores, rows, strict=True) if row[2] == number]
+    for item in items:
+        own = [next(scores) for _ in item.choices]
         num_right += own.index(max(own)) == item.answer
     return TaskScore(len(items), num_right, sum(1 / len(item.choices) for item in items) / len(items))
-
-
-def _log_likelihoods(model: nn.Module, rows: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-    """Log-likelihood in nats of each ending after its beginning."""
-    device = next(model.parameters()).device
-    longest = max(len(context) + len(ending) for context, ending in rows)
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for number, (context, ending) in enumerate(rows):
-        length = len(context) + len(ending)
-        input_ids[number, :length] = torch.tensor(context + ending)
-        attention_mask[number, :length] = 1
-    logits = model(
-        input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), use_cache=False
-    ).logits.float()
-    nats = logits[:, :-1].log_softmax(dim=-1).gather(2, input_ids[:, 1:, None].to(device))[..., 0].cpu()
-    return [
-        float(nats[number, len(context) - 1 : len(context) + len(ending) - 1].sum())
-        for number, (context, ending) in enumerate(rows)
-    ]

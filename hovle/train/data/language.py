@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import torch
 
-from ...files.documents import UnreadableError, parse_json
-from ...language.text_perplexity import read_text
+from ...language.documents import encode_row, read_text_documents
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import HuggingFaceData, StageConfig
 
@@ -107,50 +105,10 @@ def open_language(config: StageConfig, processor: HoVLEProcessor) -> tuple[Langu
 def read_documents(source: str, processor: HoVLEProcessor) -> Iterator[list[int]]:
     """Token ids of each document of a source; ValueError, which names it, where one cannot be read."""
     path = Path(source)
-    if path.suffix == ".jsonl" and path.is_file():
-        with path.open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                name = f"{path.name}:{number}"
-                try:
-                    row = parse_json(line, name)
-                except UnreadableError as error:
-                    raise ValueError(f"{FIELD}: {error}") from error
-                yield encode_row(row, name, processor)
-    elif path.is_dir() or path.suffix in (".parquet", ".arrow"):
+    if path.is_dir() or path.suffix in (".parquet", ".arrow"):
         from .huggingface import open_dataset
 
         for number, row in enumerate(open_dataset(HuggingFaceData(path=source)).rows):
-            yield encode_row(row, f"{path.name}[{number}]", processor)
+            yield encode_row(row, f"{path.name}[{number}]", processor, FIELD)
     else:
-        yield encode_prose(read_text(source, FIELD), processor)
-
-
-def encode_row(row: object, name: str, processor: HoVLEProcessor) -> list[int]:
-    """Token ids of a row with a `text`, or with `messages` of text alone as the chat template writes them."""
-    if isinstance(row, dict) and isinstance(row.get("text"), str):
-        return encode_prose(row["text"], processor)
-    try:
-        messages = row["messages"]  # type: ignore[index]  # what it is not, the error says
-        if any(isinstance(message["content"], list) and _pictures(message["content"]) for message in messages):
-            raise ValueError("it shows a picture, and the language is held on text alone")
-        [ids] = processor.encode_chats([messages], [])
-    except (ValueError, KeyError, TypeError, jinja2.TemplateError) as error:
-        raise ValueError(
-            f'{FIELD}: {name}: expected {{"messages": [{{"role": ..., "content": "..."}}, ...]}} or '
-            f'{{"text": "..."}}, found {str(row)[:80]!r} ({error!r:.200}).'
-        ) from error
-    return ids
-
-
-def _pictures(content: list[dict]) -> list[dict]:
-    return [item for item in content if item["type"] != "text"]
-
-
-def encode_prose(text: str, processor: HoVLEProcessor) -> list[int]:
-    """Token ids of plain text, in which nothing is special, paragraph by paragraph."""
-    ids: list[int] = []
-    paragraphs = text.split("\n\n")
-    for number, paragraph in enumerate(paragraphs, 1):
-        end = "\n\n" if number < len(paragraphs) else ""
-        ids += processor._encode_text(paragraph + end, at_start=number == 1)
-    return ids
+        yield from read_text_documents(source, processor, FIELD)

@@ -27,15 +27,15 @@ def measured(output: str | Path) -> list[dict]:
 def test_perplexity_is_that_of_all_tokens_but_each_windows_first(parts):
     model, processor = parts
     retention = TextRetention(RetentionConfig(num_tokens=50, window=20), processor)
-    assert [len(window) for window in retention.windows] == [20, 20, 10]
+    assert [len(row.ids) for row in retention.rows] == [20, 20, 10]
     found = retention.perplexity(model, FLOAT32)
     assert model.training
     model.eval()
     nats = []
     with torch.no_grad():
-        for window in retention.windows:
-            chances = model(input_ids=window[None], use_cache=False).logits[0].log_softmax(dim=-1)
-            nats += [-float(chances[place, token]) for place, token in enumerate(window[1:].tolist())]
+        for ids, _ in retention.rows:
+            chances = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(dim=-1)
+            nats += [-float(chances[place, token]) for place, token in enumerate(ids[1:])]
     assert len(nats) == 47
     assert found == pytest.approx(math.exp(sum(nats) / 47), rel=1e-5)
 
@@ -45,12 +45,14 @@ def test_the_text_is_a_file_or_pythons_documentation_and_nothing_in_it_is_specia
     assert len(read_text("python_docs")) > 100_000
     (tmp_path / "text.txt").write_text("One picture <IMG_CONTEXT> and <|im_end|> of it. " * 9, encoding="utf-8")
     config = RetentionConfig(source=str(tmp_path / "text.txt"), num_tokens=40, window=40)
-    [ids] = TextRetention(config, processor).windows
+    [(ids, _)] = TextRetention(config, processor).rows
     assert processor.image_token_id not in ids
     assert processor.tokenizer.decode(ids).startswith("One picture <IMG_CONTEXT> and <|im_end|>")
     with pytest.raises(ValueError, match=r"has \d+ tokens, fewer than retention.num_tokens \(4000\)"):
         TextRetention(RetentionConfig(source=str(tmp_path / "text.txt"), num_tokens=4000), processor)
-    with pytest.raises(ValueError, match=r"no text file nowhere\.txt; it may also be python_docs"):
+    with pytest.raises(
+        ValueError, match=r"no text file nowhere\.txt; it may also be python_docs or state_of_the_union"
+    ):
         TextRetention(RetentionConfig(source="nowhere.txt"), processor)
 
 
