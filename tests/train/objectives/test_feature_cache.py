@@ -328,4 +328,6 @@ def test_a_streamed_source_is_refused(teacher, config, distillation_config, part
 
     stage = distillation_config(f"teacher.cache={tmp_path / 'cache'}")
     with pytest.raises(ValueError, match=r"teacher\.cache needs sources of known size"):
-        feature_cache.cached_targets(teacher, stage, Mixture([Stream()], 0), [], parts[1], torch.float32)
+        feature_cache.cached_targets(
+            teacher, stage.teacher[0], stage, Mixture([Stream()], 0), [], parts[1], torch.float32
+        )
