@@ -34,6 +34,7 @@ OPTIONAL = {
     "openai": ("hovle[serve]", "hovle serve"),
     "lmms_eval": ("hovle[eval]", "hovle eval benchmarks"),
     "Levenshtein": ("hovle[eval]", "hovle eval benchmarks"),
+    "embreex": ("hovle[smol]", "hovle data build"),
     "fonttools": ("hovle[smol]", "hovle data build"),
     "resvg_py": ("hovle[smol]", "hovle data build"),
     "vl_convert_python": ("hovle[smol]", "hovle data build"),
