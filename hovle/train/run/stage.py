@@ -66,7 +66,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
 
     # What cannot work is refused before minutes of reading.
     with fail_on_all_ranks():
-        check_start(config)
+        check_start(config, dry_run)
         teacher = load_teacher(config)
 
     # The data, and where an earlier attempt left it.

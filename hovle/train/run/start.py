@@ -22,8 +22,10 @@ from .handoff import check_handoff
 from .random_numbers import seed_everything
 
 
-def check_start(config: StageConfig) -> None:
+def check_start(config: StageConfig, dry_run: bool = False) -> None:
     """Refuse a start that cannot work by what is quickly read, before data are opened and weights loaded.
+
+    A dry run measures no text, so it asks for nothing to compare it with.
 
     Raises:
         ValueError: For a package that is missing, a model folder that is damaged or whose weights are quantised, and
@@ -39,7 +41,7 @@ def check_start(config: StageConfig) -> None:
     for field, name in named.items():
         if name is not None:
             _check_folder(field, resolve_asset(name))
-    if config.retention is None or find_checkpoint(Path(config.output)) is not None:
+    if config.retention is None or dry_run or find_checkpoint(Path(config.output)) is not None:
         return  # a run that goes on has its own record
     if config.retention.language_model is not None:
         _check_folder(
