@@ -89,10 +89,11 @@ def with_new_fields(values: dict) -> dict:
 def _without_other_kinds(base: type[Kind], values: dict) -> dict:
     kinds = base.kinds()
     own = field_names(kinds[values[base.TAG]])
-    defaults = {field.name: field.default for kind in kinds.values() for field in dataclasses.fields(kind)}
-    return {
-        key: value for key, value in values.items() if key in own or value != defaults.get(key, dataclasses.MISSING)
-    }
+    fields = [field for kind in kinds.values() for field in dataclasses.fields(kind)]
+    defaults: dict[str, list] = {field.name: [] for field in fields}  # kinds differ in them
+    for field in fields:
+        defaults[field.name].append(field.default)
+    return {key: value for key, value in values.items() if key in own or value not in defaults.get(key, [])}
 
 
 def _override(values: dict, override: str) -> None:
