@@ -82,7 +82,7 @@ def test_every_recipe_holds_data_out_that_it_does_not_learn_from(folder, stage):
     assert read[-1] not in read[:-1]
     assert config.image_ablation
     assert (config.retention is not None) == (folder != "demo")  # there it would cost more than a validation
-    assert config.validate_every == config.checkpoint_every
+    assert folder == "demo" or config.validate_every == config.checkpoint_every  # the demo validates at its ends only
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
