@@ -117,8 +117,8 @@ def _write_documents(flat: FlatModel, folder: Path) -> None:
         "image_std": list(flat.image_processor.image_std),
         "patch_size": flat.config.patch_size,
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1))
+    (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1), encoding="utf-8")
     flat.generation_config.save_pretrained(folder)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -387,6 +388,9 @@ def test_the_paper_s_first_stage_trains_around_it(released, tmp_path, folder, ca
     import timm
     from PIL import Image
 
+    language_model = shutil.copytree(released, tmp_path / "internlm2")
+    config = json.loads((language_model / "config.json").read_text())
+    (language_model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
     weights = tmp_path / "teacher.pt"
     torch.save(timm.create_model("test_efficientnet", pretrained=False).state_dict(), weights)
     (tmp_path / "pictures").mkdir()
@@ -394,7 +398,7 @@ def test_the_paper_s_first_stage_trains_around_it(released, tmp_path, folder, ca
         Image.new("RGB", (60 + index, 50), (40 * index, 90, 10)).save(tmp_path / "pictures" / f"{index}.png")
     recipe = [
         f"{folder}/distillation",
-        f"model.language_model={released}",
+        f"model.language_model={language_model}",
         "model.num_embedding_layers=2",
         "model.image_size=56",
         f"teacher={{name: test_efficientnet, checkpoint: {weights}, image_size: 64}}",

@@ -442,7 +442,7 @@ def test_a_folder_without_a_model_is_refused(run, tmp_path, capsys):
     ("file", "content", "message"),
     [
         ("config.json", b'{"model_type": "llama"}', "holds a model of type 'llama', not 'hovle'"),
-        ("model.safetensors", b"half a fi", "the model cannot be loaded"),
+        ("model.safetensors", b"half a fi", "is missing or no safetensors file"),
     ],
 )
 def test_a_folder_with_a_broken_model_is_refused(file, content, message, run, model_folder, tmp_path, capsys):
