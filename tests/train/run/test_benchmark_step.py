@@ -24,7 +24,7 @@ def test_a_step_is_estimated_from_a_few_rows_and_nothing_is_written(stage, reque
     monkeypatch.setattr(BenchmarkStep, "step_all", seconds)
     estimate = benchmark_step.estimate_seconds(config, make_accelerator())
     assert set(sizes) == {1, 4}
-    assert estimate == pytest.approx((1.0 + 0.5 * 10) * benchmark_step.COMPILED_SHARE)
+    assert estimate == pytest.approx((1.0 + 0.5 * 10) * benchmark_step.COMPILED_SHARE[stage])
     assert not Path(config.output).exists()
 
 
