@@ -31,7 +31,7 @@ MINUTES = 30.0
 TRAINING_SHARE = 0.7
 """Part of that for training steps; compiling, validating and scoring take the rest."""
 
-EXPECTED = ((0.0, 0.34), (0.44, 0.80), (0.94, 0.98), (1.0, 0.98))
+EXPECTED = ((0.0, 0.34), (0.29, 0.73), (0.44, 0.80), (0.94, 0.98), (1.0, 0.98))
 """Share of the recipes' steps and of right answers to balanced questions, as measured (dev/LOG.md); the first one is a
 guess's."""
 

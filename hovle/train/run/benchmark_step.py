@@ -17,7 +17,7 @@ from .stage_data import StageData
 from .start import load_start
 
 COMPILED_SHARE = {"distillation": 0.95, "next_token": 0.7}
-"""What a compiled step takes of what few uncompiled rows promise, by objective, as measured on the demo (dev/LOG.md)."""
+"""What a compiled step takes of what few uncompiled rows promise, by objective, on the demo (dev/LOG.md)."""
 
 
 class BenchmarkStep:
