@@ -14,16 +14,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from ..model.backbones import CACHE
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.processing_hovle import HoVLEProcessor
-from ..model.rotary import rope_switch
+from ..model.rotary import depends_on_length, rope_switch
 
 MAX_BYTES = 2**30
-"""Of keys and values, in all: with the released models room for about 10,000 tokens."""
+"""Of keys and values, in all. A token of the released models takes 128 KiB in bfloat16: 32 layers, 8 heads of 128."""
 
 NOT_FOR_PREFIXES = ("num_beams", "num_return_sequences", "cache_implementation", "prompt_lookup_num_tokens", CACHE)
 """Options of `generate` that want a cache of another kind, or several rows of it."""
@@ -96,6 +97,10 @@ class PrefixCache:
         refused = [name for name in NOT_FOR_PREFIXES if options.get(name) not in (None, 1)]
         if refused:
             raise ValueError(f"{refused[0]} needs a cache of its own: call model.generate, or leave it out.")
+        rest: dict[str, Any] = dict(inputs)
+        if any(getattr(self.model.generation_config, name, None) not in (None, 1) for name in NOT_FOR_PREFIXES):
+            self.num_reused = 0  # the model's own settings want what cannot be shared
+            return self.model.generate(**rest, **options)
         input_ids, pixel_values = inputs["input_ids"], inputs.get("pixel_values")
         mask = inputs.get("attention_mask")
         if len(input_ids) != 1 or (mask is not None and not bool(mask.all())):
@@ -108,7 +113,6 @@ class PrefixCache:
         signature = sign(ids, is_image, pixel_values)
         longest = len(signature) + int(options.get("max_new_tokens") or 0)
         num_reused, cache = self._longest_prefix(signature, is_image, longest)
-        rest: dict[str, Any] = dict(inputs)
         if pixel_values is not None:
             rest["pixel_values"] = pixel_values[num_tiles(is_image[:num_reused], is_image, len(pixel_values)) :]
         generated = self.model.generate(**rest, **options, **{CACHE: cache})
@@ -125,7 +129,7 @@ class PrefixCache:
             longest: Tokens prompt and answer may take.
         """
         best, best_length = None, 0
-        if longest <= min(rope_switch(table) for table in self.model.model.rotary_embs):
+        if longest <= min(_same_rotation(table) for table in self.model.model.rotary_embs):
             with self._lock:
                 for read in self._reads:
                     length = common_length(read, signature, is_image)
@@ -238,6 +242,13 @@ def common_length(read: _Read, signature: torch.Tensor, is_image: torch.Tensor) 
     while goes_on and length > 0 and is_image[length - 1]:
         length -= 1
     return length
+
+
+def _same_rotation(rotary_emb: nn.Module) -> float:
+    """Longest sequence in which a token rotates as in a shorter one: longrope and dynamic scaling turn beyond it."""
+    if not depends_on_length(rotary_emb):
+        return math.inf
+    return min(rope_switch(rotary_emb), getattr(rotary_emb, "original_max_seq_len", math.inf))
 
 
 def _can_be_cut(read: _Read, length: int, is_hd: bool) -> bool:

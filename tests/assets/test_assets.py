@@ -32,15 +32,6 @@ def sha256(content):
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """An empty cache of this test's own."""
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("HOVLE_CACHE", str(folder))
-    monkeypatch.delenv("HOVLE_DOWNLOADS", raising=False)
-    return folder
-
-
-@pytest.fixture
 def wheels(tmp_path):
     """A folder as an offline user fills it."""
     folder = tmp_path / "wheels"

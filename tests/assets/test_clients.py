@@ -26,14 +26,6 @@ KEPT = [".complete.json", "LICENSE", "data/a/one.svg", "data/b/two.svg"]
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    folder = tmp_path / "cache"
-    monkeypatch.setenv("HOVLE_CACHE", str(folder))
-    monkeypatch.delenv("HOVLE_DOWNLOADS", raising=False)
-    return folder
-
-
-@pytest.fixture
 def shop(tmp_path, monkeypatch):
     """A folder of archives that the stand-ins for npm and apt-get on the PATH deliver from; calls are written down."""
     folder = tmp_path / "shop"

@@ -140,8 +140,10 @@ def test_memory_is_bounded_and_the_last_used_stay(model, processor):
         inputs = prompt(processor, "what is it?", color=color)
         prefixes.generate(inputs, max_new_tokens=NUM_NEW, do_sample=False)
         assert (prefixes.num_reused > int((inputs["input_ids"] == model.config.image_token_id).sum())) == is_kept
+    num_kept = len(prefixes._reads)
     prefixes.max_bytes = 1
     prefixes.generate(prompt(processor, "long", color="pink"), max_new_tokens=NUM_NEW, do_sample=False)
+    assert len(prefixes._reads) == num_kept  # it is larger than all that may be kept
     prefixes.clear()
     assert prefixes.num_bytes == 0
 
@@ -188,6 +190,17 @@ def test_what_needs_a_cache_of_its_own_is_refused(model, processor, options):
 
 
 @pytest.mark.parametrize("model", ["flat"], indirect=True)
+def test_a_model_whose_settings_search_by_beams_answers_as_alone(model, processor):
+    model.generation_config.num_beams = 3
+    prefixes = PrefixCache(model)
+    for text in ("what is it?", "where is it?"):
+        inputs = prompt(processor, text)
+        found = prefixes.generate(inputs, max_new_tokens=NUM_NEW)
+        assert torch.equal(found, model.generate(**inputs, max_new_tokens=NUM_NEW))
+    assert prefixes.num_bytes == prefixes.num_reused == 0
+
+
+@pytest.mark.parametrize("model", ["flat"], indirect=True)
 def test_several_prompts_and_padding_are_refused(model, processor):
     inputs = prompt(processor, "what is it?")
     with pytest.raises(ValueError, match="2 rows"):
@@ -198,19 +211,21 @@ def test_several_prompts_and_padding_are_refused(model, processor):
         PrefixCache(model).generate({**inputs, "attention_mask": mask}, max_new_tokens=2)
 
 
-def test_longrope_starts_anew_where_its_factors_turn(tiny_config, make_tokenizer):
-    config = tiny_config(
-        text_config={
-            "rope_parameters": {
-                "rope_type": "longrope",
-                "rope_theta": 10000.0,
-                "short_factor": [1.0] * 8,
-                "long_factor": [3.0] * 8,
-                "factor": 4.0,
-                "original_max_position_embeddings": 40,
-            }
-        }
-    )
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 40,
+    "short_factor": [1.0] * 8,
+    "long_factor": [3.0] * 8,
+}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+
+
+@pytest.mark.parametrize("rope", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
+def test_nothing_is_reused_where_positions_turn(tiny_config, rope):
+    positions = {"max_position_embeddings": 40} if rope is DYNAMIC else {}
+    config = tiny_config(text_config={"rope_parameters": rope, **positions})
     model = shake(HoVLEForConditionalGeneration(config)).eval()
     prefixes = PrefixCache(model)
     short = torch.arange(10, 30)[None]
