@@ -140,5 +140,9 @@ class ExpectedData(Section):
     """Tokens that are not picture, chat template included; in distillation without the random ones."""
     supervised_tokens_per_sample: PositiveOrZero = 20.0
     """Those of them that are replies."""
+    word_pieces_per_sample: PositiveOrZero = 0.0
+    """Image tokens that say a piece of a word; with `objective.words`, on canvas and thumbnail together."""
+    read_tokens_per_sample: PositiveOrZero = 0.0
+    """Image tokens whose characters are told; with `objective.words.characters`."""
     filled_ratio: Annotated[Number, Field(gt=0, le=1)] = 0.95
     """Share of packed rows that is not padding."""

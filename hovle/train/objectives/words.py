@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
-from ..config import WordsConfig
+from ..config import CharactersConfig, WordsConfig
 from ..data.batch import PackedBatch
 from ..data.words import NO_WORD
 
@@ -41,7 +41,9 @@ class WordTerms(nn.Module):
         if config.characters is not None:
             self.character_layer = check_character_layer(config.characters.layer, model)
             self.character_head = CharacterHead(
-                model.config.text_config.hidden_size, config.characters.per_token, len(config.characters.alphabet) + 2
+                model.config.text_config.hidden_size,
+                config.characters.per_token,
+                num_character_classes(config.characters),
             )
             self.weights |= {"character_cross_entropy": config.characters.weight, "character_accuracy": 0.0}
 
@@ -136,6 +138,11 @@ class CharacterHead(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `(..., slots, classes)` of hidden states `(..., D)`."""
         return self.linear(self.norm(hidden_states.float())).unflatten(-1, self.shape)
+
+
+def num_character_classes(config: CharactersConfig) -> int:
+    """None, one of the alphabet, or another one."""
+    return len(config.alphabet) + 2
 
 
 def kinds_of_tokens(batch: PackedBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

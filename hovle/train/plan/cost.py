@@ -18,6 +18,8 @@ Memory counts tensors; `memory.py` finds what autograd keeps. What settings chan
 - `teacher.cache`: a step has no teacher; what filling the cache costs is not in it.
 - `language`: text takes places in the rows; the bare language model passes over it, and both heads run there. What of
   the language model learns is there twice.
+- `objective.words`: pieces are found among candidates and characters told by a head, as many as `expected` says. That
+  a teacher need not look at tiles full of words is left out.
 """
 
 import dataclasses
@@ -31,8 +33,10 @@ from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ..config import PARAMETER_GROUPS, ExpectedData, StageConfig
 from ..data.batch import PackedBatch
+from ..data.words import NO_WORD
 from ..model.adapters import adapted_maps
 from ..model.parameters import parameter_groups
+from ..objectives.words import kinds_of_tokens, num_character_classes
 from .memory import Activations, measure_activations, tied_table_learns
 from .shapes import teacher_shapes
 
@@ -48,6 +52,9 @@ QUANTIZED_BYTES = {"int8": 1.0, "int4": 0.5 + 1 / 64 + 4 / (64 * 256)}
 KEPT_OF_DIVERGENCE = 8
 """Bytes kept per word of the vocabulary at each position where two distributions are compared: both, in float32."""
 
+KEPT_OF_CHOICE, WORKING_OF_CHOICE = 4, 8
+"""Bytes for each candidate of a word's piece or a character: log-probabilities, and two gradients of them."""
+
 INT8_ROW_BYTES = 4
 """LLM.int8's scale of each row."""
 
@@ -55,7 +62,7 @@ ADAM_BYTES = 28
 """Bytes AdamW moves per parameter: it reads weight, gradient and two moments and writes all but the gradient."""
 
 
-COUNTS = ("num_filled", "num_samples", "num_tiles", "num_supervised", "num_language")
+COUNTS = ("num_filled", "num_samples", "num_tiles", "num_supervised", "num_language", "num_pieces", "num_read")
 """What of a workload grows with its rows."""
 
 
@@ -73,6 +80,10 @@ class Workload:
     """Positions with a target, at which the head runs."""
     num_language: float = 0
     """Positions of text without pictures, on which the language is held."""
+    num_pieces: float = 0
+    """Image tokens that say a piece of a word."""
+    num_read: float = 0
+    """Image tokens whose characters are told."""
 
     @property
     def num_tokens(self) -> int:
@@ -91,6 +102,8 @@ class Workload:
             num_tiles=len(batch.pixel_values),
             num_supervised=int(batch.is_supervised.sum()),
             num_language=batch.num_language_rows * batch.language_length,
+            num_pieces=0 if batch.word_ids is None else int(kinds_of_tokens(batch)[1].sum()),
+            num_read=0 if batch.character_ids is None else int((batch.character_ids != NO_WORD).any(dim=-1).sum()),
         )
 
     @classmethod
@@ -118,6 +131,8 @@ class Workload:
             num_tiles=samples * data.tiles_per_sample,
             num_supervised=supervised,
             num_language=num_language,
+            num_pieces=samples * data.word_pieces_per_sample * teaches_words(config),
+            num_read=samples * data.read_tokens_per_sample * teaches_words(config),
         )
 
     def with_rows(self, num_rows: int) -> "Workload":
@@ -200,12 +215,26 @@ class StageCost:
     @property
     def num_trainable(self) -> int:
         """Parameters that learn, adapters and the training-only projection included."""
-        return sum(self.groups[name] for name in self.config.trainable) + self.num_adapters + self._num_projection
+        learning = sum(self.groups[name] for name in self.config.trainable)
+        return learning + self.num_adapters + self._num_projection + self._num_character_head
 
     @property
     def _num_projection(self) -> int:
         hidden = self.model_config.text_config.hidden_size
         return sum(width * hidden for width in self._widths if width != hidden)
+
+    @property
+    def _num_character_head(self) -> int:
+        hidden, num_logits = self.model_config.text_config.hidden_size, self._character_logits
+        return (hidden * num_logits + num_logits + hidden) * bool(num_logits)  # a map with its bias, and a norm
+
+    @property
+    def _character_logits(self) -> int:
+        """Of an image token; 0 where characters are not told."""
+        words = self.config.objective.words if self.config.objective.name == "distillation" else None
+        if words is None or words.characters is None:
+            return 0
+        return words.characters.per_token * num_character_classes(words.characters)
 
     # Operations
 
@@ -228,7 +257,7 @@ class StageCost:
         if self.runs_language_model:
             flops |= self._language_model_flops(work)
         else:
-            flops |= self._teacher_flops(work)
+            flops |= self._teacher_flops(work) | {"words": self._word_flops(work)}
         if work.num_language:
             flops |= self._held_language_flops(work)
         if self.config.activation_checkpointing:
@@ -330,6 +359,22 @@ class StageCost:
             "projection": 2 * tokens * self._num_projection * 3,
         }
 
+    def _word_flops(self, work: Workload) -> float:
+        """Pieces found among others, whose embeddings are given; characters told by a head that learns."""
+        hidden = self.model_config.text_config.hidden_size
+        found = 2 * hidden * work.num_pieces * self._num_candidates(work) * _passes(False, True)
+        return found + 2 * hidden * self._character_logits * work.num_read * _passes(True, True)
+
+    def _num_candidates(self, work: Workload) -> float:
+        """Different entries of the vocabulary among which a piece is found, were pieces as random as the others."""
+        if not work.num_pieces:
+            return 0
+        assert self.config.objective.name == "distillation"
+        assert self.config.objective.words is not None
+        vocab_size = self.model_config.text_config.vocab_size
+        num_drawn = work.num_pieces + self.config.objective.words.num_others
+        return vocab_size * (1 - (1 - 1 / vocab_size) ** num_drawn)
+
     # Memory
 
     def memory(self, work: Workload, num_processes: int = 1, on_cpu: bool = False) -> "Memory":
@@ -348,7 +393,7 @@ class StageCost:
             learns["stem"] + learns["text_embeddings"],
             learns["holistic_layers"],
             learns["language_model"] - head_learns + self.num_adapters,
-            head_learns + self._num_projection,
+            head_learns + self._num_projection + self._num_character_head,
         )
         tied_gradient = 4 * head if self.learning.language and config.tie_word_embeddings else 0
         activations, working = self._kept_and_working(work)
@@ -418,6 +463,9 @@ class StageCost:
         num_logits = max(num_positions * self.runs_language_model, num_held)
         loss_working = 10 * config.text_config.vocab_size * num_logits
         held = KEPT_OF_DIVERGENCE * config.text_config.vocab_size * num_held
+        num_told = work.num_pieces * self._num_candidates(work) + work.num_read * self._character_logits
+        loss_working = max(loss_working, WORKING_OF_CHOICE * num_told)
+        held += KEPT_OF_CHOICE * num_told
         (holistic, holistic_working), (language, language_working) = sections
         return (
             (kept.stem.at(work.num_tiles), holistic, language, kept.loss.at(num_positions) + held),
@@ -473,6 +521,11 @@ class StageCost:
     @functools.cache  # noqa: B019 - few sizes, and the object lives as long as its plan
     def _activations(self, row_length: int, holistic_length: int) -> Activations:
         return measure_activations(self.config, self.model_config, self.dtype, row_length, holistic_length)
+
+
+def teaches_words(config: StageConfig) -> bool:
+    """Whether a stage has `objective.words`."""
+    return config.objective.name == "distillation" and config.objective.words is not None
 
 
 def _count(parameters) -> int:

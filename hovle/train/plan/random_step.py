@@ -19,7 +19,7 @@ import torch
 from ...machine.memory import keep_freed_memory, peak_resident_bytes
 from ...model.configuration_hovle import HoVLEConfig
 from ...model.modeling_hovle import IGNORE_INDEX, HoVLEForConditionalGeneration
-from ..config import ExpectedData, NextTokenConfig, StageConfig, TeacherConfig, load_stage
+from ..config import ExpectedData, NextTokenConfig, StageConfig, TeacherConfig, WordsConfig, load_stage
 from ..data.batch import PackedBatch, TileBatch
 from ..data.words import join_targets, no_words
 from ..model.bare_language_model import BareLanguageModel
@@ -29,6 +29,7 @@ from ..objectives.choice import make_text_distance
 from ..objectives.distillation import DistillationObjective
 from ..objectives.next_token import NextTokenObjective
 from ..objectives.teachers import Targets, make_teacher, side_by_side
+from ..objectives.words import num_character_classes
 from ..parallel import OneProcess
 from ..step.assembly import TrainableModel, TrainableStep, number_format, prepare_model
 from .cost import FROM_LANGUAGE_MODEL, Workload
@@ -89,10 +90,30 @@ def random_batch(config: StageConfig, model: HoVLEConfig) -> PackedBatch:
         names=["random"] * num_samples,
     )
     words = config.objective.words if config.objective.name == "distillation" else None
-    if words is None:
-        return batch
-    unknown: dict[str, Any] = join_targets([no_words(num_tiles, model.image_seq_length, words)])
-    return dataclasses.replace(batch, **unknown)
+    return batch if words is None else dataclasses.replace(batch, **random_words(config, model, words, batch))
+
+
+def random_words(config: StageConfig, model: HoVLEConfig, words: WordsConfig, batch: PackedBatch) -> dict[str, Any]:
+    """Fields of a batch whose image tokens say as many random words as the recipe's `expected` describes."""
+    expected, generator = config.expected or ExpectedData(), torch.Generator().manual_seed(1)
+    targets = no_words(len(batch.pixel_values), model.image_seq_length, words)
+    num_tokens, num_samples = targets.word_ids.numel(), len(batch.names)
+    places = _spread(round(num_samples * expected.word_pieces_per_sample), num_tokens)
+    targets.word_ids.view(-1)[places] = torch.randint(
+        model.text_config.vocab_size, (len(places),), generator=generator
+    )
+    if words.characters is not None:
+        places = _spread(round(num_samples * expected.read_tokens_per_sample), num_tokens)
+        shape = (len(places), words.characters.per_token)
+        classes = torch.randint(num_character_classes(words.characters), shape, generator=generator)
+        targets.character_ids.view(num_tokens, -1)[places] = classes
+    return join_targets([targets])
+
+
+def _spread(count: int, total: int) -> torch.Tensor:
+    """So many of a number of places, at even distances; all where there are not so many."""
+    count = min(count, total)
+    return torch.arange(count) * total // max(count, 1)
 
 
 def random_samples(config: StageConfig, model: HoVLEConfig) -> Iterator[tuple[int, int, int]]:

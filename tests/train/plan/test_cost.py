@@ -78,6 +78,35 @@ def test_operations_of_distillation_that_holds_the_language_are_those_of_torchs_
     assert_counted(config, torch.float32, tmp_path, tolerance=0.02)
 
 
+TAUGHT = "objective.words={num_others: 300, characters: {layer: -2}}"
+
+
+def test_operations_of_words_are_those_of_torchs_counter(distillation_config, tmp_path):
+    # Half of the operations are the words' own, so that a missing product would show.
+    told = EXPECTED.replace("}", ", word_pieces_per_sample: 5, read_tokens_per_sample: 6}")
+    config = distillation_config(told, TAUGHT, "model.image_size=112")
+    assert_counted(config, torch.float32, tmp_path, tolerance=0.02)
+
+
+def test_words_take_operations_memory_and_a_head_that_learns(distillation_config):
+    told = EXPECTED.replace("}", ", word_pieces_per_sample: 5, read_tokens_per_sample: 6}")
+    plain, taught = distillation_config(told), distillation_config(told, TAUGHT)
+    model = model_config(plain)
+    without, work = Workload.expected(plain, model), Workload.expected(taught, model)
+    assert (without.num_pieces, work.num_pieces) == (0, pytest.approx(5 * work.num_samples))
+    costs = [StageCost(config, model, torch.float32) for config in (plain, taught)]
+    assert costs[1].flops(work).keys() - costs[0].flops(without).keys() == {"words"}
+    head = 64 + (64 + 1) * 3 * 96  # a norm, and three characters of 94 kinds, none or another
+    assert costs[1].num_trainable - costs[0].num_trainable == head
+    vocab_size = model.text_config.vocab_size
+    choices = 4 * (
+        work.num_pieces * vocab_size + work.num_read * 3 * 96
+    )  # log-probabilities, were all of the table candidates
+    more = costs[1].memory(work).peak - costs[0].memory(without).peak
+    assert 12 * head < more < 12 * head + choices  # weight and two moments; its gradient is there when others are not
+    assert costs[1].flops(work.with_rows(4))["words"] > costs[1].flops(work)["words"]
+
+
 def test_operations_of_hd_count_the_long_sequence(distillation_config, tmp_path):
     config = distillation_config(EXPECTED, "model.pixel_shuffle_loc=post", "rows_per_batch=1")
     assert_counted(config, torch.float32, tmp_path, tolerance=0.02)
