@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import numpy as np
 import torch
 
 from .errors import foreign_errors
-from .files.checkpoint_files import refuse_damaged_weights
+from .files.checkpoint_files import CONFIG, refuse_damaged_weights
 from .files.model_folder import refuse_missing_folder, refuse_missing_processor, refuse_unreadable_documents
 from .model.configuration_hovle import HoVLEConfig
+from .model.image_processing_hovle import HoVLEImageProcessor
 from .model.language_model import load_language_model
 from .model.modeling_hovle import HoVLEForConditionalGeneration
 from .model.processing_hovle import HoVLEProcessor
@@ -58,11 +60,17 @@ def load_model(model: str | os.PathLike, **options: Any) -> HoVLEForConditionalG
 
 
 def load_processor(model: str | os.PathLike) -> HoVLEProcessor:
-    """Load the processor of a saved HoVLE; errors as in `reading`, and for a chat template that is no Jinja."""
+    """Load the processor of a saved HoVLE; errors as in `reading`.
+
+    ValueError also for a chat template that is no Jinja, and for an image processor that leaves it to the model to
+    normalise with other numbers than its own.
+    """
     with reading(model, weights=False, processor_alone=True):
         refuse_missing_processor(model)
         processor = HoVLEProcessor.from_pretrained(model)
         check_chat_template(processor)
+        if processor.image_processor.gives_bytes() and (not Path(model).is_dir() or (Path(model) / CONFIG).is_file()):
+            check_statistics_agree(processor.image_processor, HoVLEConfig.from_pretrained(model))
     return processor
 
 
@@ -70,6 +78,19 @@ def load_bare_model(name: str | os.PathLike, dtype: torch.dtype | None = None) -
     """Load a causal language model, from a folder or the Hub; errors as in `reading`."""
     with reading(name):
         return load_language_model(name, **({} if dtype is None else {"dtype": dtype}))
+
+
+def check_statistics_agree(image_processor: HoVLEImageProcessor, config: HoVLEConfig) -> None:
+    """Raise ValueError where tiles of bytes would be normalised otherwise than the image processor says."""
+    statistics = [*np.broadcast_to(image_processor.image_mean, 3), *np.broadcast_to(image_processor.image_std, 3)]
+    said = [float(number) for number in (*statistics, image_processor.rescale_factor)]
+    done = [*config.image_mean, *config.image_std, 1 / 255]
+    if len(said) != len(done) or not np.allclose(said, done, rtol=1e-6, atol=0):
+        raise ValueError(
+            "its image processor gives bytes (do_rescale, do_normalize: false) and says image_mean, image_std and "
+            f"rescale_factor {said}, but the model would normalise with {done}: make its config.json say the same, or "
+            "let the image processor normalise (do_rescale, do_normalize: true)."
+        )
 
 
 def check_chat_template(processor: Any) -> None:

@@ -1,11 +1,12 @@
 """Measure how fast picture files become tiles, the work a training process does for every sample.
 
-JPEG pictures in memory's file cache, one thread, pictures per second. Three routes take turns, so that what else the
+JPEG pictures in memory's file cache, one thread, pictures per second. Four routes take turns, so that what else the
 machine does hurts all alike; the best round counts, the median shows how quiet the machine was.
 
   training    what `hovle train` does: fast decoding where a JPEG is plain, torch resizes bytes
   pillow      Pillow decodes and resizes, tiles of bytes
-  processor   `HoVLEImageProcessor`, tiles of normalised floats (what inference does)
+  processor   `HoVLEImageProcessor`, tiles of normalised floats (what inference does by default)
+  bytes       the same with do_rescale=False, do_normalize=False: the model normalises
 
 Tiles of the first two are compared: largest and mean difference in grey levels of 255. The result is printed and, with
 --out, kept as JSON with the machine it was measured on.
@@ -61,7 +62,7 @@ def pillow_tiles(path: Path, image_processor: HoVLEImageProcessor) -> torch.Tens
 
 
 def measure_data(paths: list[Path], image_processor: HoVLEImageProcessor, num_rounds: int) -> dict:
-    """Time the three routes over the pictures and compare their tiles.
+    """Time the four routes over the pictures and compare their tiles.
 
     Returns:
         Pictures per second of each route (best round and median), the ratio of training to pillow, differences in
@@ -71,6 +72,9 @@ def measure_data(paths: list[Path], image_processor: HoVLEImageProcessor, num_ro
         "training": lambda path: read_tiles(path, image_processor),
         "pillow": lambda path: pillow_tiles(path, image_processor),
         "processor": lambda path: image_processor([load_picture(path)], return_tensors="pt"),
+        "bytes": lambda path: image_processor(
+            [load_picture(path)], return_tensors="pt", do_rescale=False, do_normalize=False
+        ),
     }
     seconds: dict[str, list[float]] = {name: [] for name in routes}
     for number in range(num_rounds + 1):

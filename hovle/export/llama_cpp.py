@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from ..model.configuration_hovle import HoVLEConfig
+from ..model.pixels import normalize_pixels
 from .gguf import QUANTIZATIONS, file_name
 from .needs import need
 from .stem import Stem
@@ -92,7 +93,7 @@ class LlamaCppForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: One whole prompt, shape `(1, T)`.
-            pixel_values: Its tiles in order, shape `(N, C, s, s)`.
+            pixel_values: Its tiles in order, normalised or bytes (uint8), shape `(N, C, s, s)`.
             attention_mask: Of ones, shape `(1, T)`: a single prompt has no padding.
             **kwargs: Ignored.
 
@@ -118,6 +119,8 @@ class LlamaCppForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _features(self, pixel_values: torch.Tensor) -> np.ndarray:
         """What the stem makes of tiles, kept for the steps in which it is asked for again."""
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_pixels(pixel_values, self.config.image_mean, self.config.image_std)
         pixels = pixel_values.float().numpy()
         kept = getattr(self, "_kept", None)
         if kept is None or kept[0].shape != pixels.shape or not np.array_equal(kept[0], pixels):

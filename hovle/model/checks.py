@@ -37,14 +37,24 @@ def unless_compiling(function: Callable[Arguments, None]) -> Callable[Arguments,
 
 
 def check_pixel_values(pixel_values: torch.Tensor, config: HoVLEConfig) -> None:
-    """Raise ValueError unless these are normalised square tiles, `(N, C, s, s)`, that divide into whole tokens."""
+    """Raise ValueError unless these are square tiles, `(N, C, s, s)`, that divide into whole tokens.
+
+    They are normalised floating-point numbers, or bytes that the model can normalise.
+    """
     if pixel_values.dim() != 4 or pixel_values.shape[1] != config.num_channels:
         raise ValueError(
             f"pixel_values must have shape (tiles, {config.num_channels}, size, size), "
             f"got {tuple(pixel_values.shape)}."
         )
-    if not pixel_values.is_floating_point():
-        raise ValueError(f"pixel_values must be normalised floating-point numbers, got {pixel_values.dtype}.")
+    if pixel_values.dtype != torch.uint8 and not pixel_values.is_floating_point():
+        raise ValueError(
+            f"pixel_values must be normalised floating-point numbers or bytes (uint8), got {pixel_values.dtype}."
+        )
+    if pixel_values.dtype == torch.uint8 and len(config.image_mean) != config.num_channels:
+        raise ValueError(
+            f"Tiles of bytes have {config.num_channels} channels, but the config's image_mean and image_std have "
+            f"{len(config.image_mean)}: set them, or give normalised tiles."
+        )
     if pixel_values.shape[2] != pixel_values.shape[3]:
         raise ValueError(f"Tiles must be square, got {pixel_values.shape[2]} x {pixel_values.shape[3]} pixels.")
     config.tokens_per_tile(pixel_values.shape[-1])

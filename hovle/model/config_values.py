@@ -7,7 +7,7 @@ NaN for every logit. A config.json comes from anyone, so what cannot work is ref
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from transformers.activations import ACT2FN
@@ -83,6 +83,16 @@ def check_whole_number(name: str, value: int, lowest: int, highest: int) -> None
     """Raise unless a number lies between two, both included."""
     if not lowest <= value <= highest:
         raise ValueError(f"{name} must lie between {lowest} and {highest}, got {value!r:.40}. {ADVICE}")
+
+
+def check_statistics(image_mean: Sequence[float], image_std: Sequence[float]) -> None:
+    """Raise unless there are a finite mean and a positive deviation for each channel, the same number of both."""
+    fits = all(is_positive(number) for number in image_std) and all(map(math.isfinite, image_mean))
+    if not fits or len(image_mean) != len(image_std):
+        raise ValueError(
+            "image_mean and image_std must hold a finite number and a positive one for each channel, got "
+            f"{image_mean!r:.80} and {image_std!r:.80}. {ADVICE}"
+        )
 
 
 def is_positive(value: Any) -> bool:

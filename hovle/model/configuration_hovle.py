@@ -9,9 +9,10 @@ from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, LlamaConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from .backbones import rotating_layers
-from .config_values import ADVICE, MOST_LAYERS, check_decoder_values, check_whole_number
+from .config_values import ADVICE, MOST_LAYERS, check_decoder_values, check_statistics, check_whole_number
 from .remote_code import AUTO_MAP, copy_code, register_names
 from .rotary import ROPE_TYPES, check_own_rope, check_rope_values
 
@@ -76,6 +77,9 @@ class HoVLEConfig(PreTrainedConfig):
         image_size: Side of one square picture tile in pixels.
         patch_size: Kernel and stride of the patch convolution in pixels.
         num_channels: Colour channels of a tile.
+        image_mean: Of each channel, from 0 to 1: what the model normalises tiles of bytes (uint8) with. Tiles that an
+            image processor has normalised already are taken as they are.
+        image_std: Deviation of the same.
         pixel_shuffle_loc: Where groups of neighbouring patches become one token: `"pre"` before the holistic layers
             (HoVLE), `"post"` after them (HoVLE-HD), `"none"` nowhere (a plain convolution).
         downsample_ratio: Tokens per patch along one side after the shuffle; 0.5 joins 2 x 2 patches.
@@ -97,6 +101,8 @@ class HoVLEConfig(PreTrainedConfig):
     image_size: int = 448
     patch_size: int = 14
     num_channels: int = 3
+    image_mean: list[float] | tuple[float, ...] = tuple(IMAGENET_DEFAULT_MEAN)
+    image_std: list[float] | tuple[float, ...] = tuple(IMAGENET_DEFAULT_STD)
     pixel_shuffle_loc: str = "pre"
     downsample_ratio: float = 0.5
     image_attention: str = "causal"
@@ -125,6 +131,7 @@ class HoVLEConfig(PreTrainedConfig):
         check_own_rope(self.embedding_rope_parameters or {})
         check_decoder_values({"initializer_range": self.initializer_range})
         check_whole_number("num_channels", self.num_channels, 1, MOST_CHANNELS)
+        check_statistics(self.image_mean, self.image_std)
         for name, most in LARGEST.items():  # what is too small for the others is told below, with what would work
             if getattr(self, name) > most:
                 raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)!r:.40}. {ADVICE}")

@@ -59,6 +59,7 @@ from .holistic_sequence import HolisticSequence, LanguageInputs, LongHolisticSeq
 from .image_tokens import pixel_shuffle
 from .language_model import FromLanguageModelMixin
 from .masks import Masks, count_positions
+from .pixels import normalize_pixels
 from .rotary import embedding_rope_config
 
 IGNORE_INDEX = -100
@@ -72,6 +73,7 @@ class HoVLEPatchEmbedding(nn.Module):
         super().__init__()
         hidden_size = config.text_config.hidden_size
         self.patch_size = config.patch_size
+        self.image_mean, self.image_std = config.image_mean, config.image_std
         self.grid_size = config.image_size // config.patch_size
         self.projection = nn.Conv2d(
             config.num_channels, hidden_size, kernel_size=config.patch_size, stride=config.patch_size
@@ -87,7 +89,12 @@ class HoVLEPatchEmbedding(nn.Module):
         return grid.flatten(2).transpose(1, 2).to(self.position_embedding.dtype)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed tiles of shape `(N, C, s, s)` as row-major patches `(N, (s / patch_size) ** 2, D)`."""
+        """Embed tiles of shape `(N, C, s, s)` as row-major patches `(N, (s / patch_size) ** 2, D)`.
+
+        Bytes are normalised first; floating-point numbers are normalised already.
+        """
+        if pixel_values.dtype == torch.uint8:
+            pixel_values = normalize_pixels(pixel_values.contiguous(), self.image_mean, self.image_std)
         patches = self.projection(pixel_values.to(self.projection.weight.dtype))  # (N, D, H, W)
         grid_size = patches.shape[-1]
         return patches.flatten(2).transpose(1, 2) + self.positions_for(grid_size)
@@ -260,7 +267,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         """Run the patch stem.
 
         Args:
-            pixel_values: Normalised tiles, shape `(N, C, s, s)`; any `s` that divides into whole tokens.
+            pixel_values: Tiles, normalised or bytes (uint8), shape `(N, C, s, s)`; any `s` that divides into whole
+                tokens.
             **kwargs: Ignored; `generate` passes `return_dict`.
 
         Returns:
@@ -443,7 +451,8 @@ class HoVLEForConditionalGeneration(HoVLEPreTrainedModel, HoVLEGenerationMixin, 
         Args:
             input_ids: Prompts with `tokens_per_tile` placeholders per tile, shape `(B, T)`; the short sequence for
                 HD too.
-            pixel_values: All tiles of the batch in prompt order, shape `(N, C, s, s)`.
+            pixel_values: All tiles of the batch in prompt order, shape `(N, C, s, s)`: normalised, or bytes (uint8),
+                which are normalised here.
             attention_mask: 1 at real tokens, 0 at padding, shape `(B, past + T)`; or who may look at whom, bool,
                 shape `(B, 1, T, past + T)` (not for HD).
             position_ids: Shape `(B, T)`; restarting ids mark documents packed into one row, which needs

@@ -139,7 +139,8 @@ class HoVLEProcessor(ProcessorMixin):
             max_tiles: Most tiles of a picture, the thumbnail not counted.
             text_after_image: What a chat writes after each picture.
             **kwargs: Without `config`, fields of `HoVLEConfig` that give the geometry (`image_size`, `patch_size`,
-                `pixel_shuffle_loc`, `downsample_ratio`); all others go to `AutoTokenizer.from_pretrained`.
+                `pixel_shuffle_loc`, `downsample_ratio`, `image_mean`, `image_std`); all others go to
+                `AutoTokenizer.from_pretrained`.
 
         Raises:
             ValueError: When the tokenizer gives `<IMG_CONTEXT>` another id than the configuration.
@@ -159,7 +160,10 @@ class HoVLEProcessor(ProcessorMixin):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         geometry = config or HoVLEConfig(**fields)
-        image_processor = HoVLEImageProcessor(tile_size=geometry.image_size, min_tiles=min_tiles, max_tiles=max_tiles)
+        statistics = {"image_mean": list(geometry.image_mean), "image_std": list(geometry.image_std)}
+        image_processor = HoVLEImageProcessor(
+            tile_size=geometry.image_size, min_tiles=min_tiles, max_tiles=max_tiles, **statistics
+        )
         side = geometry.patch_size * geometry.shuffle_factor
         processor = cls(image_processor, tokenizer, side, text_after_image=text_after_image)
         if config is not None and processor.image_token_id != config.image_token_id:
@@ -225,12 +229,14 @@ class HoVLEProcessor(ProcessorMixin):
         names = {name for name in names if not _is_variable(name, template)}
         return {name: arguments.pop(name) for arguments in given for name in names & arguments.keys()}
 
-    def _completed(self, batch: BatchFeature, for_generate: dict) -> BatchFeature:
+    def _completed(self, batch: BatchFeature, for_generate: dict, call_kwargs: dict) -> BatchFeature:
         """Add what `generate` is to have and, in a pipeline, that there are no tiles where there are none."""
         batch.update({name: value for name, value in for_generate.items() if value is not None})
         if self.in_pipeline and "pixel_values" not in batch:
             side = self.image_processor.tile_size
-            batch["pixel_values"] = torch.empty(0, 3, side, side)
+            gives_bytes = self.image_processor.gives_bytes({**call_kwargs, **(call_kwargs.get("images_kwargs") or {})})
+            # Joined with tiles of another dtype, bytes would pass for normalised numbers.
+            batch["pixel_values"] = torch.empty(0, 3, side, side, dtype=torch.uint8 if gives_bytes else torch.float32)
         return batch
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
@@ -378,7 +384,7 @@ class HoVLEProcessor(ProcessorMixin):
             pictures, kwargs["tile_limits"] = self._load_within_budget(pictures, counts, max_image_tokens, kwargs)
         kwargs = _with_text_defaults(kwargs)
         for_generate = self._take_for_generate(kwargs)
-        return self._completed(super().__call__(images=pictures or None, text=text, **kwargs), for_generate)
+        return self._completed(super().__call__(images=pictures or None, text=text, **kwargs), for_generate, kwargs)
 
     def _check_picture_counts(self, text: list[str], images: Any, num_pictures: int) -> None:
         """Compare marks and pictures, prompt by prompt where the pictures come that way."""
@@ -490,7 +496,7 @@ class HoVLEProcessor(ProcessorMixin):
             batch = self(images=pictures or None, text=texts, **call_kwargs)
         else:
             batch = self._encode_pieces_batch(prompts, pictures, **call_kwargs)
-        return self._completed(batch, for_generate) if return_dict else batch["input_ids"]
+        return self._completed(batch, for_generate, call_kwargs) if return_dict else batch["input_ids"]
 
     def _render(self, template: str, chats: Sequence[Sequence[dict]], tools=None, documents=None, **kwargs):
         """Render chats with characters for breaking up and marking that none of their strings contains."""

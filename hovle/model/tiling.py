@@ -5,6 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 SQUEEZED = 0.25
 """A picture of which less than this part of its height or width is left has lost its small print."""
@@ -39,6 +42,15 @@ class TileGrid(NamedTuple):
     def shares(self, height: int, width: int, tile_size: int) -> tuple[float, float]:
         """The part of a picture's height and width in pixels that is left on the canvas, 1 at most."""
         return min(1.0, self.rows * tile_size / height), min(1.0, self.columns * tile_size / width)
+
+    def warn_if_squeezing(self, height: int, width: int, tile_size: int) -> None:
+        """Say once that small print is lost where it is."""
+        if min(self.shares(height, width, tile_size)) < SQUEEZED:
+            logger.warning_once(
+                "A picture is squeezed to less than a quarter of its height or width, so small print in it is lost: "
+                "give it more tiles (max_tiles), or cut it into several pictures. `hovle tiles PICTURE` shows how "
+                "pictures are cut. This is said once."
+            )
 
     def boxes(self, height: int, width: int) -> list[tuple[int, int, int, int]]:
         """Left, top, right and bottom of each tile on a canvas of this size, in reading order."""

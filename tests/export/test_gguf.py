@@ -3,7 +3,9 @@
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
@@ -14,6 +16,7 @@ from hovle.chat import Conversation
 from hovle.export.command import export
 from hovle.export.flat import stock_decoder
 from hovle.export.gguf import QUANTIZATIONS, file_name
+from hovle.model.pixels import normalize_pixels
 
 ODD_TEXTS = [
     "",
@@ -161,6 +164,18 @@ def chat(picture) -> list[dict]:
     return [
         {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]}
     ]
+
+
+def test_the_engine_normalises_tiles_of_bytes(tiny_config):
+    from hovle.export.llama_cpp import LlamaCppForConditionalGeneration
+
+    config = tiny_config(image_mean=[0.5, 0.4, 0.3], image_std=[0.2, 0.3, 0.25])
+    seen = []
+    stem = SimpleNamespace(embed=lambda pixels: seen.append(pixels) or np.zeros((len(pixels), 4, 64)))
+    engine = LlamaCppForConditionalGeneration(config, decoder=None, stem=stem)
+    tiles = torch.randint(256, (2, 3, 56, 56), dtype=torch.uint8)
+    engine._features(tiles)
+    np.testing.assert_array_equal(seen[0], normalize_pixels(tiles, config.image_mean, config.image_std).numpy())
 
 
 @pytest.mark.slow

@@ -106,7 +106,9 @@ def test_arguments_of_the_image_processor_hold_for_one_call(processor, kwargs):
     assert 200 < raw.max() <= 255
     settings = processor.image_processor
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (settings.image_mean, settings.image_std))
-    torch.testing.assert_close((raw / 255 - mean) / std, usual, atol=1e-5, rtol=0)
+    assert raw.dtype == torch.uint8
+    # torch's filter, not Pillow's: as far apart as where torchvision's is compared below
+    assert (raw / 255 - (usual * std + mean)).abs().max() <= 4.01 / 255
 
 
 def test_an_argument_given_twice_is_refused(processor):
@@ -253,7 +255,7 @@ def test_torchvision_and_pillow_agree_within_rounding(image_processor, width, he
 @pytest.mark.parametrize(
     ("options", "change"),
     [
-        ({"do_rescale": False, "do_normalize": False}, lambda pixels: pixels * 255),
+        ({"do_rescale": False, "do_normalize": False, "resample": 2}, lambda pixels: pixels * 255),
         ({"do_normalize": False}, lambda pixels: pixels),
         ({"do_normalize": False, "rescale_factor": 1 / 510}, lambda pixels: pixels / 2),
         ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, lambda pixels: (pixels - 0.5) / 0.25),
@@ -261,7 +263,8 @@ def test_torchvision_and_pillow_agree_within_rounding(image_processor, width, he
     ids=["raw", "plain", "factor", "mean and deviation"],
 )
 def test_every_step_can_be_set(image_processor, options, change, tmp_path):
-    plain = image_processor(picture(), return_tensors="pt", do_normalize=False)["pixel_values"]
+    same = {name: options[name] for name in ("resample",) if name in options}
+    plain = image_processor(picture(), return_tensors="pt", do_normalize=False, **same)["pixel_values"]
     expected = change(plain)
     found = image_processor(picture(), return_tensors="pt", **options)["pixel_values"]
     torch.testing.assert_close(found.float(), expected, atol=2e-5, rtol=1e-6)

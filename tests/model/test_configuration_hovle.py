@@ -15,6 +15,8 @@ UNUSUAL = {
     "image_size": 96,
     "patch_size": 8,
     "num_channels": 1,
+    "image_mean": [0.25],
+    "image_std": [0.5],
     "pixel_shuffle_loc": "post",
     "downsample_ratio": 0.25,
     "image_attention": "bidirectional",

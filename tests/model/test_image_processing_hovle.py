@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from hovle import HoVLEConfig, HoVLEImageProcessor, HoVLEProcessor
-from hovle.model import image_processing_hovle
+from hovle.model import tiling
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -217,11 +217,11 @@ def test_saved_settings_that_cannot_work_are_refused_by_name(tmp_path, settings,
         HoVLEImageProcessor.from_pretrained(tmp_path)
 
 
-def test_a_picture_that_is_squeezed_is_told_of_once(caplog, monkeypatch):
-    logger = image_processing_hovle.logger
-    logger.warning_once.cache_clear()
+@pytest.mark.parametrize("options", [{}, {"do_rescale": False, "do_normalize": False}], ids=["floats", "bytes"])
+def test_a_picture_that_is_squeezed_is_told_of_once(options, caplog, monkeypatch):
+    tiling.logger.warning_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    processor = HoVLEImageProcessor(tile_size=28, max_tiles=4)
+    processor = HoVLEImageProcessor(tile_size=28, max_tiles=4, **options)
     processor([Image.new("RGB", (60, 60)), Image.new("RGB", (56, 440))])
     assert "squeezed" not in caplog.text
     for _ in range(2):

@@ -110,6 +110,16 @@ def test_a_saved_folder_runs_without_hovle(saved, tmp_path):
     assert greedy_tokens(copy, AutoProcessor.from_pretrained(tmp_path / "copy"), folder) == found["tokens"]
 
 
+def test_bytes_are_normalised_without_hovle_too(saved, tmp_path):
+    folder, model, processor = saved
+    copy = shutil.copytree(folder, tmp_path / "bytes")
+    processor = HoVLEProcessor.from_pretrained(folder, do_rescale=False, do_normalize=False)
+    processor.save_pretrained(copy)
+    assert processor.image_processor(copy / "picture.png")["pixel_values"][0].dtype == "uint8"
+    found = in_another_process(copy, tmp_path / "copy", tmp_path / "cache")
+    assert found["tokens"] == greedy_tokens(model, processor, folder)
+
+
 def test_every_class_of_the_auto_map_is_in_the_folder(saved):
     folder = saved[0]
     content = json.loads((folder / "config.json").read_text())

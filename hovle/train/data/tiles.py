@@ -1,12 +1,9 @@
 """Picture files to tiles of bytes, and tiles to what the model takes.
 
-Training cuts pictures as `HoVLEImageProcessor` does but keeps the tiles as bytes: a quarter of the memory to pack,
-send between processes and copy to the device, where they are normalised. Torch resizes bytes several times faster
-than Pillow, with the same filter: tiles differ from the processor's by at most two grey levels of 255, but more at the
-few pixels where the filter's first pass overshoots black or white, because Pillow may start with the other axis.
+Training cuts pictures as `HoVLEImageProcessor` does where it gives bytes, whatever its settings: `model.pixels` tells
+what that saves, and how it differs from what the image processor gives by default.
 """
 
-import functools
 import hashlib
 import os
 from pathlib import Path
@@ -18,6 +15,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from ...model.image_processing_hovle import HoVLEImageProcessor
 from ...model.pictures import load_pixels
+from ...model.pixels import cut_pixels, normalize_pixels
 
 
 def read_tiles(source: str | os.PathLike | bytes, image_processor: HoVLEImageProcessor) -> torch.Tensor:
@@ -34,24 +32,13 @@ def read_tiles(source: str | os.PathLike | bytes, image_processor: HoVLEImagePro
 
 
 def cut_tiles(pixels: torch.Tensor, image_processor: HoVLEImageProcessor) -> torch.Tensor:
-    """Cut a picture of shape `(H, W, 3)`, uint8, into tiles `(N, 3, s, s)`, uint8, the thumbnail last.
-
-    Channels stay last in memory, as decoders and resizing have them; turning them would cost a third of the time.
-    """
+    """Cut a picture of shape `(H, W, 3)`, uint8, into tiles `(N, 3, s, s)`, uint8, the thumbnail last."""
     if image_processor.resample != Image.Resampling.BICUBIC:
         raise ValueError(
             f"The image processor resizes with Pillow's filter {image_processor.resample}; training resizes with the "
             "bicubic one (3) only. Set image_processor.resample to 3."
         )
-    # Batch axis first: only then torch notices that channels are last, and takes its fast kernel.
-    picture = pixels[None].permute(0, 3, 1, 2)
-    grid = image_processor.choose_grid(*pixels.shape[:2])
-    tiles = grid.cut(functools.partial(_resize, picture), image_processor.size["height"])
-    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-
-
-def _resize(picture: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    return nn.functional.interpolate(picture, size=(height, width), mode="bicubic", antialias=True)
+    return cut_pixels(pixels, image_processor.choose_grid(*pixels.shape[:2]), image_processor.size["height"])
 
 
 def picture_key(source: str | os.PathLike | bytes) -> str:
@@ -61,9 +48,7 @@ def picture_key(source: str | os.PathLike | bytes) -> str:
 
 
 class PixelNormalization(nn.Module):
-    """Scale bytes to 0..1, subtract each channel's mean and divide by its deviation, wherever the tiles are.
-
-    Gives the numbers of the image processor that has these statistics, bit for bit.
+    """`normalize_pixels` with statistics that go along to the model's device.
 
     Args:
         mean: Of the red, green and blue channel; by default ImageNet's, as in `HoVLEImageProcessor`.
@@ -90,4 +75,4 @@ class PixelNormalization(nn.Module):
         """Normalise tiles of shape `(N, 3, s, s)`, uint8, to float32."""
         if tiles.dtype != torch.uint8:
             raise ValueError(f"Tiles must be bytes (uint8), got {tiles.dtype}: are they normalised already?")
-        return (tiles.float() / 255 - self.mean) / self.std
+        return normalize_pixels(tiles, self.mean, self.std)
