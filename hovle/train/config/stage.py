@@ -194,24 +194,33 @@ class StageConfig(Section):
         if self.patience and not (self.validate_every and self.holds_out):
             raise ValueError("patience counts validations: set validation and validate_every.")
         self._check_quantization()
-        if self.language is not None and self.language_length < 2:
-            raise ValueError(
-                f"language.share ({self.language.share}) of {self.rows_per_batch} rows of {self.row_length} tokens is "
-                "less than two tokens: raise share, rows_per_batch or row_length."
-            )
-        if self.language is not None and self.language.error != "relative" and self.objective.name != "distillation":
-            raise ValueError(
-                f"language.error is {self.language.error}, which is for distillation: next_token holds text by the "
-                "KL divergence. Take it out."
-            )
-        if self.language is not None and self.language.around_images and self.objective.name == "distillation":
-            raise ValueError("language.around_images is for next_token: in distillation, text there is random tokens.")
+        if self.language is not None:
+            self._check_language(self.language)
         if self.keep_best and not (self.holds_out and self.checkpoint_every):
             raise ValueError("keep_best compares checkpoints by validation loss: set validation and checkpoint_every.")
         labels = [data.label for data in self.data]
         repeated = sorted({label for label in labels if labels.count(label) > 1})
         if repeated:
             raise ValueError(f"data names several sources {', '.join(repeated)}: give each a `name` of its own.")
+
+    def _check_language(self, language: LanguageConfig) -> None:
+        if self.language_length < 2:
+            raise ValueError(
+                f"language.share ({language.share}) of {self.rows_per_batch} rows of {self.row_length} tokens is "
+                "less than two tokens: raise share, rows_per_batch or row_length."
+            )
+        if self.objective.name == "distillation":
+            if language.around_images:
+                raise ValueError(
+                    "language.around_images is for next_token: in distillation, text there is random tokens."
+                )
+            if language.kl_weight:
+                raise ValueError(
+                    f"language.kl_weight is {language.kl_weight}, but distillation does not run the language model: "
+                    "leave it out, language.weight holds the text there."
+                )
+        if not language.weight and not self.language_kl_weight:
+            raise ValueError("language.weight and language.kl_weight are both 0: nothing would be held.")
 
     def _check_teachers(self) -> None:
         if len(self.teacher) > 1 and not all(teacher.standardize for teacher in self.teacher):
@@ -260,6 +269,13 @@ class StageConfig(Section):
     def num_language_rows(self) -> int:
         """Last rows of a batch that begin with text without pictures."""
         return 0 if self.language is None else self.language.layout(self.rows_per_batch, self.row_length)[0]
+
+    @property
+    def language_kl_weight(self) -> float:
+        """Weight of the KL divergence from the bare language model, as `language.kl_weight` says or by default."""
+        if self.language is None or self.language.kl_weight is not None:
+            return (self.language and self.language.kl_weight) or 0.0
+        return float("language_model" in self.trainable or self.lora is not None)
 
     @property
     def language_length(self) -> int:

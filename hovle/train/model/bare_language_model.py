@@ -57,8 +57,8 @@ class BareLanguageModel(nn.Module):
         Returns:
             Shape `(B, T, V)`, or `(places, V)`, without gradient.
         """
-        parts: dict[str, Any] = {**_parts(model), **self.copies}
-        embeds = scale_embeddings(parts["table"](input_ids), model.config.text_config)
+        parts = self._parts(model)
+        embeds = self.embeds(model, input_ids)
         if image_hidden_states is not None:
             sequence = model.model.sequence_class(model.config, model.model.projector)
             images = sequence.normalize(image_hidden_states)
@@ -66,30 +66,51 @@ class BareLanguageModel(nn.Module):
         with as_released(parts["layers"], model.training):
             return _logits(model, parts, embeds, position_ids, attention_mask, places)
 
+    @torch.no_grad()
+    def embeds(self, model: HoVLEForConditionalGeneration, input_ids: torch.Tensor) -> torch.Tensor:
+        """What its first layer reads of plain text, `input_ids.shape + (D,)`, without gradient."""
+        return scale_embeddings(self._parts(model)["table"](input_ids), model.config.text_config)
+
+    def _parts(self, model: HoVLEForConditionalGeneration) -> dict[str, Any]:
+        return {**_parts(model), **self.copies}
+
 
 @torch.no_grad()
 def bare_logits(
     model: HoVLEForConditionalGeneration, embeds: torch.Tensor, position_ids: torch.Tensor
 ) -> torch.Tensor:
-    """As `language_logits`, but as released: without gradient, dropout and adapters."""
-    with as_released(model.model.language_layers, model.training):
-        return language_logits(model, embeds, position_ids)
-
-
-def language_logits(
-    model: HoVLEForConditionalGeneration, embeds: torch.Tensor, position_ids: torch.Tensor
-) -> torch.Tensor:
-    """Next-token logits of what enters a HoVLE's language model, above the holistic layers.
+    """Next-token logits of a frozen language model as released: without gradient, dropout and adapters.
 
     Args:
-        model: Whose language model runs, as it is now.
-        embeds: Scaled as the family does, shape `(B, T, D)`.
+        model: Whose language model runs.
+        embeds: What enters it, scaled as the family does, shape `(B, T, D)`.
         position_ids: 0 where a document begins, shape `(B, T)`.
 
     Returns:
         Shape `(B, T, V)`.
     """
-    return _logits(model, _parts(model), embeds, position_ids)
+    with as_released(model.model.language_layers, model.training):
+        return _logits(model, _parts(model), embeds, position_ids)
+
+
+def language_hidden_states(
+    model: HoVLEForConditionalGeneration,
+    embeds: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the language model as it is now makes of what enters it, before the head.
+
+    Args:
+        model: Whose language model runs.
+        embeds: What the holistic layers give, shape `(B, T, D)`.
+        position_ids: 0 where a document begins, shape `(B, T)`.
+        attention_mask: Who may look at whom, bool, shape `(B, 1, T, T)`; None where positions tell.
+
+    Returns:
+        Shape `(B, T, D)`.
+    """
+    return _hidden_states(model, _parts(model), embeds, position_ids, attention_mask)
 
 
 def _logits(
@@ -100,13 +121,23 @@ def _logits(
     attention_mask: torch.Tensor | None = None,
     places: torch.Tensor | None = None,
 ) -> torch.Tensor:
+    hidden_states = _hidden_states(model, parts, embeds, position_ids, attention_mask)
+    hidden_states = hidden_states if places is None else hidden_states[places]
+    return scale_logits(parts["head"](hidden_states), model.config.text_config)
+
+
+def _hidden_states(
+    model: HoVLEForConditionalGeneration,
+    parts: dict[str, Any],
+    embeds: torch.Tensor,
+    position_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+) -> torch.Tensor:
     base, config = model.model, model.config
     masks = causal_masks(config, embeds, attention_mask, position_ids, None)
     inputs = SectionInputs(embeds, masks, position_ids)
     patterns, rotary_emb = config.split_layers(base.attention_types).language, base.language_model.rotary_emb
-    hidden_states = parts["norm"](run_section(parts["layers"], patterns, rotary_emb, inputs, None, config))
-    hidden_states = hidden_states if places is None else hidden_states[places]
-    return scale_logits(parts["head"](hidden_states), config.text_config)
+    return parts["norm"](run_section(parts["layers"], patterns, rotary_emb, inputs, None, config))
 
 
 def _parts(model: HoVLEForConditionalGeneration) -> dict[str, nn.Module]:

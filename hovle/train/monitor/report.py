@@ -19,7 +19,7 @@ from ...files.documents import UnreadableError, load_yaml, parse_json
 
 SPEED = ("tokens_per_second", "samples_per_second")
 SHARES = ("mfu", "teacher_ratio", "data_wait_ratio", "padding_ratio")
-HELD = ("language_kl", "prompt_kl", "text_error", "fisher_error")
+HELD = ("text_error", "prompt_error", "language_kl", "prompt_kl")
 """Terms that hold the language, drawn by themselves."""
 
 NOT_TERMS = re.compile(

@@ -1,7 +1,7 @@
 """The objective a recipe names, and what is set up of its teacher before the first step."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig, TeacherConfig
 from ..data.batch import PackedBatch, TileBatch
-from ..data.language import LanguageText
 from ..data.mixture import Mixture
 from ..data.records import picture_sources
 from ..data.tiles import PixelNormalization, picture_key, read_tiles
@@ -21,9 +20,9 @@ from ..model.bare_language_model import BareLanguageModel
 from .base import Objective
 from .distillation import DistillationObjective
 from .feature_cache import cached_targets
+from .held_language import HeldLanguage
 from .next_token import NextTokenObjective
 from .teachers import ImageTeacher, JointTargets, Targets, make_teacher, side_by_side
-from .text_distance import FisherDistance, LanguageDivergence, RelativeDistance, TextDistance
 
 NUM_STANDARDIZING_RECORDS = 256
 """Records whose pictures tell mean and deviation of teacher features."""
@@ -45,47 +44,19 @@ def make_objective(
     if config.objective.name == "next_token":
         if config.language is None:
             return NextTokenObjective(model, normalize)
-        bare, language = BareLanguageModel(model, dtype), config.language
-        return NextTokenObjective(model, normalize, bare, language.weight, language.around_images)
+        return NextTokenObjective(model, normalize, held_language(config, BareLanguageModel(model, dtype)))
     teacher = teacher or load_teacher(config)
     assert teacher is not None  # StageConfig wants one with this objective
     student_layers = [match.student for match in config.teacher[0].layers]
-    distance = None if config.language is None else make_text_distance(config.language.error, model)
-    weight = 1.0 if config.language is None else config.language.weight
-    return DistillationObjective(
-        model, teacher, text_table, config.objective, student_layers, normalize, distance, weight
-    )
+    weight = None if config.language is None else config.language.weight
+    return DistillationObjective(model, teacher, text_table, config.objective, student_layers, normalize, weight)
 
 
-def make_text_distance(name: str, model: HoVLEForConditionalGeneration) -> TextDistance:
-    """The measure of text that a recipe names as `language.error`."""
-    match name:
-        case "fisher":
-            return FisherDistance(model.config.text_config.hidden_size)
-        case "kl":
-            return LanguageDivergence()
-        case _:
-            return RelativeDistance()
-
-
-def prepare_text_distance(
-    objective: Objective, text: LanguageText | None, seed: int, dtype: torch.dtype, say: Callable[[str], object]
-) -> None:
-    """Measure what a distillation whose text is held by it must know of the language model; others stay as they are.
-
-    Args:
-        objective: On its device, not spread over processes yet: each measures the same.
-        text: What training reads.
-        seed: Of the measurement.
-        dtype: Number format of the run.
-        say: Takes what was found, in a line.
-    """
-    if not (isinstance(objective, DistillationObjective) and isinstance(objective.text_distance, FisherDistance)):
-        return
-    assert text is not None  # such an error goes with it
-    device = objective.text_table.device
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        say(objective.text_distance.estimate(objective.model, objective.text_table, text, seed))
+def held_language(config: StageConfig, bare: BareLanguageModel) -> HeldLanguage:
+    """What a stage with a language block holds, by which weights."""
+    language = config.language
+    assert language is not None
+    return HeldLanguage(bare, language.weight, config.language_kl_weight, language.around_images)
 
 
 def _with_weights(config: TeacherConfig) -> TeacherConfig:

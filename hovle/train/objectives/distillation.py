@@ -12,8 +12,8 @@ from ..data.batch import PackedBatch, TileBatch
 from ..data.tiles import PixelNormalization
 from ..model.bare_language_model import bare_logits
 from .base import Objective, ObjectiveOutput
+from .held_language import embedding_error
 from .teachers import Targets
-from .text_distance import HeldText, TextDistance
 from .words import WordTerms, kinds_of_tokens
 
 LAST = -1
@@ -32,8 +32,7 @@ class DistillationObjective(Objective):
         config: Image loss and weights of the terms.
         student_layers: Holistic layer that reproduces each of the teacher's layers, counted as in a list.
         normalize: Makes a batch's tiles the student's pixels; by default with ImageNet's statistics.
-        text_distance: Measures text without pictures; None where batches hold no such text.
-        language_weight: Weight of that measure.
+        language_weight: Weight of the error of text without pictures; None where batches hold no such text.
     """
 
     def __init__(
@@ -44,8 +43,7 @@ class DistillationObjective(Objective):
         config: DistillationConfig,
         student_layers: Sequence[int] = (-1,),
         normalize: PixelNormalization | None = None,
-        text_distance: TextDistance | None = None,
-        language_weight: float = 1.0,
+        language_weight: float | None = None,
     ):
         super().__init__()
         self.model = model
@@ -62,9 +60,8 @@ class DistillationObjective(Objective):
             "text_scale": config.scale_weight,
             "image_norm_ratio": 0.0,
         }
-        self.text_distance = text_distance
-        if text_distance is not None:
-            self.weights[text_distance.term] = language_weight
+        if language_weight is not None:
+            self.weights["text_error"] = language_weight
         hidden_size = text_table.shape[1]
         # Used in training only: compare vectors of different widths.
         self.projections = nn.ModuleList(
@@ -86,8 +83,8 @@ class DistillationObjective(Objective):
         is_image = batch.input_ids == self.model.config.image_token_id
         num_image, num_text = is_image.sum(), (batch.is_sample & ~is_image).sum()
         counts = {"image_norm_ratio": num_image, "text_cosine": num_text, "text_scale": num_text}
-        if self.text_distance is not None:
-            counts[self.text_distance.term] = batch.language_part(batch.is_sample).sum()
+        if "text_error" in self.weights:
+            counts["text_error"] = batch.language_part(batch.is_sample).sum()
         if self.words is not None:
             num_image = num_image - kinds_of_tokens(batch)[0].sum()
             counts |= self.words.counts(batch)
@@ -118,8 +115,9 @@ class DistillationObjective(Objective):
             "text_scale": _log_norm_ratio(text, embeddings.float().norm(dim=-1)),
             "image_norm_ratio": norm_ratio(image, self.text_norm),
         }
-        if self.text_distance is not None:
-            terms[self.text_distance.term] = self._text_term(outputs, batch)
+        if "text_error" in self.weights:
+            entering, input_ids = map(batch.language_part, (outputs.language_inputs_embeds, batch.input_ids))
+            terms["text_error"] = embedding_error(entering, nn.functional.embedding(input_ids, self.text_table))
         if self.words is not None:
             layer = self.words.character_layer
             below = None if layer is None else self._image_part(outputs, layer, is_image)
@@ -128,17 +126,6 @@ class DistillationObjective(Objective):
 
     def bare_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         return bare_logits(self.model, nn.functional.embedding(input_ids, self.text_table), position_ids)
-
-    def _text_term(self, outputs: HolisticEmbeddingOutput, batch: PackedBatch) -> torch.Tensor:
-        """Error of the text without pictures, summed over its tokens."""
-        entering = outputs.language_inputs_embeds
-        assert self.text_distance is not None
-        assert entering is not None
-        if not batch.num_language_rows:
-            return entering.new_zeros((), dtype=torch.float32)
-        entering, input_ids, position_ids = map(batch.language_part, (entering, batch.input_ids, batch.position_ids))
-        embeds = nn.functional.embedding(input_ids, self.text_table)
-        return self.text_distance(self.model, HeldText(entering, embeds, position_ids))
 
     def _image_terms(self, outputs: HolisticEmbeddingOutput, is_image: torch.Tensor, batch: PackedBatch) -> dict:
         """Cosine and image loss of a packed batch, summed over image positions and matched layers."""

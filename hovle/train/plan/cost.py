@@ -286,12 +286,14 @@ class StageCost:
         learning, text = self.learning, self.model_config.text_config
         layers, num_layers = self.model.model.language_layers, self.model_config.num_language_layers
         passes = _passes(learning.language, learning.before_language or learning.lora, num_layers)
+        num_rows = self._rows_through_language_model(work)
+        num_tokens = num_rows * work.row_length
         return {
-            "language model": _products(layers, self.model_config) * work.num_tokens * passes,
+            "language model": _products(layers, self.model_config) * num_tokens * passes,
             "language model attention": self._attention_flops(
-                work.num_rows, work.row_length, num_layers, learning.before_loss
+                num_rows, work.row_length, num_layers, learning.before_loss
             ),
-            "adapters": 2 * self.num_adapters * work.num_tokens * 3,
+            "adapters": 2 * self.num_adapters * num_tokens * 3,
             "head": 2
             * text.hidden_size
             * text.vocab_size
@@ -300,28 +302,30 @@ class StageCost:
         }
 
     def _held_language_flops(self, work: Workload) -> dict[str, float]:
-        """What holding the language adds: passes and heads of the bare language model and of ours."""
+        """What comparing distributions adds: passes of the bare language model, and heads of it and of ours."""
         language, learning, text = self.config.language, self.learning, self.model_config.text_config
         assert language is not None
+        if not self.config.language_kl_weight:
+            return {}
         num_rows = work.num_language / self.config.language_length
-        head = 2 * text.hidden_size * text.vocab_size
-        bare = self._language_pass(num_rows, self.config.language_length, learns=False)
-        if self.runs_language_model:
-            num_held = work.num_language + self._num_prompts(work)
-            bare += self._language_pass(work.num_rows, work.row_length, learns=False) * language.around_images
-            own = head * num_held * _passes(learning.language, learning.before_loss)
-            return {"held text": own, "bare language model": bare + head * num_held}
-        if language.error == "kl":
-            own = self._language_pass(num_rows, self.config.language_length, learns=True)
-            own += 2 * head * work.num_language
-            return {"held text": own, "bare language model": bare + head * work.num_language}
-        return {"held text": 4 * text.hidden_size**2 * work.num_language * (language.error == "fisher")}
+        head = 2 * text.hidden_size * text.vocab_size * self._num_divergences(work)
+        bare = self._bare_pass(num_rows, self.config.language_length)
+        bare += self._bare_pass(work.num_rows, work.row_length) * language.around_images
+        own = head * _passes(learning.language, learning.before_loss)
+        return {"held text": own, "bare language model": bare + head}
 
-    def _language_pass(self, num_rows: float, length: int, learns: bool) -> float:
-        """A pass of the frozen language model's layers, and with `learns` the gradient of what enters it."""
+    def _bare_pass(self, num_rows: float, length: int) -> float:
+        """A pass of the bare language model's layers, without gradient."""
         layers, num_layers = self.model.model.language_layers, self.model_config.num_language_layers
         forward = _products(layers, self.model_config) * num_rows * length
-        return forward * (1 + learns) + self._attention_flops(num_rows, length, num_layers, learns)
+        return forward + self._attention_flops(num_rows, length, num_layers, learns=False)
+
+    def _rows_through_language_model(self, work: Workload) -> float:
+        """None in distillation; else all but whole rows of text that is held below it."""
+        if not self.runs_language_model:
+            return 0
+        is_below = not self.config.language_kl_weight and self.config.language_length == work.row_length
+        return work.num_rows - work.num_language / work.row_length * is_below
 
     def _num_prompts(self, work: Workload) -> float:
         """Positions of text around images that are held too; the few before an image are none."""
@@ -348,8 +352,9 @@ class StageCost:
             layers, num_layers = self.model.model.language_layers, config.num_language_layers
             per_token = _products(layers, config) + 2 * self.num_adapters
             per_token -= 0 if learning.lora else num_layers * last_product  # adapters come after what they adapt
-            total += per_token * work.num_tokens
-            total += self._attention_flops(work.num_rows, work.row_length, num_layers, learns=False)
+            num_rows = self._rows_through_language_model(work)
+            total += per_token * num_rows * work.row_length
+            total += self._attention_flops(num_rows, work.row_length, num_layers, learns=False)
         return total
 
     def _teacher_flops(self, work: Workload) -> dict[str, float]:
@@ -445,7 +450,7 @@ class StageCost:
         length = round(work.holistic_length(config))
         kept = self._activations(work.row_length, length)
         sections = []
-        language_rows = work.num_rows if self.runs_language_model else self._rows_through_frozen(work)
+        language_rows = self._rows_through_language_model(work)
         for line, num_layers, num_rows, num_tokens in (
             (kept.holistic_layer, config.num_embedding_layers, work.num_rows, length),
             (kept.language_layer, config.num_language_layers * bool(language_rows), language_rows, work.row_length),
@@ -472,15 +477,9 @@ class StageCost:
             (0.0, holistic_working, language_working, loss_working),
         )
 
-    def _rows_through_frozen(self, work: Workload) -> float:
-        """In distillation: rows of the text that goes through the frozen language model, as long as all are."""
-        is_through = self.config.language is not None and self.config.language.error == "kl"
-        return work.num_language / work.row_length * is_through
-
     def _num_divergences(self, work: Workload) -> float:
         """Positions at which two distributions are compared."""
-        is_compared = self.runs_language_model or bool(self._rows_through_frozen(work))
-        return work.num_language * is_compared + self._num_prompts(work)
+        return (work.num_language + self._num_prompts(work)) * bool(self.config.language_kl_weight)
 
     def _in_pieces(self, plain: "Memory", num_processes: int) -> "Memory":
         """The same where every process holds a piece of each tensor and joins those it uses."""

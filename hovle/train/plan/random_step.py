@@ -25,7 +25,7 @@ from ..data.words import join_targets, no_words
 from ..model.bare_language_model import BareLanguageModel
 from ..model.parameters import parameter_groups
 from ..objectives.base import Objective
-from ..objectives.choice import make_text_distance
+from ..objectives.choice import held_language
 from ..objectives.distillation import DistillationObjective
 from ..objectives.next_token import NextTokenObjective
 from ..objectives.teachers import Targets, make_teacher, side_by_side
@@ -190,17 +190,14 @@ def random_model(config: HoVLEConfig, dtype: torch.dtype) -> HoVLEForConditional
 def random_objective(config: StageConfig, trainable: TrainableModel, dtype: torch.dtype, folder: Path) -> Objective:
     """What `make_objective` builds from files, with random teachers."""
     model, text_table = trainable.model, trainable.text_table
-    language, distance = config.language, None
+    language = config.language
     if isinstance(config.objective, NextTokenConfig):
-        if language is None:
-            return NextTokenObjective(model)
-        bare = BareLanguageModel(model, dtype)
-        return NextTokenObjective(model, bare=bare, around_images=language.around_images)
-    if language is not None:
-        distance = make_text_distance(language.error, model)
+        held = None if language is None else held_language(config, BareLanguageModel(model, dtype))
+        return NextTokenObjective(model, held=held)
     student_layers = [match.student for match in config.teacher[0].layers]
     targets = side_by_side([random_teacher(item, folder / "teacher.pt") for item in config.teacher])
-    return DistillationObjective(model, targets, text_table, config.objective, student_layers, text_distance=distance)
+    weight = None if language is None else language.weight
+    return DistillationObjective(model, targets, text_table, config.objective, student_layers, language_weight=weight)
 
 
 def random_teacher(config: TeacherConfig, weights: Path) -> Targets:

@@ -20,7 +20,7 @@ from ..monitor.image_ablation import Examiner, Waiting
 from ..monitor.language_check import LanguageCheck
 from ..monitor.meter import Meter
 from ..monitor.run_log import check_trackers, make_log, run_environment, tracking
-from ..objectives.choice import load_teacher, make_objective, prepare_teacher, prepare_text_distance
+from ..objectives.choice import load_teacher, make_objective, prepare_teacher
 from ..parallel import fail_on_all_ranks, load_optimizer_state, make_accelerator, unsharded
 from ..step.assembly import TrainableStep, prepare_model
 from .checkpoint import checkpoint_folder, load_trainable
@@ -99,7 +99,6 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     objective.to(accelerator.device)
     is_main_process = accelerator.is_main_process
     prepare_teacher(objective, config, mixture, held_out, processor, dtype, is_main_process=is_main_process)
-    prepare_text_distance(objective, data.language, config.seed, dtype, accelerator.print)
     step = TrainableStep(trainable, objective, config, accelerator, dtype)
     if retention:
         retention.start(model, step.autocast, config.output if first_step else config.model.checkpoint)

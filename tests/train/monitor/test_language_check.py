@@ -14,6 +14,7 @@ from hovle.train.data.language import LanguageText
 from hovle.train.model.bare_language_model import BareLanguageModel
 from hovle.train.monitor import language_check
 from hovle.train.monitor.language_check import ForgettingError, LanguageCheck
+from hovle.train.objectives.held_language import HeldLanguage
 from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.step.assembly import TrainableStep, prepare_model
 
@@ -25,7 +26,7 @@ def check(parts, next_token_config, one_process):
     """A check on windows of 40 tokens, which hold parts of two or three documents."""
     config = next_token_config("trainable=[holistic_layers, language_model]")
     model = prepare_model(parts[0], config, torch.float32, one_process.device)
-    objective = NextTokenObjective(model.model, bare=BareLanguageModel(model.model, torch.float32))
+    objective = NextTokenObjective(model.model, held=HeldLanguage(BareLanguageModel(model.model, torch.float32)))
     step = TrainableStep(model, objective, config, one_process, torch.float32).distribute()
     return LanguageCheck(step, LanguageText(DOCUMENTS, 40, seed=0))
 
@@ -97,6 +98,7 @@ def test_a_run_that_forgets_ends_with_a_checkpoint_and_can_go_on(next_token_conf
     forgetful = (
         text,
         "language.weight=1e-6",
+        "language.kl_weight=1e-6",
         "validation.source=chat",
         f"validation.path={data / 'chat.jsonl'}",
         "num_validation_batches=1",
@@ -120,7 +122,7 @@ def test_a_run_that_forgets_ends_with_a_checkpoint_and_can_go_on(next_token_conf
 
 
 def test_a_run_that_has_forgotten_at_its_end_leaves_its_model(next_token_config, text):
-    forgetful = ("language.weight=1e-6", "trainable=[language_model]", "learning_rate=3e-2")
+    forgetful = ("language.weight=1e-6", "language.kl_weight=1e-6", "trainable=[language_model]", "learning_rate=3e-2")
     config = next_token_config(text, *forgetful, "stop_when_forgetting=1.1")
     with pytest.raises(ForgettingError, match=r"The model is saved in .*model"):
         run_stage(config)

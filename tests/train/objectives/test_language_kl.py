@@ -10,24 +10,14 @@ from transformers import AutoModelForCausalLM
 from hovle import HoVLEForConditionalGeneration
 from hovle.train.config import DistillationConfig, StageConfig
 from hovle.train.data.batch import PackedBatch, TileBatch
-from hovle.train.data.language import LanguageText
 from hovle.train.data.packing import PackedBatches, StreamPosition
 from hovle.train.data.records import Record
 from hovle.train.data.samples import ReplySamples
-from hovle.train.model.bare_language_model import BareLanguageModel, language_logits
-from hovle.train.objectives import text_distance
-from hovle.train.objectives.choice import make_text_distance
+from hovle.train.model.bare_language_model import BareLanguageModel, bare_logits
 from hovle.train.objectives.distillation import DistillationObjective
+from hovle.train.objectives.held_language import HeldLanguage, divergence, prompt_places
 from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.objectives.teachers import Targets
-from hovle.train.objectives.text_distance import (
-    FisherDistance,
-    HeldText,
-    LanguageDivergence,
-    RelativeDistance,
-    TextDistance,
-    divergence,
-)
 from hovle.train.step.assembly import TrainableModel, TrainableStep, prepare_model
 from hovle.train.step.train_step import train_step
 
@@ -38,9 +28,13 @@ def prepared(model: HoVLEForConditionalGeneration, config: StageConfig) -> Train
     return prepare_model(model, config, torch.float32, CPU)
 
 
-def objective_of(trainable: TrainableModel, weight: float = 1.0) -> NextTokenObjective:
-    bare = BareLanguageModel(trainable.model, torch.float32)
-    return NextTokenObjective(trainable.model, bare=bare, language_weight=weight).train()
+def objective_of(
+    trainable: TrainableModel, weight: float = 1.0, *, by: str = "kl_weight", around_images: bool = False
+) -> NextTokenObjective:
+    """Holds what the language model says, or with `by="weight"` what enters it."""
+    weights = {"weight": 0.0, "kl_weight": 0.0} | {by: weight}
+    held = HeldLanguage(BareLanguageModel(trainable.model, torch.float32), around_images=around_images, **weights)
+    return NextTokenObjective(trainable.model, held=held).train()
 
 
 def with_text(batch: PackedBatch, rows: int = 1, length: int = 60) -> PackedBatch:
@@ -144,14 +138,14 @@ def test_a_frozen_language_model_is_not_copied(parts, next_token_config):
 def test_a_language_model_that_learns_is_held_to_a_copy_of_its_start(parts, next_token_config, batch, trainable):
     prepared_model = prepared(parts[0], next_token_config(f"trainable={trainable}"))
     model, objective = prepared_model.model, objective_of(prepared_model)
-    assert not any(item.requires_grad for item in objective.bare.parameters())
+    assert not any(item.requires_grad for item in objective.held.bare.parameters())
     ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
-    before = objective.bare(model, ids, positions)
+    before = objective.held.bare(model, ids, positions)
     with torch.no_grad():
         for part in [*model.model.language_layers, model.model.language_model.norm, model.lm_head]:
             for parameter in part.parameters():
                 parameter.mul_(1.3)
-    assert torch.equal(objective.bare(model, ids, positions), before)
+    assert torch.equal(objective.held.bare(model, ids, positions), before)
     assert float(terms_of(objective, batch)["language_kl"].detach()) > 1
 
 
@@ -178,14 +172,14 @@ def test_adapters_are_left_out_of_the_bare_model_only(parts, next_token_config, 
     trainable = prepared(parts[0], next_token_config("trainable=[]", "lora.rank=2"))
     objective = objective_of(trainable)
     ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
-    before = objective.bare(trainable.model, ids, positions)
-    assert not list(objective.bare.parameters())
+    before = objective.held.bare(trainable.model, ids, positions)
+    assert not list(objective.held.bare.parameters())
     untouched = terms_of(objective, batch)["language_kl"].detach()
     adapters = {name: item for name, item in trainable.model.named_parameters() if ".lora_" in name}
     with torch.no_grad():
         for item in adapters.values():
             item.normal_()
-    assert torch.equal(objective.bare(trainable.model, ids, positions), before)
+    assert torch.equal(objective.held.bare(trainable.model, ids, positions), before)
     assert all(item.requires_grad for item in adapters.values())
     moved = terms_of(objective, batch)["language_kl"]
     assert float(moved.detach()) != pytest.approx(float(untouched), rel=1e-2)
@@ -256,8 +250,7 @@ def test_compiled_layers_give_the_same_distance(parts, next_token_config, batch)
 
 
 def around(trainable: TrainableModel) -> NextTokenObjective:
-    bare = BareLanguageModel(trainable.model, torch.float32)
-    return NextTokenObjective(trainable.model, bare=bare, language_weight=2.5, around_images=True).train()
+    return objective_of(trainable, 2.5, around_images=True)
 
 
 def test_text_around_pictures_is_held_by_the_same_weight_and_nothing_else_changes(parts, next_token_config, batch):
@@ -273,7 +266,7 @@ def test_text_around_pictures_is_held_by_the_same_weight_and_nothing_else_change
 def test_only_words_before_words_of_prompts_are_held(parts, next_token_config, batch):
     trainable = prepared(parts[0], next_token_config())
     objective = around(trainable)
-    places = objective.prompt_places(batch)
+    places = prompt_places(batch, trainable.model.config.image_token_id)
     assert int(objective.counts(batch)["prompt_kl"]) == int(places.sum()) > 0
     token = trainable.model.config.image_token_id
     for row, column in itertools.product(*map(range, batch.input_ids.shape)):
@@ -313,9 +306,9 @@ def test_the_bare_model_reads_plain_words_and_our_pictures(language_models, next
         )
         is_image = (ids == token)[..., None]
         embeds = torch.where(is_image, holistic.language_inputs_embeds, model.get_input_embeddings()(ids))
-        expected = language_logits(model, embeds, positions)
-        ours = language_logits(model, holistic.language_inputs_embeds, positions)
-        places = objective.prompt_places(part)
+        expected = bare_logits(model, embeds, positions)
+        ours = bare_logits(model, holistic.language_inputs_embeds, positions)
+        places = prompt_places(part, model.config.image_token_id)
     torch.testing.assert_close(found, divergence(expected[places], ours[places]), rtol=1e-4, atol=1e-4)
     assert float(found) > 0
 
@@ -362,10 +355,10 @@ def test_the_bare_model_hears_no_other_question_about_a_shared_picture(parts, ne
         sample = maker.make(Record.join(records), 0)
         ids = torch.ones_like(sample.input_ids) if sample.subsegment_ids is None else sample.subsegment_ids
         is_own = ids[sample.is_input] == 1
-        places = objective.prompt_places(batch)
+        places = prompt_places(batch, model.config.image_token_id)
         places[0, : len(is_own)] &= is_own
         places[0, len(is_own) :] = False  # more samples of the same records
-        return objective.bare(model, batch.input_ids, batch.position_ids, images, batch.attention_mask, places)
+        return objective.held.bare(model, batch.input_ids, batch.position_ids, images, batch.attention_mask, places)
 
     first, others = asked("What is in the picture, please?"), [asked("Why?"), asked("How many apples are there?")]
     found = [of_the_first(first, other) for other in others]
@@ -383,14 +376,14 @@ class NoTeacher(Targets):
         return torch.ones(len(batch.pixel_values), grid_size**2, 64)
 
 
-def distillation_of(model: HoVLEForConditionalGeneration, error: TextDistance | None) -> DistillationObjective:
+def distillation_of(model: HoVLEForConditionalGeneration, weight: float | None = 1.0) -> DistillationObjective:
     table = model.model.input_embedding_matrix()
-    return DistillationObjective(model, NoTeacher([64]), table, DistillationConfig(), text_distance=error)
+    return DistillationObjective(model, NoTeacher([64]), table, DistillationConfig(), language_weight=weight)
 
 
 def test_in_distillation_text_is_pulled_to_its_embeddings(parts, batch):
     model, _ = parts
-    output = distillation_of(model, RelativeDistance())(batch)
+    output = distillation_of(model)(batch)
     ids, positions = batch.input_ids[-1:, :60], batch.position_ids[-1:, :60]
     entering = model.model.get_holistic_embeddings(input_ids=ids, position_ids=positions).language_inputs_embeds
     targets = model.get_input_embeddings()(ids)
@@ -409,7 +402,7 @@ def test_in_distillation_text_is_pulled_to_its_embeddings(parts, batch):
 
 def test_the_error_sees_a_length_that_the_cosine_does_not(parts, batch):
     model, _ = parts
-    objective = distillation_of(model, RelativeDistance())
+    objective = distillation_of(model)
     with torch.no_grad():
         for layer in model.model.embedding_layers:
             for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight):
@@ -422,82 +415,61 @@ def test_the_error_sees_a_length_that_the_cosine_does_not(parts, batch):
     torch.testing.assert_close(halved["text_cosine"], exact["text_cosine"], rtol=1e-5, atol=1e-4)
 
 
-def random_text(length: int = 64) -> LanguageText:
-    ids = torch.randint(20, 400, (4096,), generator=torch.Generator().manual_seed(6))
-    return LanguageText([ids.tolist()], length, seed=0)
+def test_a_batch_without_text_has_no_error(parts, batches):
+    [batch] = batches("chat")
+    output = distillation_of(parts[0])(batch)
+    assert float(output.terms["text_error"].detach()) == int(output.counts["text_error"]) == 0
 
 
-def sensitive(model: HoVLEForConditionalGeneration, seed: int = 0) -> FisherDistance:
-    error = FisherDistance(model.config.text_config.hidden_size)
-    error.estimate(model, model.model.input_embedding_matrix(), random_text(), seed)
-    return error
+# --- what enters the language model ----------------------------------------------------------------------------------
 
 
-def distance_after(model: HoVLEForConditionalGeneration, direction: torch.Tensor) -> float:
-    """KL divergence that a small error in one direction, forwards or backwards at each token, causes."""
-    window = random_text().window_at(50)
-    ids, positions = window.input_ids[None], window.position_ids[None]
-    embeds = model.get_input_embeddings()(ids)
-    signs = torch.randint(2, (64, 64, 1), generator=torch.Generator().manual_seed(7)) * 2 - 1
-    with torch.no_grad():
-        before = language_logits(model, embeds, positions)
-        return sum(
-            float(divergence(before, language_logits(model, embeds + 0.02 * sign * direction, positions)))
-            for sign in signs
-        )
+def whole_rows(batches) -> PackedBatch:
+    [batch] = batches("chat")
+    return with_text(batch, length=batch.input_ids.shape[1])
 
 
-def test_the_fisher_error_weighs_directions_by_what_they_change(parts, monkeypatch):
-    model, _ = parts
-    monkeypatch.setattr(text_distance, "TOKENS_PER_DIMENSION", 200)  # with 8 the extremes lie four times further apart
-    error = sensitive(model.eval())
-    weights = error.root.square().sum(dim=0)
-    directions = error.root / error.root.norm(dim=0)
-    strongest, weakest = int(weights.argmax()), int(weights.argmin())
-    found = [distance_after(model, directions[:, place]) for place in (strongest, weakest)]
-    assert weights[strongest] > 3 * weights[weakest]
-    assert found[0] / found[1] == pytest.approx(float(weights[strongest] / weights[weakest]), rel=0.5)
-
-
-def test_an_error_of_no_particular_direction_costs_what_the_relative_one_says(parts):
-    model, _ = parts
-    window = random_text(1000).window_at(0)
-    ids, positions = window.input_ids[None], window.position_ids[None]
-    embeds = model.get_input_embeddings()(ids).detach()
-    moved = embeds + 0.1 * torch.randn(embeds.shape, generator=torch.Generator().manual_seed(8))
-    text = HeldText(moved, embeds, positions)
-    relative, fisher = (float(error(model, text)) for error in (RelativeDistance(), sensitive(model)))
-    assert fisher == pytest.approx(relative, rel=0.15)
-    assert float(sensitive(model)(model, HeldText(embeds, embeds, positions))) == 0
-
-
-def test_what_the_language_model_is_sensitive_to_depends_on_the_seed_alone(parts):
-    model, _ = parts
-    state = torch.get_rng_state()
-    first, again, other = sensitive(model).root, sensitive(model).root, sensitive(model, seed=1).root
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(item.grad is None for item in model.parameters())
-
-
-def test_distillation_holds_text_by_the_distance_that_later_stages_hold_it_by(parts, next_token_config, batch):
-    trainable = prepared(parts[0], next_token_config())
-    model = trainable.model
-    output = distillation_of(model, LanguageDivergence())(batch)
-    expected = terms_of(objective_of(trainable), batch)["language_kl"]
-    torch.testing.assert_close(output.terms["language_kl"], expected, rtol=1e-4, atol=1e-4)
-    assert int(output.counts["language_kl"]) == 60
-    output.terms["language_kl"].backward()
-    reached = {name for name, item in model.named_parameters() if item.grad is not None and item.grad.any()}
+def test_alignment_holds_what_enters_the_language_model_as_distillation_does(parts, next_token_config, batches):
+    trainable, batch = prepared(parts[0], next_token_config()), whole_rows(batches)
+    found = objective_of(trainable, by="weight")(batch)
+    expected = distillation_of(trainable.model)(batch)
+    assert "language_kl" not in found.terms
+    assert int(found.counts["text_error"]) == batch.input_ids.shape[1]
+    torch.testing.assert_close(found.terms["text_error"], expected.terms["text_error"], rtol=1e-4, atol=1e-4)
+    found.terms["text_error"].backward()
+    reached = {name for name, item in trainable.model.named_parameters() if item.grad is not None and item.grad.any()}
     assert reached
     assert all(".layers.0." in name or ".layers.1." in name for name in reached)
 
 
-@pytest.mark.parametrize("kind", ["relative", "fisher", "kl"])
-def test_a_batch_without_text_has_no_error(parts, batches, kind):
-    model, _ = parts
-    error = make_text_distance(kind, model)
-    [batch] = batches("chat")
-    output = distillation_of(model, error)(batch)
-    assert float(output.terms[error.term]) == int(output.counts[error.term]) == 0
+def test_whole_rows_of_text_do_not_enter_a_language_model_that_is_not_asked(parts, next_token_config, batches):
+    trainable, batch = prepared(parts[0], next_token_config()), whole_rows(batches)
+    num_rows: list[int] = []
+    first = trainable.model.model.language_layers[0]
+    first.register_forward_pre_hook(lambda _, args: num_rows.append(len(args[0])))
+    below = terms_of(objective_of(trainable, by="weight"), batch)
+    through = terms_of(objective_of(trainable), batch)
+    assert num_rows == [len(batch.input_ids) - 1, len(batch.input_ids), 1]  # the last one: the bare language model
+    for name in NextTokenObjective.weights:
+        torch.testing.assert_close(below[name], through[name], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_hold_samples_too_enter_the_language_model(parts, next_token_config, batch):
+    objective = objective_of(prepared(parts[0], next_token_config()), by="weight")
+    assert objective.held.num_rows_through_language_model(batch) == len(batch.input_ids)
+
+
+def test_what_prompts_enter_the_language_model_as_is_held_too(parts, next_token_config, batch):
+    trainable = prepared(parts[0], next_token_config())
+    objective = objective_of(trainable, by="weight", around_images=True)
+    output = objective(batch)
+    places = prompt_places(batch, trainable.model.config.image_token_id)
+    entering = trainable.model.get_holistic_embeddings(
+        input_ids=batch.input_ids,
+        pixel_values=objective.normalize(batch.pixel_values),
+        position_ids=batch.position_ids,
+    ).language_inputs_embeds[places]
+    targets = trainable.model.get_input_embeddings()(batch.input_ids[places])
+    expected = ((entering - targets).norm(dim=-1) / targets.norm(dim=-1)).square().sum()
+    assert int(output.counts["prompt_error"]) == int(places.sum()) > 0
+    torch.testing.assert_close(output.terms["prompt_error"], expected, rtol=1e-4, atol=1e-4)

@@ -63,7 +63,7 @@ def folder(tmp_path_factory, next_token_values, distillation_values) -> Path:
     folder = tmp_path_factory.mktemp("two")
     for name, values in (("next_token", next_token_values), ("distillation", distillation_values)):
         (folder / f"{name}.yaml").write_text(yaml.safe_dump({**values, "output": str(folder / name)}))
-    text = {"source": str(folder / "text.txt"), "around_images": True}
+    text = {"source": str(folder / "text.txt"), "around_images": True, "kl_weight": 1.0}
     held = {**next_token_values, "language": text, "output": "", "num_steps": 2, "learning_rate": 0.01}
     for name, learns in HELD.items():
         (folder / f"held-{name}.yaml").write_text(yaml.safe_dump({**held, **learns}))
