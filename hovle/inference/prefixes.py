@@ -26,6 +26,9 @@ from ..model.rotary import depends_on_length, rope_switch
 MAX_BYTES = 2**30
 """Of keys and values, in all. A token of the released models takes 128 KiB in bfloat16: 32 layers, 8 heads of 128."""
 
+MAX_PROMPTS = 64
+"""Prompts that are kept at most: a new one is compared with each."""
+
 NOT_FOR_PREFIXES = ("num_beams", "num_return_sequences", "cache_implementation", "prompt_lookup_num_tokens", CACHE)
 """Options of `generate` that want a cache of another kind, or several rows of it."""
 
@@ -45,6 +48,25 @@ class _Read:
     def num_bytes(self) -> int:
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
         return sum(item.nbytes for layer in layers for item in (layer.keys, layer.values))
+
+
+@dataclass(frozen=True)
+class BegunPrompt:
+    """A prompt of which the beginning may have been read."""
+
+    inputs: dict[str, Any]
+    """What `model.generate` reads: all ids, the tiles that are left, and the cache."""
+    num_reused: int
+    """Tokens the cache holds."""
+    signature: torch.Tensor
+    """Shape `(T,)`; see `sign`."""
+    is_image: torch.Tensor
+    """Where placeholders stand, shape `(T,)`."""
+
+    @property
+    def cache(self) -> Cache:
+        """Filled by `generate`."""
+        return self.inputs[CACHE]
 
 
 class PrefixCache:
@@ -84,23 +106,38 @@ class PrefixCache:
         """Generate as `model.generate(**inputs, **options)` does.
 
         Args:
-            inputs: What the processor makes of one prompt: `input_ids` `(1, T)`, `attention_mask` without padding
-                and, where it shows images, `pixel_values` of all of them.
+            inputs: As `begin` takes them.
             **options: Of `generate`; none that needs several rows or a cache of its own.
 
         Returns:
             Prompt and answer, shape `(1, T + new)`.
 
         Raises:
-            ValueError: For several prompts, padding, and options that go with no shared cache.
+            ValueError: As `begin`, and for options that go with no shared cache.
         """
         refused = [name for name in NOT_FOR_PREFIXES if options.get(name) not in (None, 1)]
         if refused:
             raise ValueError(f"{refused[0]} needs a cache of its own: call model.generate, or leave it out.")
-        rest: dict[str, Any] = dict(inputs)
         if any(getattr(self.model.generation_config, name, None) not in (None, 1) for name in NOT_FOR_PREFIXES):
             self.num_reused = 0  # the model's own settings want what cannot be shared
-            return self.model.generate(**rest, **options)
+            return self.model.generate(**{**inputs, **options})
+        begun = self.begin(inputs, int(options.get("max_new_tokens") or 0))
+        generated = self.model.generate(**begun.inputs, **options)
+        self.num_reused = begun.num_reused
+        self.keep(begun, generated[0], begun.cache)
+        return generated
+
+    def begin(self, inputs: Mapping[str, torch.Tensor], num_new: int = 0) -> "BegunPrompt":
+        """Find what of a prompt has been read, for a generation that goes on from there.
+
+        Args:
+            inputs: What the processor makes of one prompt: `input_ids` `(1, T)`, `attention_mask` without padding
+                and, where it shows images, `pixel_values` of all of them.
+            num_new: Tokens the answer may take.
+
+        Raises:
+            ValueError: For several prompts, and padding.
+        """
         input_ids, pixel_values = inputs["input_ids"], inputs.get("pixel_values")
         mask = inputs.get("attention_mask")
         if len(input_ids) != 1 or (mask is not None and not bool(mask.all())):
@@ -111,14 +148,11 @@ class PrefixCache:
         ids = input_ids[0].cpu()
         is_image = ids == self.model.config.image_token_id
         signature = sign(ids, is_image, pixel_values)
-        longest = len(signature) + int(options.get("max_new_tokens") or 0)
-        num_reused, cache = self._longest_prefix(signature, is_image, longest)
+        num_reused, cache = self._longest_prefix(signature, is_image, len(signature) + num_new)
+        rest: dict[str, Any] = {**inputs, CACHE: cache}
         if pixel_values is not None:
             rest["pixel_values"] = pixel_values[num_tiles(is_image[:num_reused], is_image, len(pixel_values)) :]
-        generated = self.model.generate(**rest, **options, **{CACHE: cache})
-        self.num_reused = num_reused
-        self._keep(generated[0].cpu(), signature, is_image, cache)
-        return generated
+        return BegunPrompt(rest, num_reused, signature, is_image)
 
     def _longest_prefix(self, signature: torch.Tensor, is_image: torch.Tensor, longest: int) -> tuple[int, Cache]:
         """What of a prompt has been read, and a copy of what was made of it; nothing where positions would turn.
@@ -141,20 +175,26 @@ class PrefixCache:
             return 0, DynamicCache(config=self.model.config)
         return best_length, copy_cache(best.cache, best_length - len(best.signature))
 
-    def _keep(self, ids: torch.Tensor, signature: torch.Tensor, is_image: torch.Tensor, cache: Cache) -> None:
-        """Keep what a generation has read, prompt and answer, instead of what it goes on from."""
+    def keep(self, begun: "BegunPrompt", ids: torch.Tensor, cache: Cache) -> None:
+        """Keep what a generation has read, instead of what it went on from.
+
+        Args:
+            begun: The prompt.
+            ids: Prompt and answer, shape `(T + new,)`.
+            cache: What was made of them, of the last tokens perhaps not yet; nobody may change it from now on.
+        """
         length = cache.get_seq_length()
-        answer = ids[len(signature) : length]
+        answer = ids[len(begun.signature) : length].cpu()
         read = _Read(
-            torch.cat([signature, answer])[:length],
-            torch.cat([is_image, torch.zeros_like(answer, dtype=torch.bool)])[:length],
+            torch.cat([begun.signature, answer])[:length],
+            torch.cat([begun.is_image, torch.zeros_like(answer, dtype=torch.bool)])[:length],
             cache,
         )
         if read.num_bytes > self.max_bytes:
             return
         with self._lock:
             self._reads = [old for old in self._reads if not _goes_on(read, old, self.model.model.is_hd)] + [read]
-            while sum(item.num_bytes for item in self._reads) > self.max_bytes:
+            while len(self._reads) > MAX_PROMPTS or sum(item.num_bytes for item in self._reads) > self.max_bytes:
                 self._reads.pop(0)
 
 

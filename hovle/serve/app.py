@@ -1,6 +1,6 @@
 """The web application of `hovle serve`: OpenAI's chat API for one model.
 
-body -> `read_request` -> `PromptBuilder.build` -> `Settings.of` -> `Generator.start` -> `answers`
+body -> `read_request` -> `PromptBuilder` -> `Settings.of` -> `Engine.start` -> `answers`
 
 All that can be wrong with a request is found before its answer begins, streams included.
 """
@@ -25,8 +25,10 @@ from starlette.requests import ClientDisconnect
 
 from ..model.pictures import Address, is_public
 from .answers import EventStream, Reply, parser_of
+from .engine import Engine
 from .failures import RequestError, error_response
-from .generation import Generator, Settings
+from .generation import Answer, Settings
+from .limits import BatchLimits
 from .load import Load, Share
 from .prompts import PromptBuilder
 from .requests import ChatRequest, read_request
@@ -39,6 +41,9 @@ MAX_BODY_BYTES = 96 * 2**20
 MAX_SECONDS_FOR_BODY = 60.0
 """Time in which a request must have come."""
 
+READY_PROMPTS = 4
+"""Prompts made ready before the model has room for them: tiles take far more memory than files."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ServerOptions:
@@ -50,6 +55,7 @@ class ServerOptions:
         template_kwargs: Arguments of `apply_chat_template` for requests that do not bring their own.
         picture_hosts: Hosts pictures are fetched from although their addresses are not public.
         origins: Origins whose web pages may use the server; "*" for all.
+        limits: What all answers in work may hold.
     """
 
     model: str
@@ -57,6 +63,7 @@ class ServerOptions:
     template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     picture_hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
+    limits: BatchLimits = dataclasses.field(default_factory=BatchLimits)
 
     @property
     def name(self) -> str:
@@ -146,15 +153,16 @@ class ChatService:
     def __init__(self, model, processor, options: ServerOptions):
         self._model, self._processor, self._options = model, processor, options
         self._prompts = PromptBuilder(model, processor, options.template_kwargs, options.may_reach)
-        self._generator = Generator(model, processor.tokenizer)
+        self._engine = Engine(model, processor.tokenizer, options.limits)
         self._parser = parser_of(processor.tokenizer, model)
         self._load = Load()
         self._reading = anyio.CapacityLimiter(2)
+        self._ready = asyncio.Semaphore(READY_PROMPTS)
         self.entry = {"id": options.name, "object": "model", "created": 0, "owned_by": "hovle"}
 
     def close(self) -> None:
         """End all answers."""
-        self._generator.close()
+        self._engine.close()
 
     def refuse_other_model(self, name: str | None, status: int = 400) -> None:
         """Raise for the name of another model."""
@@ -198,12 +206,10 @@ class ChatService:
         del body
         self.refuse_other_model(request.model)
         self._refuse_unreadable_calls(request)
-        inputs = await self._prompts.build(request, share)
-        num_tokens = inputs["input_ids"].shape[-1]
-        vocab_size = self._model.config.get_text_config().vocab_size
-        settings = Settings.of(request, self._model.generation_config, self._room(num_tokens), vocab_size)
-        reply = Reply(self._options.name, request, num_tokens, self._parser)
-        answer = self._generator.start(inputs, settings)
+        files = await self._prompts.fetch(request, share)
+        answer = await self._begin(request, files)
+        del files
+        reply = Reply(self._options.name, request, len(answer.prompt_ids), self._parser)
         if request.stream:
 
             def when_over() -> None:
@@ -215,6 +221,22 @@ class ChatService:
             return JSONResponse(await reply.whole(answer))
         finally:
             answer.abandon()
+
+    async def _begin(self, request: ChatRequest, files: list[bytes]) -> Answer:
+        """Make a prompt ready and wait until the model takes it up."""
+        async with self._ready:
+            inputs = await self._prompts.encode(request, files)
+            room = self._room(inputs["input_ids"].shape[-1])
+            vocab_size = self._model.config.get_text_config().vocab_size
+            settings = Settings.of(request, self._model.generation_config, room, vocab_size)
+            answer = self._engine.start(inputs, settings)
+            del inputs
+            try:
+                await answer.begun.wait()
+            except BaseException:
+                answer.abandon()
+                raise
+        return answer
 
     def _refuse_unreadable_calls(self, request: ChatRequest) -> None:
         if request.shown_tools and self._parser is None:

@@ -7,9 +7,14 @@ Requests name the model as it is named here, by its folder's last name, by --ser
 come as `image_url` items: http(s) URLs of public addresses (and of --allow-picture-host), or `data:` URLs; `detail`
 "low" makes them one tile. A request's `chat_template_kwargs` replace --max-image-tokens and --label-images, within the
 server's and the model's bounds: {"max_image_tokens": 500, "max_tiles": 4}. A `temperature` above 0 samples, 0 is
-greedy; answers end at `stop` strings, at the model's last position, and when the client hangs up. One answer is
-generated at a time; pictures of other requests are loaded meanwhile. What a request asks for is done, or the request
-is refused: {"error": {"message", "type", "param", "code"}} names the field and the reason.
+greedy; answers end at `stop` strings, at the model's last position, and when the client hangs up. What a request asks
+for is done, or the request is refused: {"error": {"message", "type", "param", "code"}} names the field and the reason.
+
+Answers grow together, up to --max-batch of them, each as it would alone: one pass through the weights gives every one
+its next token, and a request that waits joins between two passes. --cache-gib bounds their keys and values. Where a
+prompt begins as an earlier one did, as a second question about the same pictures does, or the next turn of a
+conversation, only the rest is read; --prefix-gib bounds what is kept for that.
+
 Where hovle is not installed, `transformers serve DIR --trust-remote-code` serves the code in the folder, but answers a
 picture it cannot read with a bare status 500.
 """
@@ -20,7 +25,8 @@ import torch
 from transformers.utils.import_utils import is_serve_available
 
 from ..loading import check_chat_template, reading
-from ..options import add_picture_arguments
+from ..options import add_picture_arguments, positive
+from .limits import BatchLimits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOST",
         help="fetch pictures from this host also where its address is not public; repeatable",
     )
+    limits = BatchLimits()
+    parser.add_argument(
+        "--max-batch",
+        type=positive,
+        default=limits.num_rows,
+        metavar="N",
+        help=f"answers that grow at a time (default: {limits.num_rows})",
+    )
+    parser.add_argument(
+        "--cache-gib",
+        type=_bytes_of_gib,
+        default=limits.cache_bytes,
+        metavar="GIB",
+        help=f"memory for keys and values of all answers in work (default: {limits.cache_bytes >> 30})",
+    )
+    parser.add_argument(
+        "--prefix-gib",
+        type=_bytes_of_gib,
+        default=limits.prefix_bytes,
+        metavar="GIB",
+        help=f"memory for beginnings of prompts, 0 to keep none (default: {limits.prefix_bytes >> 30})",
+    )
     add_picture_arguments(parser)
 
 
@@ -67,7 +95,12 @@ def run(args: argparse.Namespace) -> int:
         model, processor = models.load_model_and_processor(models.process_model_name(args.model))
         check_chat_template(processor)
     options = ServerOptions(
-        args.model, args.served_model_name, _defaults(args), args.allow_picture_host, args.allow_origin
+        args.model,
+        args.served_model_name,
+        _defaults(args),
+        args.allow_picture_host,
+        args.allow_origin,
+        BatchLimits(args.max_batch, args.cache_gib, args.prefix_gib),
     )
     app = build_app(model, processor, options)
     uvicorn.run(app, host=args.host, port=args.port, log_level="info", http=BoundedConnection)
@@ -79,6 +112,13 @@ def _port(text: str) -> int:
     if not 0 <= number <= 65535:  # beyond, the system would listen at the rest of a division
         raise argparse.ArgumentTypeError(f"expected 0 to 65535, found {number}")
     return number
+
+
+def _bytes_of_gib(text: str) -> int:
+    number = float(text)
+    if not 0 <= number < 2**20:
+        raise argparse.ArgumentTypeError(f"expected GiB, 0 or more, found {text}")
+    return int(number * 2**30)
 
 
 def _refuse_missing_device(name: str) -> None:

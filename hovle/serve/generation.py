@@ -1,27 +1,23 @@
-"""Answers of the model, one after another in a single thread, each told piece by piece as it grows.
+"""How an answer is generated, and how it is told, piece by piece as it grows.
 
-`Generator.start` -> `Answer`, an asynchronous iterator of text. The sum of its pieces is what decoding the whole
-answer gives, up to the first stop string.
+`Answer` is an asynchronous iterator of text. The sum of its pieces is what decoding the whole answer gives, up to the
+first stop string.
 """
 
 import asyncio
 import contextlib
 import copy
-import logging
 import re
 import threading
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from .failures import RequestError
 from .requests import ChatRequest
-
-log = logging.getLogger("uvicorn.error")
 
 DEFAULT_NEW_TOKENS = 1024
 """Longest answer where neither the request nor the model's generation config says one; also transformers' number."""
@@ -80,12 +76,20 @@ class Settings:
         config.max_length = None
         config.num_return_sequences = config.num_beams = 1
         config.return_dict_in_generate = False
+        # Ways to the same tokens that need a cache of their own, or none; the server has a faster one.
+        config.cache_implementation = config.prompt_lookup_num_tokens = None
+        config.use_cache = True
         try:
             config.validate()
         except ValueError as error:
             raise RequestError(f"The settings do not go together: {error}") from error
         bias = _token_biases(request.logit_bias, vocab_size)
         return cls(config, stops, request.seed, request.frequency_penalty, request.presence_penalty, bias)
+
+    @property
+    def changes_scores(self) -> bool:
+        """Whether `ScoreChanges` has something to do."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
 
 
 def _samples(request: ChatRequest, default: bool | None) -> bool:
@@ -210,12 +214,14 @@ class Answer(StoppingCriteria):
         prompt_ids: Tokens of the prompt.
         ids: Its tokens so far.
         is_cut: Whether it ended at its longest and not by itself, once it has ended.
+        begun: Set when its prompt is read, or never will be.
     """
 
     def __init__(self, tokenizer, settings: Settings, prompt_ids: list[int]):
         self.settings, self.prompt_ids = settings, prompt_ids
         self.ids: list[int] = []
         self.is_cut = False
+        self.begun = asyncio.Event()
         self._nobody_waits = threading.Event()
         self._text, self._until_stop = GrowingText(tokenizer), UntilStop(settings.stops)
         self._loop = asyncio.get_running_loop()
@@ -248,6 +254,10 @@ class Answer(StoppingCriteria):
         is_done = self.is_abandoned or self._until_stop.is_stopped
         return torch.full((len(input_ids),), is_done, dtype=torch.bool, device=input_ids.device)
 
+    def tell_begun(self) -> None:
+        """Say that the prompt is taken up; called in the generating thread."""
+        self._call(self.begun.set)
+
     def finish(self) -> None:
         """Tell what waited, and the end; called in the generating thread."""
         self._tell(self._until_stop.feed(self._text.rest()))
@@ -267,64 +277,10 @@ class Answer(StoppingCriteria):
             self._put(piece)
 
     def _put(self, item: str | BaseException | None) -> None:
+        if not isinstance(item, str):  # it is over, perhaps before it began
+            self.tell_begun()
+        self._call(self._queue.put_nowait, item)
+
+    def _call(self, function: Callable, *args: Any) -> None:
         with contextlib.suppress(RuntimeError):  # the loop has ended, and with it whoever waited
-            self._loop.call_soon_threadsafe(self._queue.put_nowait, item)
-
-
-class Generator:
-    """The one thread in which the model answers; compiled graphs must stay in theirs, too.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-    """
-
-    def __init__(self, model, tokenizer):
-        self._model, self._tokenizer = model, tokenizer
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hovle-generation")
-        self._answers: set[Answer] = set()
-
-    def start(self, inputs: Mapping[str, Any], settings: Settings) -> Answer:
-        """Let the model answer to `inputs` (a prompt of one row) when those before are done."""
-        answer = Answer(self._tokenizer, settings, inputs["input_ids"][0].tolist())
-        self._answers.add(answer)
-        self._thread.submit(self._run, inputs, answer)
-        return answer
-
-    def close(self) -> None:
-        """End all answers and the thread."""
-        for answer in list(self._answers):
-            answer.abandon()
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _run(self, inputs: Mapping[str, Any], answer: Answer) -> None:
-        settings = answer.settings
-        changes = []
-        if settings.frequency_penalty or settings.presence_penalty or settings.logit_bias:
-            changes = [ScoreChanges(settings, len(answer.prompt_ids))]
-        try:
-            if not answer.is_abandoned:
-                with _seeded(settings.seed, self._model.device):
-                    self._model.generate(
-                        **inputs,
-                        generation_config=settings.config,
-                        stopping_criteria=StoppingCriteriaList([answer]),
-                        logits_processor=LogitsProcessorList(changes),
-                    )
-            answer.finish()
-        except Exception as error:
-            log.exception("An answer ended in an error.")
-            answer.fail(error)
-        finally:
-            self._answers.discard(answer)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Draw from this seed, and afterwards go on as if nothing had been: no client learns another's numbers."""
-    if seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+            self._loop.call_soon_threadsafe(function, *args)

@@ -64,19 +64,30 @@ class PromptBuilder:
         """Tokens the model has room for, prompt and answer together."""
         return self.model.config.get_text_config().max_position_embeddings
 
-    async def build(self, request: ChatRequest, share: Share) -> Mapping[str, Any]:
-        """Return what `generate` reads.
+    async def fetch(self, request: ChatRequest, share: Share) -> list[bytes]:
+        """Return a request's picture files, got one after another.
 
         Args:
             request: The request.
             share: Takes what its pictures hold.
 
         Raises:
-            RequestError: For pictures that cannot be had or read, for too much of anything, and for messages the
-                chat template does not show.
+            RequestError: For pictures that cannot be had, and for too much of anything, text included.
         """
         self._refuse_long_text(request)
-        files = await self._fetch(request, share)
+        return await self._fetch(request, share)
+
+    async def encode(self, request: ChatRequest, files: list[bytes]) -> Mapping[str, Any]:
+        """Return what `generate` reads.
+
+        Args:
+            request: The request.
+            files: Its picture files.
+
+        Raises:
+            RequestError: For pictures that cannot be read, for too many pixels, and for messages the chat template
+                does not show.
+        """
         return await self._in_thread(self._encoding, self._encode, request, files)
 
     async def _in_thread(self, limiter: anyio.CapacityLimiter, work: Callable, *args) -> Any:
@@ -97,7 +108,6 @@ class PromptBuilder:
     # --- pictures ----------------------------------------------------------------------------------------------------
 
     async def _fetch(self, request: ChatRequest, share: Share) -> list[bytes]:
-        """Picture files, one request's one after another."""
         pictures = request.picture_urls
         if len(pictures) > MAX_PICTURES:
             raise RequestError(f"The request holds {len(pictures)} pictures; at most {MAX_PICTURES} are read.")

@@ -15,6 +15,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.inference import Row
 from hovle.serve import app as serving
 from hovle.serve.app import ServerOptions, build_app
 from hovle.serve.prompts import PromptBuilder
@@ -318,16 +319,18 @@ def test_tools_that_cannot_be_done_are_refused(client, make_client):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_calls_in_an_answer_are_parsed(make_client, model, monkeypatch, make_tokenizer, stream):
+def test_calls_in_an_answer_are_parsed(make_client, monkeypatch, make_tokenizer, stream):
     client = make_client(WITH_TOOLS, RESPONSE_TEMPLATE)
     ids = make_tokenizer()('I look.<tool_call>{"name": "look", "arguments": {"at": "é"}}</tool_call>')["input_ids"]
 
-    def generate(input_ids, stopping_criteria, **_):
-        for token in ids:
-            input_ids = torch.cat([input_ids, torch.tensor([[token]])], dim=-1)
-            stopping_criteria(input_ids, None)
+    tokens = iter(ids)
 
-    monkeypatch.setattr(model, "generate", generate)
+    def take(row, logits):
+        row.input_ids = torch.cat([row.input_ids, torch.tensor([[next(tokens)]])], dim=-1)
+        row._criteria(row.input_ids, None)
+        row.is_done = row.input_ids[0, -len(ids) :].tolist() == ids
+
+    monkeypatch.setattr(Row, "take", take)
     if stream:
         choices = [json.loads(event)["choices"][0] for event in events(client, tools=[TOOL])[:-1]]
         calls = [call for choice in choices for call in choice["delta"].get("tool_calls", [])]

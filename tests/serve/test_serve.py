@@ -1,6 +1,5 @@
 """A saved folder behind transformers' server: with `hovle serve`, and without hovle as `transformers serve`."""
 
-import asyncio
 import base64
 import contextlib
 import http.server
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -463,42 +461,6 @@ def test_without_the_servers_packages_the_message_names_the_extra(saved, monkeyp
     monkeypatch.setattr("hovle.serve.command.is_serve_available", lambda: False)
     assert main(["serve", str(saved[0])]) == 1
     assert "pip install 'hovle[serve]'" in capsys.readouterr().err
-
-
-def test_a_client_that_hangs_up_ends_its_answer(saved):
-    from hovle.serve import app as serving
-    from hovle.serve.generation import Generator, Settings
-
-    _, model, processor = saved
-    started, ended = threading.Event(), threading.Event()
-
-    class Endless:
-        device = torch.device("cpu")
-
-        def generate(self, input_ids, stopping_criteria, **kwargs):
-            started.set()
-            while not stopping_criteria(input_ids, None).all():
-                time.sleep(0.01)
-            ended.set()
-
-    async def hang_up() -> dict:
-        await asyncio.to_thread(started.wait, 20)
-        return {"type": "http.disconnect"}
-
-    async def scenario():
-        generator = Generator(Endless(), processor.tokenizer)
-        inputs = {"input_ids": torch.ones(1, 3, dtype=torch.long)}
-
-        async def work():
-            answer = generator.start(inputs, Settings(model.generation_config))
-            return [piece async for piece in answer]
-
-        response = await serving._while_connected(types.SimpleNamespace(receive=hang_up), work())
-        assert response.status_code == 499
-        assert await asyncio.to_thread(ended.wait, 20)
-        generator.close()
-
-    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize(

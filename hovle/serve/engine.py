@@ -1,0 +1,164 @@
+"""The one thread in which the model answers: what waits joins the answers in work, one between any two steps.
+
+Compiled graphs must stay in their thread, and nobody else may use the model meanwhile.
+"""
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers.cache_utils import Cache
+
+from ..inference import Batch, PrefixCache, Row
+from .failures import RequestError
+from .generation import Answer, ScoreChanges, Settings
+from .limits import BatchLimits
+
+log = logging.getLogger("uvicorn.error")
+
+
+@dataclass(frozen=True, eq=False)
+class _Waiting:
+    inputs: Mapping[str, Any]
+    answer: Answer
+
+    @property
+    def num_tokens(self) -> int:
+        """Of prompt and answer at their longest."""
+        return len(self.answer.prompt_ids) + (self.answer.settings.config.max_new_tokens or 0)
+
+
+@dataclass(frozen=True)
+class _InWork:
+    answer: Answer
+    num_bytes: int
+    """Of keys and values at the answer's longest."""
+
+
+class Engine:
+    """Answers all requests with one model.
+
+    Args:
+        model: The model, in evaluation mode.
+        tokenizer: Its tokenizer.
+        limits: What all answers may hold.
+    """
+
+    def __init__(self, model, tokenizer, limits: BatchLimits):
+        self._tokenizer, self._limits = tokenizer, limits
+        self._batch = Batch(PrefixCache(model, limits.prefix_bytes))
+        self._waiting: deque[_Waiting] = deque()
+        self._in_work: dict[Row, _InWork] = {}
+        self._bytes_per_token = 0.0  # the most of any row so far
+        self._is_closed = False
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="hovle-generation", daemon=True)
+        self._thread.start()
+
+    @property
+    def num_waiting(self) -> int:
+        """Prompts that are not yet read."""
+        return len(self._waiting)
+
+    @property
+    def num_in_work(self) -> int:
+        """Answers that grow."""
+        return len(self._in_work)
+
+    def start(self, inputs: Mapping[str, Any], settings: Settings) -> Answer:
+        """Let the model answer to `inputs`, a prompt of one row; `Answer.begun` says when they are taken up.
+
+        Raises:
+            RequestError: Status 503, once the engine is closed.
+        """
+        answer = Answer(self._tokenizer, settings, inputs["input_ids"][0].tolist())
+        with self._changed:
+            if self._is_closed:
+                raise RequestError("The server is shutting down.", code="overloaded", status=503)
+            self._waiting.append(_Waiting(inputs, answer))
+            self._changed.notify()
+        return answer
+
+    def close(self) -> None:
+        """End all answers and the thread."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while self._has_work():
+                if (waiting := self._next()) is not None:
+                    self._join(waiting)
+                if self._in_work:
+                    self._step()
+        finally:
+            with self._changed:
+                self._is_closed = True
+                left = [waiting.answer for waiting in self._waiting] + [work.answer for work in self._in_work.values()]
+            for answer in left:
+                answer.fail(RequestError("The server was shut down.", code="overloaded", status=503))
+
+    def _has_work(self) -> bool:
+        """Wait for something to do; False once the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._waiting or self._in_work)
+            return not self._is_closed
+
+    def _next(self) -> _Waiting | None:
+        """The first that waits, where there is room for it; answers nobody waits for leave their places."""
+        with self._changed:
+            for waiting in [waiting for waiting in self._waiting if waiting.answer.is_abandoned]:
+                self._waiting.remove(waiting)
+                waiting.answer.finish()
+            return self._waiting.popleft() if self._waiting and self._has_room(self._waiting[0]) else None
+
+    def _has_room(self, waiting: _Waiting) -> bool:
+        if not self._in_work:
+            return True
+        held = sum(work.num_bytes for work in self._in_work.values())
+        needed = waiting.num_tokens * self._bytes_per_token
+        return len(self._in_work) < self._limits.num_rows and held + needed <= self._limits.cache_bytes
+
+    def _join(self, waiting: _Waiting) -> None:
+        answer, settings = waiting.answer, waiting.answer.settings
+        answer.tell_begun()
+        changes = [ScoreChanges(settings, len(answer.prompt_ids))] if settings.changes_scores else []
+        try:
+            row = self._batch.join(waiting.inputs, settings.config, [answer], changes, settings.seed)
+        except Exception as error:
+            log.exception("A prompt could not be read.")
+            answer.fail(error)
+            return
+        if row.is_done:
+            answer.finish()
+            return
+        bytes_per_token = _num_bytes(row.cache) / row.cache.get_seq_length()
+        self._bytes_per_token = max(self._bytes_per_token, bytes_per_token)
+        self._in_work[row] = _InWork(answer, int(waiting.num_tokens * bytes_per_token))
+
+    def _step(self) -> None:
+        try:
+            done = self._batch.step()
+        except Exception as error:
+            log.exception("A step of %d answers ended in an error.", len(self._in_work))
+            for work in self._in_work.values():
+                work.answer.fail(error)
+            self._in_work.clear()
+            self._batch.rows.clear()
+            return
+        for row in done:
+            answer = self._in_work.pop(row).answer
+            if row.error is None:
+                answer.finish()
+            else:
+                log.error("An answer ended in an error.", exc_info=row.error)
+                answer.fail(row.error)
+
+
+def _num_bytes(cache: Cache) -> int:
+    return sum(item.nbytes for layer in cache.layers for item in (layer.keys, layer.values))
