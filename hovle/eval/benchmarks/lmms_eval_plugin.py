@@ -4,11 +4,14 @@ Installed beside lmms-eval, hovle is found through the entry point group `lmms_e
 chat protocol, which is the default; `HoVLESimple` (`--force_simple`) the older one, in which lmms-eval can ask for
 likelihoods, too.
 
-In float32 answers do not depend on the batch size: prompts are padded on the left, and every answer is read up to its
-own end. In bfloat16 padding changes roundings, and with them now and then an answer.
+Questions that begin with the same pictures are asked one after the other, and the pictures are read once; all others
+share batches. In float32 answers depend on neither: prompts are padded on the left, and every answer is read up to its
+own end. In bfloat16 padding and what was read before change roundings, and with them now and then an answer.
 """
 
 import contextlib
+import hashlib
+import itertools
 import logging
 import os
 import time
@@ -21,6 +24,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
 
+from ...inference.prefixes import NOT_FOR_PREFIXES, PrefixCache
 from ...loading import load_model, load_processor
 from ..results import digest
 
@@ -80,6 +84,9 @@ class Likelihood(GenerationResult):
 class HoVLEChat(lmms):
     """A HoVLE answering lmms-eval's chat requests.
 
+    Attributes:
+        num_reused: Tokens of prompts answered by the last call that did not have to be read again.
+
     Args:
         pretrained: Model folder or Hub id.
         device: Such as "cuda:1"; by default this process's GPU, or the CPU.
@@ -122,6 +129,8 @@ class HoVLEChat(lmms):
         arguments = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
         self.processor = load_processor(pretrained)
         self.model = load_model(pretrained, dtype=dtype, **arguments).to(self.device).eval()
+        self.prefixes = PrefixCache(self.model)
+        self.num_reused = 0
         self.label_pictures = label_pictures
         self.system_prompt = self._resolve_system_prompt(system_prompt)
         self.max_new_tokens = max_new_tokens
@@ -234,19 +243,39 @@ class HoVLEChat(lmms):
         for place, request in enumerate(requests):
             groups.setdefault(repr(sorted(self._settings(request).items())), []).append(place)
         answers: dict[int, Answer] = {}
-        elapsed = 0.0
+        elapsed, self.num_reused = 0.0, 0
         with tqdm(total=len(requests), desc=description, disable=self.rank != 0) as bar:
             for places in groups.values():
                 arguments, stops = generation_arguments(self._settings(requests[places[0]]), self.max_new_tokens)
-                for batch in self._batches(places, chat_of):
+                together, others = self._about_the_same(places, chat_of, arguments)
+                singly = ({place: chat_of(place)} for place in together)
+                for batch in itertools.chain(singly, self._batches(others, chat_of)):
                     self.prompts_shown += [digest([outline(chat), arguments, stops]) for chat in batch.values()]
                     started_at = time.perf_counter()
-                    said = self._generate(list(batch.values()), arguments, stops)
+                    said = self._generate(
+                        list(batch.values()), arguments, stops, go_on=together.keys() >= batch.keys()
+                    )
                     elapsed += time.perf_counter() - started_at
                     answers |= dict(zip(batch, said, strict=True))
                     bar.update(len(batch))
+                self.prefixes.clear()
         self._report_speed(list(answers.values()), elapsed)
         return [answers[place] for place in range(len(requests))]
+
+    def _about_the_same(
+        self, places: list[int], chat_of: Callable[[int], list[dict]], arguments: dict
+    ) -> tuple[dict[int, None], list[int]]:
+        """Places of chats that begin as others do, pictures included, side by side; and all other places.
+
+        Only where answers are certain: what is drawn would be drawn in another order, and beams need several rows.
+        """
+        if arguments["do_sample"] or any(arguments.get(name) not in (None, 1) for name in NOT_FOR_PREFIXES):
+            return {}, places
+        groups: dict[str, list[int]] = {}
+        for place in places:
+            groups.setdefault(beginning(chat_of(place)) or f"alone {place}", []).append(place)
+        together = [place for group in groups.values() if len(group) > 1 for place in group]
+        return dict.fromkeys(together), [group[0] for group in groups.values() if len(group) == 1]
 
     def _batches(self, places: list[int], chat_of: Callable[[int], list[dict]]) -> Iterator[dict[int, list[dict]]]:
         """Chats by place, in batches of prompts of like length, longest first so that memory runs out early."""
@@ -267,9 +296,15 @@ class HoVLEChat(lmms):
         return sum(counts.num_image_tokens) + sum(len(item.get("text", "")) for item in items) // 4
 
     @torch.inference_mode()
-    def _generate(self, chats: list[list[dict]], arguments: dict, stops: list[str]) -> list[Answer]:
+    def _generate(self, chats: list[list[dict]], arguments: dict, stops: list[str], go_on: bool) -> list[Answer]:
+        """Answer chats at once; `go_on` from what was read of an earlier one, which wants one chat at a time."""
         inputs = self._encode(chats)
-        generated = self.model.generate(**inputs, **arguments)[:, inputs["input_ids"].shape[1] :]
+        if go_on:
+            generated = self.prefixes.generate(inputs, **arguments)
+            self.num_reused += self.prefixes.num_reused
+        else:
+            generated = self.model.generate(**inputs, **arguments)
+        generated = generated[:, inputs["input_ids"].shape[1] :]
         lengths = self._lengths_of(generated)
         prompt_lengths = inputs["attention_mask"].sum(dim=1).tolist()
         texts = self.processor.batch_decode(
@@ -314,6 +349,7 @@ class HoVLEChat(lmms):
             additional_metrics={
                 "prompt_tokens": sum(answer.num_prompt_tokens for answer in answers) / len(answers),
                 "answer_tokens": num_tokens / len(answers),
+                "reused_prompt_tokens": self.num_reused / len(answers),
                 "answers_per_second": len(answers) / elapsed_seconds if elapsed_seconds else 0.0,
             },
         )
@@ -397,6 +433,22 @@ def _chat_of(text: str, pictures: Any) -> list[dict]:
 def outline(chat: list[dict]) -> list[list]:
     """Who says what in a chat, in JSON: texts as they are, and `None` where a picture stands."""
     return [[message["role"], *(item.get("text") for item in message["content"])] for message in chat]
+
+
+def beginning(chat: list[dict]) -> str:
+    """A name of all that stands in a chat up to its last picture, empty without pictures.
+
+    It tells which questions to ask side by side; whether their tiles are the same is for `PrefixCache` to see.
+    """
+    items = [(message["role"], item) for message in chat for item in message["content"]]
+    last = max((place for place, (_, item) in enumerate(items) if item["type"] == "image"), default=-1)
+    return digest([[role, item.get("text") or _name(item["image"])] for role, item in items[: last + 1]]) * (last >= 0)
+
+
+def _name(picture: Any) -> str:
+    if not hasattr(picture, "tobytes"):
+        return repr(picture)
+    return hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
 
 
 def _flat(pictures: Any) -> list:

@@ -111,6 +111,56 @@ def test_text_alone_and_several_pictures_share_a_batch(lm, documents, model_fold
         assert answer.token_counts.input_tokens == inputs["input_ids"].shape[1]
 
 
+QUESTIONS = ["What is it?", "Who waits at the corner of the street?", "How many apples?"]
+
+
+def test_questions_about_the_same_picture_read_it_once(lm, documents, monkeypatch):
+    """Six questions, two pictures, asked in turns: a picture is read with its first question only."""
+    limit = {"max_new_tokens": 5}
+    asked = [{"text": text, "pictures": documents[place]["pictures"]} for text in QUESTIONS for place in (0, 4)]
+    asked.insert(3, documents[1])
+    read = []
+    stem = type(lm.model.model.patch_embedding).forward
+    monkeypatch.setattr(
+        type(lm.model.model.patch_embedding),
+        "forward",
+        lambda self, pixels: read.append(len(pixels)) or stem(self, pixels),
+    )
+    alone = [lm.generate_until(requests_for(lm, [doc], limit))[0] for doc in asked]
+    num_tiles = sum(read)
+    assert lm.num_reused == 0
+    read.clear()
+    together = lm.generate_until(requests_for(lm, asked, limit))
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    assert [answer.token_counts for answer in together] == [answer.token_counts for answer in alone]
+    assert sum(read) * 3 == num_tiles
+    assert lm.num_reused > sum(read) * 2 * 4  # four tokens a tile, twice; and the words before them
+
+
+def test_answers_that_are_drawn_are_not_grouped(lm, documents):
+    asked = [{"text": text, "pictures": documents[0]["pictures"]} for text in QUESTIONS]
+    for settings in ({"do_sample": True, "temperature": 1.0}, {"num_beams": 2}):
+        lm.generate_until(requests_for(lm, asked, {"max_new_tokens": 3, **settings}))
+        assert lm.num_reused == 0
+
+
+def test_chats_that_begin_with_other_words_are_not_grouped(plugin, documents):
+    picture = {"type": "image", "image": documents[0]["pictures"][0]}
+    text = [{"type": "text", "text": text} for text in QUESTIONS]
+
+    def chat(*items) -> list[dict]:
+        return [{"role": "user", "content": list(items)}]
+
+    first = plugin.beginning(chat(picture, text[0]))
+    assert first == plugin.beginning(chat({**picture, "image": picture["image"].copy()}, text[1]))
+    assert first != plugin.beginning(chat(text[0], picture, text[1]))
+    assert first != plugin.beginning(chat({**picture, "image": picture["image"].rotate(90)}, text[0]))
+    assert plugin.beginning(chat({"type": "image", "image": "a.png"})) != plugin.beginning(
+        chat({"type": "image", "image": "b.png"})
+    )
+    assert plugin.beginning(chat(text[0])) == ""
+
+
 def test_tile_limits_reach_the_pictures(lm, documents):
     requests = requests_for(lm, documents[2:3], {"max_new_tokens": 1})
     lm.set_tiles(max_tiles=1)
