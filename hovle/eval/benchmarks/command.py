@@ -13,8 +13,8 @@ answers beside it, a results page (README.md), a model card's table and `.eval_r
 cannot be run (no data, no key, no such task) is reported with the reason, the others go on, and the exit code is 1.
 
 Benchmarks that need a judge are read by rules and marked as not comparable; --judge uses the harness's judge instead.
-In float32 scores do not depend on the batch size; --compare counts what differs in other number formats. Questions about
-the same picture are asked side by side and the picture is read once; results say how many tokens that saved.
+In float32 scores do not depend on the batch size; --compare counts what differs in other number formats. Questions
+about the same picture are asked side by side and the picture is read once; results say how many tokens that saved.
 """
 
 import argparse
