@@ -1,8 +1,4 @@
-"""Run an exported decoder in llama.cpp: words as tokens, pictures as embeddings, `generate` as transformers has it.
-
-llama.cpp's cache holds one sequence. A prompt that begins as the last one did (the next turn of a conversation) is
-computed from where it differs.
-"""
+"""Run an exported decoder in llama.cpp: words as tokens, pictures as embeddings, `generate` as transformers has it."""
 
 import collections
 import ctypes
@@ -15,12 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import GenerationConfig
-from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutput
-from transformers.modeling_utils import PreTrainedModel
 
 from ..model.configuration_hovle import HoVLEConfig
-from ..model.pixels import normalize_pixels
+from .engine import EngineForConditionalGeneration, Known
 from .gguf import QUANTIZATIONS, file_name
 from .needs import need
 from .stem import Stem
@@ -32,17 +25,14 @@ MOST_POSITIONS = 8192
 TOKENS_AT_ONCE = 512
 
 
-class LlamaCppForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class LlamaCppForConditionalGeneration(EngineForConditionalGeneration):
     """A decoder in llama.cpp with the stem in numpy, one prompt at a time; made by `load`."""
 
-    config_class = HoVLEConfig
-    main_input_name = "input_ids"
-    input_modalities = ("text",)  # `generate` hands pixel values on as they are
-    _is_stateful = True  # for transformers: no assisted generation, no beams over one cache
+    engine = "llama.cpp"
 
     def __init__(self, config: HoVLEConfig, decoder: "Decoder", stem: Stem):
-        super().__init__(config)
-        self.decoder, self.stem = decoder, stem
+        super().__init__(config, decoder, stem.embed)
+        self.stem = stem
 
     @classmethod
     def load(
@@ -73,66 +63,6 @@ class LlamaCppForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model.generation_config = GenerationConfig.from_pretrained(folder)
         model.generation_config.use_cache = False  # `forward` is given all tokens each time and keeps what it knows
         return model
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cpu")
-
-    @property
-    def dtype(self) -> torch.dtype:  # type: ignore[override]
-        return torch.float32
-
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutput:
-        """Predict the token after a prompt.
-
-        Args:
-            input_ids: One whole prompt, shape `(1, T)`.
-            pixel_values: Its tiles in order, normalised or bytes (uint8), shape `(N, C, s, s)`.
-            attention_mask: Of ones, shape `(1, T)`: a single prompt has no padding.
-            **kwargs: Ignored.
-
-        Returns:
-            `logits` of shape `(1, 1, V)`.
-        """
-        if len(input_ids) != 1:
-            raise ValueError(f"llama.cpp runs one prompt at a time here, got {len(input_ids)}.")
-        if attention_mask is not None and not bool(attention_mask.all()):
-            raise ValueError("A prompt for llama.cpp must not be padded; give one without padding.")
-        ids = input_ids[0].numpy()
-        is_image = ids == self.config.image_token_id
-        features = np.empty((0, self.config.text_config.hidden_size), dtype=np.float32)
-        if pixel_values is not None and len(pixel_values):
-            features = self._features(pixel_values)
-        if is_image.sum() != len(features):
-            raise ValueError(
-                f"The prompt holds {is_image.sum()} image tokens but its tiles make {len(features)}. Build both with "
-                "the same HoVLEProcessor."
-            )
-        logits = self.decoder.logits_after(ids, is_image, features)
-        return CausalLMOutput(logits=torch.from_numpy(logits)[None, None])
-
-    def _features(self, pixel_values: torch.Tensor) -> np.ndarray:
-        """What the stem makes of tiles, kept for the steps in which it is asked for again."""
-        if pixel_values.dtype == torch.uint8:
-            pixel_values = normalize_pixels(pixel_values, self.config.image_mean, self.config.image_std)
-        pixels = pixel_values.float().numpy()
-        kept = getattr(self, "_kept", None)
-        if kept is None or kept[0].shape != pixels.shape or not np.array_equal(kept[0], pixels):
-            embedded = self.stem.embed(pixels)
-            self._kept = kept = (pixels, embedded.reshape(-1, embedded.shape[-1]))
-        return kept[1]
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """All tokens so far, and the tiles of the prompt."""
-        return {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": kwargs.get("attention_mask")}
 
 
 class Decoder:
@@ -168,19 +98,11 @@ class Decoder:
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.hidden_size = llama_cpp.llama_model_n_embd(self.model)
         self.num_positions = num_positions
-        self.ids = np.empty(0, dtype=np.int64)
-        self.is_image = np.empty(0, dtype=bool)
-        self.features = np.empty((0, self.hidden_size), dtype=np.float32)
+        self.known = Known(self.hidden_size)
 
     def logits_after(self, ids: np.ndarray, is_image: np.ndarray, features: np.ndarray) -> np.ndarray:
-        """Logits of the token after a sequence, shape `(V,)`.
-
-        Args:
-            ids: The whole sequence, shape `(T,)`.
-            is_image: Where embeddings take the place of ids, shape `(T,)`.
-            features: Those embeddings, shape `(number of them, D)`.
-        """
-        return self.all_logits(ids, is_image, features, self._num_known(ids, is_image, features))[-1]
+        """Logits of the token after a sequence, as `EngineDecoder` has it."""
+        return self.all_logits(ids, is_image, features, self.known.count(ids, is_image, features))[-1]
 
     def all_logits(
         self, ids: np.ndarray, is_image: np.ndarray, features: np.ndarray, num_known: int = 0, every: bool = False
@@ -188,7 +110,7 @@ class Decoder:
         """Logits after tokens of a sequence that are computed anew, shape `(tokens, V)`.
 
         Args:
-            ids: As in `logits_after`.
+            ids: As in `EngineDecoder.logits_after`.
             is_image: As there.
             features: As there.
             num_known: Tokens at the beginning that the cache holds and that are not computed again.
@@ -201,7 +123,7 @@ class Decoder:
         library = self.library
         memory = library.llama_get_memory(self.context)
         library.llama_memory_seq_rm(memory, 0, num_known, -1)
-        self.ids, self.is_image, self.features = ids[:num_known], is_image[:num_known], features
+        self.known.keep(ids[:num_known], is_image[:num_known], features)
         logits, place = [], int(is_image[:num_known].sum())
         for start, end in _runs(is_image, num_known):
             count = end - start
@@ -209,19 +131,8 @@ class Decoder:
             place += count if is_image[start] else 0
             wanted = [every or index == len(ids) - 1 for index in range(start, end)]
             logits.append(self._decode(ids[start:end], embeds, start, wanted))
-        self.ids, self.is_image = ids.copy(), is_image.copy()
+        self.known.keep(ids, is_image, features)
         return np.concatenate(logits)
-
-    def _num_known(self, ids: np.ndarray, is_image: np.ndarray, features: np.ndarray) -> int:
-        """Tokens at the beginning of a sequence that the cache holds, all but the last one at most."""
-        most = min(len(ids) - 1, len(self.ids))
-        is_same = (ids[:most] == self.ids[:most]) & (is_image[:most] == self.is_image[:most])
-        places = np.flatnonzero(is_image[:most] & self.is_image[:most])
-        count = min(len(places), len(features), len(self.features))
-        if count:
-            is_same[places[:count]] &= (features[:count] == self.features[:count]).all(axis=1)
-        is_same[places[count:]] = False
-        return most if is_same.all() else int(is_same.argmin())
 
     def _decode(self, ids: np.ndarray, embeds: np.ndarray | None, start: int, wanted: list[bool]) -> np.ndarray:
         """Run tokens, or embeddings in their place, through the decoder; logits of those that are wanted."""
