@@ -4,6 +4,7 @@ examples:
   hovle chat --model runs/demo/instruction_tuning/model --image a.png
   hovle chat --model DIR --image a.png --image b.png -q "what differs?"     one answer, for scripts
   hovle chat --model GGUF_DIR --engine llama.cpp --quantization q8_0       what `hovle export --to gguf` wrote
+  hovle chat --model ONNX_DIR --engine onnx                                what `hovle export --to onnx` wrote
   hovle chat --model DIR --system "Answer in one word." --temperature 0.7
 
 In a conversation: /image PATH adds a picture to the next question, /new starts over, /save FILE writes what was said
@@ -38,7 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=positive, default=256, help="longest answer in tokens")
     parser.add_argument("--max-tiles", type=positive, help="most tiles of a picture; the model's own limit by default")
     parser.add_argument(
-        "--engine", choices=ENGINES, default="torch", help="llama.cpp runs what `hovle export --to gguf` wrote"
+        "--engine",
+        choices=ENGINES,
+        default="torch",
+        help="llama.cpp runs what `hovle export --to gguf` wrote, onnx what `--to onnx` did",
     )
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="f16", help="which file llama.cpp reads")
     add_picture_arguments(parser)

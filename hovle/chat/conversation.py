@@ -10,13 +10,14 @@ import torch
 from transformers import BatchFeature
 
 from ..export.llama_cpp import LlamaCppForConditionalGeneration
+from ..export.onnx_runtime import OnnxForConditionalGeneration
 from ..inference import PrefixCache
 from ..loading import load_model, load_processor
 from ..model.pictures import load_picture
 from .saved import origin, write_messages
 from .streaming import AnswerPrinter
 
-ENGINES = ("torch", "llama.cpp")
+ENGINES = ("torch", "llama.cpp", "onnx")
 """What can run the model of a conversation."""
 
 
@@ -33,7 +34,8 @@ class Conversation:
             load.
         system: What the model is told before the conversation begins.
         temperature: 0 for the likeliest token each time, above it for a random choice by probability.
-        engine: What runs the model: "torch", or "llama.cpp" for a folder that `hovle export --to gguf` wrote.
+        engine: What runs the model: "torch"; "llama.cpp" for a folder that `hovle export --to gguf` wrote; "onnx" for
+            one that `hovle export --to onnx` did.
         quantization: Which file llama.cpp reads, one of `hovle.export.gguf.QUANTIZATIONS`.
 
     Attributes:
@@ -183,6 +185,8 @@ def _load_model(model: str | os.PathLike, engine: str, quantization: str) -> Any
     """What has `generate`, `config` and `generation_config` of a HoVLE, in the engine that is asked for."""
     if engine == "llama.cpp":
         return LlamaCppForConditionalGeneration.load(model, quantization)
+    if engine == "onnx":
+        return OnnxForConditionalGeneration.load(model)
     if engine != "torch":
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r:.40}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,10 +3,12 @@
   hovle export MODEL DST --to llama       a folder of transformers (LlamaForCausalLM, or the decoder's own class)
   hovle export MODEL DST --to gguf        llama.cpp's files in f16, 8 and 4 bits (pip install 'hovle[llamacpp]')
   hovle export MODEL DST --to openvino    what OpenVINO GenAI's VLMPipeline reads (pip install 'hovle[openvino]')
+  hovle export MODEL DST --to onnx        what transformers.js and ONNX Runtime read (pip install 'hovle[onnx]')
 
 Where holistic layers and language model share their rope and nothing happens between them, a HoVLE is one stock
 decoder of N + M layers on embeddings of words and images. Others are refused, with the reason and what remains
-possible. DST appears when it is complete; stem.py in it turns a picture into embeddings with numpy and Pillow.
+possible. DST appears when it is complete; but for onnx, stem.py in it turns a picture into embeddings with numpy and
+Pillow.
 """
 
 import argparse
@@ -16,11 +18,11 @@ from pathlib import Path
 
 from ..errors import printable
 from ..files.atomic import appear_when_complete
-from . import gguf, llama, openvino
+from . import gguf, llama, onnx, openvino
 from .flat import load_flat
 from .needs import need
 
-FORMATS = {"llama": llama, "gguf": gguf, "openvino": openvino}
+FORMATS = {"llama": llama, "gguf": gguf, "openvino": openvino, "onnx": onnx}
 """Name -> the module whose `write` fills an empty folder with a model and returns what the user should know. `NEEDS`
 are the packages it cannot do without."""
 

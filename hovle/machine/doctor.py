@@ -26,6 +26,8 @@ OPTIONAL = {
     "openvino": ("hovle[openvino]", "hovle export --to openvino"),
     "openvino_tokenizers": ("hovle[openvino]", "hovle export --to openvino"),
     "openvino_genai": ("hovle[openvino]", "running what hovle export --to openvino wrote"),
+    "onnxruntime": ("hovle[onnx]", "hovle chat --engine onnx"),
+    "onnxscript": ("hovle[onnx]", "hovle export --to onnx"),
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "protobuf": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "bitsandbytes": ("hovle[quant]", "alignment against an 8- or 4-bit language model"),
