@@ -13,7 +13,7 @@ import contextlib
 import io
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,7 +171,7 @@ def _silence() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _name(values: "list[onnx_ir.Value]", shapes: dict[str, list]) -> None:
+def _name(values: "Iterable[onnx_ir.Value]", shapes: dict[str, list]) -> None:
     """Give the inputs or outputs of a graph their names and the names of their axes, in order."""
     import onnx_ir
 
@@ -226,7 +226,7 @@ def _write_documents(flat: FlatModel, folder: Path) -> None:
     pictures = {
         **flat.image_processor.to_dict(),
         "image_processor_type": "ViTImageProcessor",
-        "do_resize": True,
+        **dict.fromkeys(("do_resize", "do_rescale", "do_normalize"), True),
         "size": {"height": side, "width": side},
     }
     documents = {"config.json": config, "preprocessor_config.json": pictures}
