@@ -7,17 +7,19 @@ All that can be wrong with a request is found before its answer begins, streams 
 
 import asyncio
 import dataclasses
+import hmac
 import json
 import logging
 import os
+import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
 from anyio.to_thread import run_sync
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -28,8 +30,9 @@ from .answers import EventStream, Reply, parser_of
 from .engine import Engine
 from .failures import RequestError, error_response
 from .generation import Answer, Settings
-from .limits import BatchLimits
+from .limits import MAX_REQUESTS, BatchLimits
 from .load import Load, Share
+from .metrics import Metrics
 from .prompts import PromptBuilder
 from .requests import ChatRequest, read_request
 
@@ -56,6 +59,8 @@ class ServerOptions:
         picture_hosts: Hosts pictures are fetched from although their addresses are not public.
         origins: Origins whose web pages may use the server; "*" for all.
         limits: What all answers in work may hold.
+        max_requests: Requests in work or waiting; those beyond are told to come again.
+        api_key: What clients must bring; None for all who reach the server.
     """
 
     model: str
@@ -64,6 +69,8 @@ class ServerOptions:
     picture_hosts: Sequence[str] = ()
     origins: Sequence[str] = ()
     limits: BatchLimits = dataclasses.field(default_factory=BatchLimits)
+    max_requests: int = MAX_REQUESTS
+    api_key: str | None = dataclasses.field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -76,6 +83,20 @@ class ServerOptions:
             return True
         folder = os.path.abspath(self.model)
         return name == os.path.basename(folder) or os.path.abspath(name) == folder
+
+    def check_key(self, request: Request) -> None:
+        """Raise for a request without the key."""
+        if self.api_key is None:
+            return
+        given = request.headers.get("authorization")
+        expected = f"Bearer {self.api_key}".encode()
+        if given is None or not hmac.compare_digest(given.encode("latin-1"), expected):
+            found = "none" if given is None else "another one"
+            raise RequestError(
+                f"The server asks for its API key, as 'Authorization: Bearer KEY'; found {found}.",
+                code="invalid_api_key",
+                status=401,
+            )
 
     def may_reach(self, host: str, address: Address) -> bool:
         """Whether a picture may be fetched from there."""
@@ -102,7 +123,9 @@ def build_app(model, processor, options: ServerOptions) -> FastAPI:
             CORSMiddleware, allow_origins=options.origins, allow_methods=["GET", "POST"], allow_headers=["*"]
         )
 
-    @app.post("/v1/chat/completions")
+    with_key = [Depends(options.check_key)]
+
+    @app.post("/v1/chat/completions", dependencies=with_key)
     async def chat_completions(request: Request) -> Response:
         request_id = request.headers.get("x-request-id") or str(uuid.uuid4())
         try:
@@ -114,19 +137,20 @@ def build_app(model, processor, options: ServerOptions) -> FastAPI:
         except Exception as error:
             log.exception("A request ended in an error.")
             response = error_response(error)
+        service.metrics.requests.labels(response.status_code).inc()
         response.headers["x-request-id"] = request_id
         return response
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", dependencies=with_key)
     async def list_models() -> dict:
         return {"object": "list", "data": [service.entry]}
 
-    @app.get("/v1/models/{name:path}")
+    @app.get("/v1/models/{name:path}", dependencies=with_key)
     async def show_model(name: str) -> dict:
         service.refuse_other_model(name, 404)
         return service.entry
 
-    @app.post("/load_model")
+    @app.post("/load_model", dependencies=with_key)
     async def load_model(request: Request) -> Response:
         """Say that the model is there; `transformers chat` asks before its first message."""
         name = _model_name(await service.read(request))
@@ -134,9 +158,15 @@ def build_app(model, processor, options: ServerOptions) -> FastAPI:
         event = json.dumps({"status": "ready", "model": name, "cached": True})
         return Response(f"data: {event}\n\n", media_type="text/event-stream")
 
+    @app.get("/metrics", dependencies=with_key)
+    async def tell_metrics() -> Response:
+        text, media_type = service.metrics.text()
+        return Response(text, headers={"Content-Type": media_type})
+
     @app.get("/health")
-    async def health() -> dict:
-        return {"status": "ok"}
+    async def health() -> Response:
+        is_well = service.is_alive
+        return JSONResponse({"status": "ok" if is_well else "the model has stopped"}, 200 if is_well else 503)
 
     return app
 
@@ -153,12 +183,19 @@ class ChatService:
     def __init__(self, model, processor, options: ServerOptions):
         self._model, self._processor, self._options = model, processor, options
         self._prompts = PromptBuilder(model, processor, options.template_kwargs, options.may_reach)
-        self._engine = Engine(model, processor.tokenizer, options.limits)
+        self.metrics = Metrics()
+        self._engine = Engine(model, processor.tokenizer, options.limits, self.metrics)
         self._parser = parser_of(processor.tokenizer, model)
-        self._load = Load()
+        self._load = Load(options.max_requests)
+        self.metrics.watch("hovle_requests_in_work", "Requests in work or waiting", lambda: self._load.num_requests)
         self._reading = anyio.CapacityLimiter(2)
         self._ready = asyncio.Semaphore(READY_PROMPTS)
         self.entry = {"id": options.name, "object": "model", "created": 0, "owned_by": "hovle"}
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model answers."""
+        return self._engine.is_alive
 
     def close(self) -> None:
         """End all answers."""
@@ -188,20 +225,25 @@ class ChatService:
         Raises:
             RequestError: For a request that is not answered.
         """
-        share = Share(self._load)
+        began, share = time.monotonic(), Share(self._load)
+
+        def when_over() -> None:
+            share.give_back()
+            self.metrics.request_seconds.observe(time.monotonic() - began)
+
         try:
             body = await _read_body(http_request, share)
-            work = self._respond(body, share)
+            work = self._respond(body, share, when_over)
             del body
             response = await _while_connected(http_request, work)
         except BaseException:
-            share.give_back()
+            when_over()
             raise
         if not isinstance(response, EventStream):
-            share.give_back()
+            when_over()
         return response
 
-    async def _respond(self, body: bytes, share: Share) -> Response:
+    async def _respond(self, body: bytes, share: Share, when_over: Callable[[], None]) -> Response:
         request = await run_sync(read_request, body, limiter=self._reading)
         del body
         self.refuse_other_model(request.model)
@@ -212,11 +254,11 @@ class ChatService:
         reply = Reply(self._options.name, request, len(answer.prompt_ids), self._parser)
         if request.stream:
 
-            def when_over() -> None:
+            def when_sent() -> None:
                 answer.abandon()
-                share.give_back()
+                when_over()
 
-            return EventStream(reply.events(answer), when_over)
+            return EventStream(reply.events(answer), when_sent)
         try:
             return JSONResponse(await reply.whole(answer))
         finally:

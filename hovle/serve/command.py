@@ -13,20 +13,26 @@ for is done, or the request is refused: {"error": {"message", "type", "param", "
 Answers grow together, up to --max-batch of them, each as it would alone: one pass through the weights gives every one
 its next token, and a request that waits joins between two passes. --cache-gib bounds their keys and values. Where a
 prompt begins as an earlier one did, as a second question about the same pictures does, or the next turn of a
-conversation, only the rest is read; --prefix-gib bounds what is kept for that.
+conversation, only the rest is read; --prefix-gib bounds what is kept for that. Requests beyond --max-requests are told
+to come again (429 with Retry-After). /metrics tells numbers in Prometheus' form, /health whether the model answers.
+Ctrl+C and SIGTERM let the server finish what it has accepted, for --shutdown-seconds at most.
+
+  HOVLE_API_KEY=secret hovle serve DIR --host 0.0.0.0        clients bring the key: Authorization: Bearer secret
 
 Where hovle is not installed, `transformers serve DIR --trust-remote-code` serves the code in the folder, but answers a
 picture it cannot read with a bare status 500.
 """
 
 import argparse
+import os
 
 import torch
 from transformers.utils.import_utils import is_serve_available
 
+from ..export.needs import need
 from ..loading import check_chat_template, reading
 from ..options import add_picture_arguments, positive
-from .limits import BatchLimits
+from .limits import MAX_REQUESTS, BatchLimits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +80,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GIB",
         help=f"memory for beginnings of prompts, 0 to keep none (default: {limits.prefix_bytes >> 30})",
     )
+    parser.add_argument(
+        "--max-requests",
+        type=positive,
+        default=MAX_REQUESTS,
+        metavar="N",
+        help=f"requests in work or waiting (default: {MAX_REQUESTS})",
+    )
+    parser.add_argument(
+        "--shutdown-seconds",
+        type=positive,
+        default=120,
+        metavar="S",
+        help="time for accepted requests once the server is told to stop (default: 120)",
+    )
+    parser.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help="what clients must bring; better by the environment variable HOVLE_API_KEY, which others do not see",
+    )
     add_picture_arguments(parser)
 
 
@@ -81,6 +106,7 @@ def run(args: argparse.Namespace) -> int:
     """Serve until interrupted."""
     if not is_serve_available():
         raise ValueError("The server's packages are missing: pip install 'hovle[serve]' brings them.")
+    need("The server", "hovle[serve]", "prometheus_client")
     _refuse_missing_device(args.device)
     import uvicorn
     from transformers.cli.serving.model_manager import ModelManager
@@ -101,9 +127,18 @@ def run(args: argparse.Namespace) -> int:
         args.allow_picture_host,
         args.allow_origin,
         BatchLimits(args.max_batch, args.cache_gib, args.prefix_gib),
+        args.max_requests,
+        _api_key(args.api_key),
     )
     app = build_app(model, processor, options)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="info", http=BoundedConnection)
+    uvicorn.run(
+        app,
+        host=args.host,
+        port=args.port,
+        log_level="info",
+        http=BoundedConnection,
+        timeout_graceful_shutdown=args.shutdown_seconds,
+    )
     return 0
 
 
@@ -119,6 +154,14 @@ def _bytes_of_gib(text: str) -> int:
     if not 0 <= number < 2**20:
         raise argparse.ArgumentTypeError(f"expected GiB, 0 or more, found {text}")
     return int(number * 2**30)
+
+
+def _api_key(given: str | None) -> str | None:
+    """The key of the command line or else of the environment; an empty one would let everybody in."""
+    key = os.environ.get("HOVLE_API_KEY") if given is None else given
+    if key is not None and not key.strip():
+        raise ValueError("The API key is empty: give one with --api-key or HOVLE_API_KEY, or neither to ask for none.")
+    return key
 
 
 def _refuse_missing_device(name: str) -> None:

@@ -5,9 +5,10 @@ Compiled graphs must stay in their thread, and nobody else may use the model mea
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.cache_utils import Cache
@@ -16,6 +17,7 @@ from ..inference import Batch, PrefixCache, Row
 from .failures import RequestError
 from .generation import Answer, ScoreChanges, Settings
 from .limits import BatchLimits
+from .metrics import Metrics
 
 log = logging.getLogger("uvicorn.error")
 
@@ -24,6 +26,7 @@ log = logging.getLogger("uvicorn.error")
 class _Waiting:
     inputs: Mapping[str, Any]
     answer: Answer
+    since: float = field(default_factory=time.monotonic)
 
     @property
     def num_tokens(self) -> int:
@@ -45,10 +48,11 @@ class Engine:
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
         limits: What all answers may hold.
+        metrics: Counts what is done.
     """
 
-    def __init__(self, model, tokenizer, limits: BatchLimits):
-        self._tokenizer, self._limits = tokenizer, limits
+    def __init__(self, model, tokenizer, limits: BatchLimits, metrics: Metrics):
+        self._tokenizer, self._limits, self._metrics = tokenizer, limits, metrics
         self._batch = Batch(PrefixCache(model, limits.prefix_bytes))
         self._waiting: deque[_Waiting] = deque()
         self._in_work: dict[Row, _InWork] = {}
@@ -57,6 +61,13 @@ class Engine:
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="hovle-generation", daemon=True)
         self._thread.start()
+        metrics.watch("hovle_prompts_waiting", "Prompts that are ready and wait", lambda: self.num_waiting)
+        metrics.watch("hovle_answers_in_work", "Answers that grow", lambda: self.num_in_work)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the model answers."""
+        return self._thread.is_alive()
 
     @property
     def num_waiting(self) -> int:
@@ -134,6 +145,10 @@ class Engine:
             log.exception("A prompt could not be read.")
             answer.fail(error)
             return
+        self._metrics.first_token_seconds.observe(time.monotonic() - waiting.since)
+        self._metrics.prompt_tokens.inc(len(answer.prompt_ids))
+        self._metrics.reused_tokens.inc(row.begun.num_reused)
+        self._metrics.answer_tokens.inc()
         if row.is_done:
             answer.finish()
             return
@@ -151,6 +166,8 @@ class Engine:
             self._in_work.clear()
             self._batch.rows.clear()
             return
+        self._metrics.steps.inc()
+        self._metrics.answer_tokens.inc(len(self._in_work))
         for row in done:
             answer = self._in_work.pop(row).answer
             if row.error is None:

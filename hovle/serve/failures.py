@@ -15,6 +15,13 @@ from starlette.exceptions import HTTPException
 TYPES = {429: "rate_limit_error"}
 """Of errors by status; others below 500 are the client's, the rest the server's."""
 
+HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "1"},
+    503: {"Retry-After": "1"},
+}
+"""What a status says besides."""
+
 SERVER_FAILED = "The server failed on this request; its log says why."
 
 
@@ -53,7 +60,7 @@ def error_object(error: RequestError) -> dict:
 def error_response(error: BaseException, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """The response to a request that ended in an error."""
     told = as_request_error(error)
-    headers = {**(headers or {}), **({"Retry-After": "1"} if told.status in (429, 503) else {})}
+    headers = {**(headers or {}), **HEADERS.get(told.status, {})}
     return JSONResponse(error_object(told), told.status, headers)
 
 

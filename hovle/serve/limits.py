@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+MAX_REQUESTS = 128
+"""Requests in work or waiting, where whoever starts the server does not say; those beyond are told to come again."""
+
 
 @dataclass(frozen=True)
 class BatchLimits:

@@ -1,18 +1,21 @@
 """What all requests in work hold together, within bounds."""
 
 from .failures import RequestError
-
-MAX_REQUESTS = 128
-"""Requests in work at a time; those beyond are told to come again."""
+from .limits import MAX_REQUESTS
 
 MAX_BYTES = 512 * 2**20
 """Bytes of bodies and fetched pictures of all requests in work."""
 
 
 class Load:
-    """The sum over all requests in work."""
+    """The sum over all requests in work.
 
-    def __init__(self) -> None:
+    Args:
+        max_requests: Most requests.
+    """
+
+    def __init__(self, max_requests: int = MAX_REQUESTS) -> None:
+        self.max_requests = max_requests
         self.num_requests = 0
         self.num_bytes = 0
 
@@ -21,12 +24,12 @@ class Share:
     """What one request holds until it is over.
 
     Raises:
-        RequestError: Status 503, where there is no room for another request.
+        RequestError: Status 429, where there is no room for another request.
     """
 
     def __init__(self, load: Load):
-        if load.num_requests >= MAX_REQUESTS:
-            raise _overloaded(f"has {load.num_requests} requests to answer")
+        if load.num_requests >= load.max_requests:
+            raise _overloaded(f"has {load.num_requests} requests to answer, its most", 429)
         load.num_requests += 1
         self._load = load
         self._num_bytes = 0
@@ -51,5 +54,5 @@ class Share:
             self._load.num_bytes -= self._num_bytes
 
 
-def _overloaded(why: str) -> RequestError:
-    return RequestError(f"The server {why}; try again.", code="overloaded", status=503)
+def _overloaded(why: str, status: int = 503) -> RequestError:
+    return RequestError(f"The server {why}; try again.", code="overloaded", status=status)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.inference import Row
@@ -373,6 +374,71 @@ def test_web_pages_of_named_origins_may_use_the_server_and_no_others(client, mak
     assert "access-control-allow-origin" not in client.get("/v1/models", headers=asked).headers
 
 
+# --- keys and metrics ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("POST", "/load_model"), ("GET", "/metrics")],
+)
+@pytest.mark.parametrize(
+    ("header", "found"),
+    [(None, "none"), ("Bearer secre", "another"), ("secret", "another"), ("Bearer \xe9", "another")],
+)
+def test_without_the_key_nothing_is_answered(make_client, method, path, header, found):
+    client = make_client(api_key="secret")
+    headers = {"Authorization": header.encode("latin-1")} if header else {}
+    response = client.request(method, path, headers=headers, content=b"{")
+    assert response.status_code == 401
+    assert response.headers["www-authenticate"] == "Bearer"
+    error = response.json()["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert found in error["message"]
+    assert "secret" not in error["message"]
+
+
+def test_with_the_key_all_is_answered_and_health_needs_none(make_client):
+    client = make_client(api_key="secret")
+    assert client.get("/health").json() == {"status": "ok"}
+    client.headers["Authorization"] = "Bearer secret"
+    assert "choices" in ask(client)
+    assert client.get("/v1/models").status_code == client.get("/metrics").status_code == 200
+    assert "secret" not in repr(ServerOptions("m", api_key="secret"))
+
+
+def test_metrics_count_requests_and_tokens(make_client):
+    client = make_client()
+
+    def numbers() -> dict[str, float]:
+        response = client.get("/metrics")
+        assert response.headers["content-type"].startswith("text/plain")
+        families = text_string_to_metric_families(response.text)
+        samples = [sample for family in families for sample in family.samples]
+        return {sample.name + sample.labels.get("status", ""): sample.value for sample in samples}
+
+    before = numbers()
+    assert before["hovle_requests_in_work"] == before["hovle_prompts_waiting"] == before["hovle_answers_in_work"] == 0
+    usage = ask(client)["usage"]
+    events(client)
+    ask(client, n=2)
+    after = numbers()
+    assert (after["hovle_requests_total200"], after["hovle_requests_total400"]) == (2, 1)
+    assert after["hovle_prompt_tokens_total"] == 2 * usage["prompt_tokens"]
+    assert after["hovle_answer_tokens_total"] == 2 * usage["completion_tokens"]
+    assert after["hovle_reused_tokens_total"] == usage["prompt_tokens"] - 1
+    assert after["hovle_steps_total"] == 2 * (usage["completion_tokens"] - 1)
+    assert after["hovle_request_seconds_count"] == 3
+    assert after["hovle_first_token_seconds_count"] == 2
+    assert after["hovle_requests_in_work"] == after["hovle_answers_in_work"] == 0
+    assert after["process_open_fds"] > 0
+
+
+def test_health_tells_when_the_model_has_stopped(make_client, monkeypatch):
+    client = make_client()
+    monkeypatch.setattr("hovle.serve.engine.Engine.is_alive", False)
+    assert client.get("/health").status_code == 503
+
+
 # --- bounds ----------------------------------------------------------------------------------------------------------
 
 
@@ -405,11 +471,12 @@ def test_a_body_beyond_the_limit_is_413(client, monkeypatch):
     assert whole.json()["error"]["code"] == "request_too_large"
 
 
-def test_requests_beyond_the_most_are_told_to_come_again(client, monkeypatch):
-    monkeypatch.setattr("hovle.serve.load.MAX_REQUESTS", 0)
-    response = client.post("/v1/chat/completions", json={"messages": [HELLO]})
-    assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded")
-    monkeypatch.setattr("hovle.serve.load.MAX_REQUESTS", 1)
+def test_requests_beyond_the_most_are_told_to_come_again(make_client):
+    response = make_client(max_requests=0).post("/v1/chat/completions", json={"messages": [HELLO]})
+    assert (response.status_code, response.headers["retry-after"]) == (429, "1")
+    error = response.json()["error"]
+    assert (error["code"], error["type"]) == ("overloaded", "rate_limit_error")
+    client = make_client(max_requests=1)
     for _ in range(3):  # each leaves its place, however it ends
         assert "choices" in ask(client)
         assert "error" in ask(client, n=2)

@@ -17,6 +17,7 @@ from hovle.serve.engine import Engine
 from hovle.serve.failures import RequestError
 from hovle.serve.generation import Settings
 from hovle.serve.limits import BatchLimits
+from hovle.serve.metrics import Metrics
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,7 @@ def make_engine(model, tokenizer):
     engines = []
 
     def make(**limits) -> Engine:
-        engines.append(Engine(model, tokenizer, BatchLimits(**limits)))
+        engines.append(Engine(model, tokenizer, BatchLimits(**limits), Metrics()))
         return engines[-1]
 
     yield make

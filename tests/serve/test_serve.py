@@ -457,6 +457,19 @@ def test_a_missing_device_is_named(saved, device, capsys):
     assert f"--device {device} cannot be used (" in capsys.readouterr().err
 
 
+def test_without_prometheus_the_message_names_the_extra(saved, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    assert main(["serve", str(saved[0])]) == 1
+    assert "pip install 'hovle[serve]'" in capsys.readouterr().err
+
+
+def test_an_empty_key_is_refused(saved, monkeypatch, capsys):
+    monkeypatch.setenv("HOVLE_API_KEY", " ")
+    assert main(["serve", str(saved[0])]) == 1
+    assert "The API key is empty" in capsys.readouterr().err
+
+
 def test_without_the_servers_packages_the_message_names_the_extra(saved, monkeypatch, capsys):
     monkeypatch.setattr("hovle.serve.command.is_serve_available", lambda: False)
     assert main(["serve", str(saved[0])]) == 1
