@@ -14,6 +14,7 @@ __all__ = [
     "HoVLEModel",
     "HoVLEProcessor",
     "__version__",
+    "optimize",
 ]
 
 if (_problem := unmet()) is None:
@@ -24,6 +25,13 @@ if (_problem := unmet()) is None:
     from .registration import register_classes
 
     register_classes()
+
+    def optimize(model: HoVLEForConditionalGeneration, max_length: int | None = None) -> HoVLEForConditionalGeneration:
+        """Let `generate` run compiled graphs; see `hovle.inference.optimize`, which is imported only now."""
+        from .inference import optimize as in_place
+
+        return in_place(model, max_length)
+
 else:
 
     def __getattr__(name: str):

@@ -11,7 +11,7 @@ from transformers import BatchFeature
 
 from ..export.llama_cpp import LlamaCppForConditionalGeneration
 from ..export.onnx_runtime import OnnxForConditionalGeneration
-from ..inference import PrefixCache
+from ..inference import PrefixCache, optimize
 from ..loading import load_model, load_processor
 from ..model.pictures import load_picture
 from .saved import origin, write_messages
@@ -37,6 +37,7 @@ class Conversation:
         engine: What runs the model: "torch"; "llama.cpp" for a folder that `hovle export --to gguf` wrote; "onnx" for
             one that `hovle export --to onnx` did.
         quantization: Which file llama.cpp reads, one of `hovle.export.gguf.QUANTIZATIONS`.
+        compiled: Whether torch runs the model compiled, as `hovle.optimize` makes it.
 
     Attributes:
         messages: What was said so far, without `system`.
@@ -59,13 +60,14 @@ class Conversation:
         temperature: float = 0.0,
         engine: str = "torch",
         quantization: str = "f16",
+        compiled: bool = False,
     ):
         if not 0 <= temperature < math.inf:
             raise ValueError(f"temperature must be 0 (no chance) or a finite number above it, got {temperature}.")
         self.restart()
         self.add_images(images)
         self.processor = load_processor(model)
-        self.model = _load_model(model, engine, quantization)
+        self.model = _load_model(model, engine, quantization, compiled)
         self.prefixes = PrefixCache(self.model) if engine == "torch" else None  # other engines keep their own
         self.max_new_tokens = max_new_tokens
         limits = {"max_tiles": max_tiles, "max_image_tokens": max_image_tokens}
@@ -181,8 +183,10 @@ class Conversation:
             )
 
 
-def _load_model(model: str | os.PathLike, engine: str, quantization: str) -> Any:
+def _load_model(model: str | os.PathLike, engine: str, quantization: str, compiled: bool) -> Any:
     """What has `generate`, `config` and `generation_config` of a HoVLE, in the engine that is asked for."""
+    if engine != "torch" and compiled:
+        raise ValueError(f"{engine} is compiled already: --compile is for --engine torch.")
     if engine == "llama.cpp":
         return LlamaCppForConditionalGeneration.load(model, quantization)
     if engine == "onnx":
@@ -190,7 +194,8 @@ def _load_model(model: str | os.PathLike, engine: str, quantization: str) -> Any
     if engine != "torch":
         raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r:.40}.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model(model).to(device).eval()
+    loaded = load_model(model).to(device).eval()
+    return optimize(loaded) if compiled else loaded
 
 
 def _message(role: str, text: str, pictures: Sequence[dict] = ()) -> dict:

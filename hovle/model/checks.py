@@ -204,7 +204,7 @@ def check_own_mask(config: HoVLEConfig) -> None:
     if "sliding_attention" in attention_types(config.text_config):
         raise ValueError("A 4-D attention_mask cannot be combined with sliding attention; give a 2-D one.")
     attention = config.text_config._attn_implementation
-    if attention not in ("sdpa", "eager"):
+    if "sdpa" not in attention and attention != "eager":
         raise ValueError(f"A 4-D attention_mask needs sdpa or eager attention, not {attention}.")
 
 

@@ -6,7 +6,7 @@ and the language model. Then the two sections run one after the other.
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -141,6 +141,7 @@ def run_section(
     config: HoVLEConfig,
     /,
     layer_outputs: list[torch.Tensor] | None = None,
+    run_layers: Callable[..., torch.Tensor] | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
     """Run one section of the decoder, without its final norm.
@@ -153,6 +154,7 @@ def run_section(
         cache: Extended in place.
         config: Of the model.
         layer_outputs: Gathers what each layer gives.
+        run_layers: Takes the place of `run_all`, for instance the same compiled.
         **kwargs: Handed down.
 
     Returns:
@@ -161,6 +163,38 @@ def run_section(
     hidden_states, masks, position_ids = inputs.embeds, inputs.causal_masks, inputs.position_ids
     position_embeddings = rotary_tables(rotary_emb, hidden_states, position_ids, patterns)
     kwargs |= _flash_arguments(kwargs, config, hidden_states, masks, position_ids, cache)
+    return (run_layers or run_all)(
+        layers, patterns, hidden_states, masks, position_ids, position_embeddings, cache, layer_outputs, **kwargs
+    )
+
+
+def run_all(
+    layers: Iterable[nn.Module],
+    patterns: Sequence[str],
+    hidden_states: torch.Tensor,
+    masks: Masks,
+    position_ids: torch.Tensor,
+    position_embeddings: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    cache: Cache | None,
+    layer_outputs: list[torch.Tensor] | None = None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Run layers one after the other; what is between embeddings and norm, and all that takes long.
+
+    Args:
+        layers: To run.
+        patterns: Their attention patterns.
+        hidden_states: What enters the first of them, shape `(B, L, D)`.
+        masks: Of each pattern.
+        position_ids: Shape `(B, L)` or `(1, L)`.
+        position_embeddings: Cosines and sines of each pattern.
+        cache: Extended in place.
+        layer_outputs: Gathers what each layer gives.
+        **kwargs: Handed down.
+
+    Returns:
+        What leaves the last of them, shape `(B, L, D)`.
+    """
     for layer, pattern in zip(layers, patterns, strict=True):
         hidden_states = layer(
             hidden_states,

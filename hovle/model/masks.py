@@ -67,7 +67,7 @@ def causal_masks(
 def own_mask(config: HoVLEConfig, attention_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Put a caller's mask, `(B, 1, T, past + T)`, True where a token may look, into the form attention takes."""
     check_own_mask(config)
-    if config.text_config._attn_implementation == "sdpa":
+    if "sdpa" in config.text_config._attn_implementation:
         return attention_mask
     blank = torch.zeros(attention_mask.shape, dtype=dtype, device=attention_mask.device)
     return blank.masked_fill(~attention_mask, torch.finfo(dtype).min)

@@ -390,7 +390,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
     ) -> HoVLEModelOutputWithPast:
         """Run stem, holistic layers and language model; arguments as in `get_holistic_embeddings`.
 
-        `use_cache` defaults to the text config's outside training; in training nothing is cached.
+        `use_cache` defaults to the text config's outside training; in training nothing is cached. `run_layers` takes
+        the place of `decoder.run_all`, once for the holistic layers and once for the language model's.
         """
         cache = given_cache(cache, kwargs)
         if use_cache is None:
@@ -400,7 +401,8 @@ class HoVLEModel(HoVLEPreTrainedModel):
         inputs = self._prepare(
             input_ids, pixel_values, attention_mask, position_ids, cache, inputs_embeds, image_features
         )
-        is_stock = self.has_one_rope and is_stock_decoder(self.language_model, inputs, self.config)
+        by_sections = not self.has_one_rope or "run_layers" in kwargs
+        is_stock = not by_sections and is_stock_decoder(self.language_model, inputs, self.config)
         run = self._run_at_once if is_stock else self._run_sections
         return run(inputs, cache, return_dict=True, **kwargs)
 

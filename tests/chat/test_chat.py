@@ -394,3 +394,14 @@ def test_a_later_turn_reads_only_what_is_new(model_folder, pictures):
     read = len(conversation.prefixes._reads[-1].signature)
     conversation.answer("and now?")
     assert 0 < read - 4 <= conversation.prefixes.num_reused  # but for an answer's end, which is written anew
+
+
+def test_a_conversation_runs_compiled_where_it_is_asked_to(model_folder, monkeypatch):
+    optimized = []
+    monkeypatch.setattr("hovle.chat.conversation.optimize", lambda model: optimized.append(model) or model)
+    Conversation(model_folder)
+    assert not optimized
+    model = Conversation(model_folder, compiled=True).model
+    assert optimized == [model]
+    with pytest.raises(ValueError, match="--compile is for --engine torch"):
+        Conversation(model_folder, engine="llama.cpp", compiled=True)
