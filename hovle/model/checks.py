@@ -33,6 +33,31 @@ def unless_compiling(function: Callable[Arguments, None]) -> Callable[Arguments,
     return stepping_aside
 
 
+# ---------------------------------------------------------------------------------------------- engines
+
+ENGINES = {"vllm": "vLLM", "sglang": "SGLang"}
+"""What the attention is called that an engine puts into the decoder's layers -> that engine."""
+
+
+def check_engine(config: HoVLEConfig) -> None:
+    """Raise ValueError, with each reason, for a model that an engine's attention over its own cache would misread.
+
+    Such an engine keeps one causal sequence for a prompt: it would run these models and answer wrongly.
+    """
+    attention = config.text_config._attn_implementation or ""
+    engine = next((name for prefix, name in ENGINES.items() if attention.startswith(prefix)), None)
+    reasons = []
+    if config.pixel_shuffle_loc == "post":
+        reasons.append("it is a HoVLE-HD, whose holistic layers see a longer sequence than the language model")
+    if config.image_attention != "causal":
+        reasons.append(f"image_attention is {config.image_attention!r}: tokens of a picture see later ones")
+    if engine is not None and reasons:
+        raise ValueError(
+            f"{engine} cannot run this model: {'; '.join(reasons)}. It runs in hovle (`hovle serve`) and in "
+            "transformers."
+        )
+
+
 # ---------------------------------------------------------------------------------------------- images
 
 

@@ -43,6 +43,7 @@ from .backbones import (
 )
 from .cache import given_cache, put_language_layers_first, remember_open_image
 from .checks import (
+    check_engine,
     check_image_source,
     check_images,
     check_layers_of_hd,
@@ -208,6 +209,7 @@ class HoVLEModel(HoVLEPreTrainedModel):
     def __init__(self, config: HoVLEConfig):
         super().__init__(config)
         config.check_image_token_id()
+        check_engine(config)
         self.patch_embedding = HoVLEPatchEmbedding(config)
         self.projector = None if config.pixel_shuffle_loc == "none" else HoVLEPixelShuffleProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
