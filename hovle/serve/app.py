@@ -27,7 +27,7 @@ from starlette.requests import ClientDisconnect
 
 from ..model.pictures import Address, is_public
 from .answers import EventStream, Reply, parser_of
-from .engine import Engine
+from .engine import engine_of
 from .failures import RequestError, error_response
 from .generation import Answer, Settings
 from .limits import MAX_REQUESTS, BatchLimits
@@ -104,7 +104,7 @@ class ServerOptions:
 
 
 def build_app(model, processor, options: ServerOptions) -> FastAPI:
-    """Build the application for a model."""
+    """Build the application for a model, in torch or another engine that has `generate`."""
     service = ChatService(model, processor, options)
 
     @asynccontextmanager
@@ -184,7 +184,7 @@ class ChatService:
         self._model, self._processor, self._options = model, processor, options
         self._prompts = PromptBuilder(model, processor, options.template_kwargs, options.may_reach)
         self.metrics = Metrics()
-        self._engine = Engine(model, processor.tokenizer, options.limits, self.metrics)
+        self._engine = engine_of(model, processor.tokenizer, self.metrics, options.limits)
         self._parser = parser_of(processor.tokenizer, model)
         self._load = Load(options.max_requests)
         self.metrics.watch("hovle_requests_in_work", "Requests in work or waiting", lambda: self._load.num_requests)

@@ -17,6 +17,7 @@ conversation, only the rest is read; --prefix-gib bounds what is kept for that. 
 to come again (429 with Retry-After). /metrics tells numbers in Prometheus' form, /health whether the model answers.
 Ctrl+C and SIGTERM let the server finish what it has accepted, for --shutdown-seconds at most.
 
+  hovle serve GGUF_DIR --engine llama.cpp --quantization q8_0     runs what `hovle export --to gguf` wrote
   HOVLE_API_KEY=secret hovle serve DIR --host 0.0.0.0        clients bring the key: Authorization: Bearer secret
 
 Where hovle is not installed, `transformers serve DIR --trust-remote-code` serves the code in the folder, but answers a
@@ -25,14 +26,35 @@ picture it cannot read with a bare status 500.
 
 import argparse
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers.utils.import_utils import is_serve_available
 
+from ..export.gguf import QUANTIZATIONS
+from ..export.llama_cpp import LlamaCppForConditionalGeneration
 from ..export.needs import need
-from ..loading import check_chat_template, reading
+from ..export.onnx_runtime import OnnxForConditionalGeneration
+from ..loading import check_chat_template, load_processor, reading
+from ..model.processing_hovle import HoVLEProcessor
 from ..options import add_picture_arguments, positive
 from .limits import MAX_REQUESTS, BatchLimits
+
+EXPORTED: dict[str, Callable[[argparse.Namespace], Any]] = {
+    "llama.cpp": lambda args: LlamaCppForConditionalGeneration.load(args.model, args.quantization),
+    "onnx": lambda args: OnnxForConditionalGeneration.load(args.model),
+}
+"""Engines that run what `hovle export` wrote -> how they load it."""
+
+SERVERS_OF_THEIR_OWN = {
+    "vllm": "vLLM brings its own server with the same API: vllm serve {model} --trust-remote-code.",
+    "openvino": (
+        "OpenVINO Model Server answers with what `hovle export {model} DST --to openvino` writes, in the same API "
+        "under /v3."
+    ),
+}
+"""Engines that batch, count and stream by themselves -> how they are used."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +121,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="what clients must bring; better by the environment variable HOVLE_API_KEY, which others do not see",
     )
+    parser.add_argument(
+        "--engine",
+        choices=("torch", *EXPORTED, *SERVERS_OF_THEIR_OWN),
+        default="torch",
+        help="llama.cpp and onnx give one answer after another; a message names the servers of vllm and openvino",
+    )
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="f16", help="which file llama.cpp reads")
     add_picture_arguments(parser)
 
 
@@ -107,19 +136,16 @@ def run(args: argparse.Namespace) -> int:
     if not is_serve_available():
         raise ValueError("The server's packages are missing: pip install 'hovle[serve]' brings them.")
     need("The server", "hovle[serve]", "prometheus_client")
+    if args.engine in SERVERS_OF_THEIR_OWN:
+        advice = SERVERS_OF_THEIR_OWN[args.engine].format(model=args.model)
+        raise ValueError(f"--engine {args.engine}: {advice} See serve/README.md in hovle's repository.")
     _refuse_missing_device(args.device)
     import uvicorn
-    from transformers.cli.serving.model_manager import ModelManager
 
     from .app import ServerOptions, build_app
     from .connections import BoundedConnection
 
-    with reading(args.model):
-        models = ModelManager(
-            device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation, force_model=args.model
-        )
-        model, processor = models.load_model_and_processor(models.process_model_name(args.model))
-        check_chat_template(processor)
+    model, processor = (_load_torch if args.engine == "torch" else _load_exported)(args)
     options = ServerOptions(
         args.model,
         args.served_model_name,
@@ -140,6 +166,34 @@ def run(args: argparse.Namespace) -> int:
         timeout_graceful_shutdown=args.shutdown_seconds,
     )
     return 0
+
+
+def _load_torch(args: argparse.Namespace) -> tuple[Any, HoVLEProcessor]:
+    from transformers.cli.serving.model_manager import ModelManager
+
+    with reading(args.model):
+        models = ModelManager(
+            device=args.device, dtype=args.dtype, attn_implementation=args.attn_implementation, force_model=args.model
+        )
+        model, processor = models.load_model_and_processor(models.process_model_name(args.model))
+        check_chat_template(processor)
+    return model, processor
+
+
+def _load_exported(args: argparse.Namespace) -> tuple[Any, HoVLEProcessor]:
+    limits = BatchLimits()
+    usual = {
+        "device": "auto",
+        "dtype": "auto",
+        "attn_implementation": None,
+        "max_batch": limits.num_rows,
+        "cache_gib": limits.cache_bytes,
+        "prefix_gib": limits.prefix_bytes,
+    }
+    for name, value in usual.items():
+        if getattr(args, name) != value:
+            raise ValueError(f"--{name.replace('_', '-')} is of no use with --engine {args.engine}; leave it out.")
+    return EXPORTED[args.engine](args), load_processor(args.model)
 
 
 def _port(text: str) -> int:

@@ -3,17 +3,22 @@
 Compiled graphs must stay in their thread, and nobody else may use the model meanwhile.
 """
 
+import abc
+import contextlib
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from ..inference import Batch, PrefixCache, Row
+from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from .failures import RequestError
 from .generation import Answer, ScoreChanges, Settings
 from .limits import BatchLimits
@@ -41,22 +46,19 @@ class _InWork:
     """Of keys and values at the answer's longest."""
 
 
-class Engine:
-    """Answers all requests with one model.
+class Engine(abc.ABC):
+    """A thread that owns a model, and a queue before it.
 
     Args:
         model: The model, in evaluation mode.
         tokenizer: Its tokenizer.
-        limits: What all answers may hold.
         metrics: Counts what is done.
     """
 
-    def __init__(self, model, tokenizer, limits: BatchLimits, metrics: Metrics):
-        self._tokenizer, self._limits, self._metrics = tokenizer, limits, metrics
-        self._batch = Batch(PrefixCache(model, limits.prefix_bytes))
+    def __init__(self, model, tokenizer, metrics: Metrics):
+        self._model, self._tokenizer, self._metrics = model, tokenizer, metrics
         self._waiting: deque[_Waiting] = deque()
         self._in_work: dict[Row, _InWork] = {}
-        self._bytes_per_token = 0.0  # the most of any row so far
         self._is_closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="hovle-generation", daemon=True)
@@ -103,10 +105,7 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._has_work():
-                if (waiting := self._next()) is not None:
-                    self._join(waiting)
-                if self._in_work:
-                    self._step()
+                self._work(self._next())
         finally:
             with self._changed:
                 self._is_closed = True
@@ -129,24 +128,66 @@ class Engine:
             return self._waiting.popleft() if self._waiting and self._has_room(self._waiting[0]) else None
 
     def _has_room(self, waiting: _Waiting) -> bool:
+        """Whether the model can take up an answer now."""
+        return True
+
+    @abc.abstractmethod
+    def _work(self, waiting: _Waiting | None) -> None:
+        """Take up an answer, where one waits, and do a piece of what is in work."""
+
+    def _told_begun(self, waiting: _Waiting) -> list[LogitsProcessor]:
+        """Say that a prompt is taken up; return what changes the scores of its answer."""
+        answer = waiting.answer
+        answer.tell_begun()
+        self._metrics.prompt_tokens.inc(len(answer.prompt_ids))
+        return [ScoreChanges(answer.settings, len(answer.prompt_ids))] if answer.settings.changes_scores else []
+
+    def _fail(self, answers: Iterable[Answer], error: Exception) -> None:
+        log.error("An answer ended in an error.", exc_info=error)
+        for answer in answers:
+            answer.fail(error)
+
+
+class BatchingEngine(Engine):
+    """All answers in work grow together.
+
+    Args:
+        model: A HoVLE in torch, in evaluation mode.
+        tokenizer: Its tokenizer.
+        metrics: Counts what is done.
+        limits: What all answers may hold.
+    """
+
+    def __init__(self, model, tokenizer, metrics: Metrics, limits: BatchLimits):
+        self._limits = limits
+        self._batch = Batch(PrefixCache(model, limits.prefix_bytes))
+        self._bytes_per_token = 0.0  # the most of any row so far
+        super().__init__(model, tokenizer, metrics)
+
+    def _has_room(self, waiting: _Waiting) -> bool:
         if not self._in_work:
             return True
         held = sum(work.num_bytes for work in self._in_work.values())
         needed = waiting.num_tokens * self._bytes_per_token
         return len(self._in_work) < self._limits.num_rows and held + needed <= self._limits.cache_bytes
 
+    def _work(self, waiting: _Waiting | None) -> None:
+        if waiting is not None:
+            self._join(waiting)
+        if self._in_work:
+            self._step()
+
     def _join(self, waiting: _Waiting) -> None:
         answer, settings = waiting.answer, waiting.answer.settings
-        answer.tell_begun()
-        changes = [ScoreChanges(settings, len(answer.prompt_ids))] if settings.changes_scores else []
+        changes = self._told_begun(waiting)
+        # Ways to the same tokens that need a cache of their own, or none; here is a faster one.
+        settings.config.update(use_cache=True, cache_implementation=None, prompt_lookup_num_tokens=None)
         try:
             row = self._batch.join(waiting.inputs, settings.config, [answer], changes, settings.seed)
         except Exception as error:
-            log.exception("A prompt could not be read.")
-            answer.fail(error)
+            self._fail([answer], error)
             return
         self._metrics.first_token_seconds.observe(time.monotonic() - waiting.since)
-        self._metrics.prompt_tokens.inc(len(answer.prompt_ids))
         self._metrics.reused_tokens.inc(row.begun.num_reused)
         self._metrics.answer_tokens.inc()
         if row.is_done:
@@ -160,9 +201,7 @@ class Engine:
         try:
             done = self._batch.step()
         except Exception as error:
-            log.exception("A step of %d answers ended in an error.", len(self._in_work))
-            for work in self._in_work.values():
-                work.answer.fail(error)
+            self._fail([work.answer for work in self._in_work.values()], error)
             self._in_work.clear()
             self._batch.rows.clear()
             return
@@ -173,8 +212,49 @@ class Engine:
             if row.error is None:
                 answer.finish()
             else:
-                log.error("An answer ended in an error.", exc_info=row.error)
-                answer.fail(row.error)
+                self._fail([answer], row.error)
+
+
+class SerialEngine(Engine):
+    """One answer after another, by the model's own `generate`: for models that hold one sequence at a time."""
+
+    def _work(self, waiting: _Waiting | None) -> None:
+        if waiting is None:
+            return
+        answer, settings = waiting.answer, waiting.answer.settings
+        processors = LogitsProcessorList(self._told_begun(waiting))
+        try:
+            with _seeded(settings.seed):
+                self._model.generate(
+                    **waiting.inputs,
+                    generation_config=settings.config,
+                    stopping_criteria=StoppingCriteriaList([answer]),
+                    logits_processor=processors,
+                )
+        except Exception as error:
+            self._fail([answer], error)
+            return
+        finally:
+            self._metrics.answer_tokens.inc(len(answer.ids))
+        answer.finish()
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Draw from this seed, and afterwards go on as if nothing had been: no client learns another's numbers."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng([]):
+        torch.manual_seed(seed)
+        yield
+
+
+def engine_of(model, tokenizer, metrics: Metrics, limits: BatchLimits) -> Engine:
+    """The engine a model needs: torch gives several answers a token at a time."""
+    if isinstance(model, HoVLEForConditionalGeneration):
+        return BatchingEngine(model, tokenizer, metrics, limits)
+    return SerialEngine(model, tokenizer, metrics)
 
 
 def _num_bytes(cache: Cache) -> int:

@@ -76,9 +76,6 @@ class Settings:
         config.max_length = None
         config.num_return_sequences = config.num_beams = 1
         config.return_dict_in_generate = False
-        # Ways to the same tokens that need a cache of their own, or none; the server has a faster one.
-        config.cache_implementation = config.prompt_lookup_num_tokens = None
-        config.use_cache = True
         try:
             config.validate()
         except ValueError as error:

@@ -13,7 +13,7 @@ import torch
 from hovle import HoVLEForConditionalGeneration
 from hovle.inference import Batch
 from hovle.serve import app as serving
-from hovle.serve.engine import Engine
+from hovle.serve.engine import BatchingEngine, Engine, SerialEngine, engine_of
 from hovle.serve.failures import RequestError
 from hovle.serve.generation import Settings
 from hovle.serve.limits import BatchLimits
@@ -31,7 +31,7 @@ def make_engine(model, tokenizer):
     engines = []
 
     def make(**limits) -> Engine:
-        engines.append(Engine(model, tokenizer, BatchLimits(**limits), Metrics()))
+        engines.append(engine_of(model, tokenizer, Metrics(), BatchLimits(**limits)))
         return engines[-1]
 
     yield make
@@ -120,6 +120,44 @@ def test_who_hangs_up_while_waiting_leaves_the_queue_before_its_turn(make_engine
         assert not waiting[0].begun.is_set()
         working.abandon()
         assert await text_of(waiting[0]) == await text_of(waiting[2]) != ""
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_holds_one_sequence_answers_one_request_after_another(model, tokenizer):
+    calls = []
+
+    class OneSequence:  # as that of llama.cpp
+        def generate(self, **kwargs):
+            calls.append(threading.current_thread().name)
+            return model.generate(**kwargs)
+
+    async def scenario() -> None:
+        metrics = Metrics()
+        serial = engine_of(OneSequence(), tokenizer, metrics, BatchLimits())
+        together = engine_of(model, tokenizer, Metrics(), BatchLimits())
+        try:
+            assert (type(serial), type(together)) == (SerialEngine, BatchingEngine)
+            found = []
+            for engine in (serial, together):
+                drawn = settings(model, seed=3)
+                drawn.config.update(do_sample=True, temperature=1.5)
+                kinds = [settings(model), drawn, settings(model, logit_bias={40: 100.0})]
+                answers = [engine.start(prompt(3, 4, 5), kind) for kind in kinds]
+                found.append(await asyncio.gather(*map(text_of, answers)))
+            assert found[0] == found[1]
+            assert len(set(found[0])) == 3
+            assert calls == ["hovle-generation"] * 3
+            left = serial.start(prompt(3, 4, 5), settings(model, 100_000))
+            await left.begun.wait()
+            left.abandon()
+            assert await text_of(serial.start(prompt(3, 4, 5), settings(model))) == found[0][0]
+            assert "hovle_answer_tokens_total" in metrics.text()[0].decode()
+            with pytest.raises(ValueError, match="unused"):
+                await text_of(serial.start({**prompt(3), "unused": 1}, settings(model)))
+        finally:
+            serial.close()
+            together.close()
 
     asyncio.run(scenario())
 

@@ -464,6 +464,24 @@ def test_without_prometheus_the_message_names_the_extra(saved, monkeypatch, caps
     assert "pip install 'hovle[serve]'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--engine", "vllm"], "--engine vllm: vLLM brings its own server with the same API: vllm serve"),
+        (["--engine", "openvino"], "--engine openvino: OpenVINO Model Server answers with what `hovle export"),
+        (["--engine", "llama.cpp", "--max-batch", "4"], "--max-batch is of no use with --engine llama.cpp"),
+        (["--engine", "llama.cpp", "--dtype", "bfloat16"], "--dtype is of no use with --engine llama.cpp"),
+        (["--engine", "llama.cpp"], "llama.cpp"),  # no files of it there, or the package is missing
+        (["--engine", "onnx", "--device", "cpu"], "--device is of no use with --engine onnx"),
+        (["--engine", "onnx"], "onnx"),
+    ],
+    ids=str,
+)
+def test_another_engine_says_what_it_needs(saved, options, reason, capsys):
+    assert main(["serve", str(saved[0]), *options]) == 1
+    assert reason in capsys.readouterr().err
+
+
 def test_an_empty_key_is_refused(saved, monkeypatch, capsys):
     monkeypatch.setenv("HOVLE_API_KEY", " ")
     assert main(["serve", str(saved[0])]) == 1
