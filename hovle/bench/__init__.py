@@ -1,15 +1,16 @@
 """Measure how fast a part of hovle is on this machine, beside the usual way of doing it.
 
   hovle bench data     from picture files to tiles, beside Pillow
+  hovle bench serve    requests with a picture, from one client and from many at a time
   hovle bench train    training steps, beside transformers' Trainer and this machine's peak
 
 Close other programs first. Results are JSON with the machine they were measured on; those in eval/results/speed are
-the ones documents quote. `hovle bench data --help` and `hovle bench train --help` explain more.
+the ones documents quote. `hovle bench PART --help` explains more.
 """
 
 import argparse
 
-ACTIONS = {"data": "hovle.bench.data", "train": "hovle.bench.train"}
+ACTIONS = {"data": "hovle.bench.data", "serve": "hovle.bench.serve", "train": "hovle.bench.train"}
 """What can be measured -> the module that does."""
 
 
