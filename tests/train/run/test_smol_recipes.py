@@ -1,0 +1,100 @@
+"""hovle-smol's recipes in miniature: drawn pictures, three tiny teachers, a tiny language model, every stage."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from drawn_packages import write_drawings, write_words_and_fonts
+from PIL import Image
+from safetensors.torch import load_file
+
+from hovle.cli import main
+from hovle.synthesis.registry import SKILLS
+from hovle.train.config import StageConfig, load_stage
+from hovle.train.plan.command import read_stages
+from hovle.train.run.stage import run_stage
+
+# peft 0.21.2 asks for `is_gradient_checkpointing`, which transformers 5.23 has renamed.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+STAGES = ("distillation", "alignment", "instruction_tuning")
+
+DRAWN = ("reading", "scenes", "clocks")
+"""Skills that are drawn here; those that need packages without stand-ins have the pictures of scenes."""
+
+TINY = (
+    "rows_per_batch=2", "row_length=512", "num_steps=2", "validate_every=0", "num_validation_batches=1",
+    "checkpoint_every=0", "num_workers=0", "log_every=1", "dtype=float32", "compile=off", "packing_window=8",
+    "retention={num_tokens: 64, window: 32}", "data.12.path=easy",
+    "stop_when_images_ignored=false",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory) -> Path:
+    """A folder with `data/smol`, a build of a few pictures, and `data/replay.jsonl`."""
+    folder = tmp_path_factory.mktemp("ground")
+    assets = write_words_and_fonts(write_drawings(tmp_path_factory.mktemp("assets")))
+    build = folder / "data" / "smol"
+    options = ("--size", "4", "--workers", "1", "--assets", str(assets))
+    assert main(["data", "build", "smol", "--out", str(build), "--skills", *DRAWN, *options]) == 0
+    for name in SKILLS.keys() - {*DRAWN}:
+        shutil.copytree(build / "scenes", build / name)
+    texts = [{"text": f"The quick brown fox jumps over the lazy dog {number} times."} for number in range(40)]
+    (folder / "data" / "replay.jsonl").write_text("\n".join(map(json.dumps, texts)))
+    shapes = folder / "easy" / "train"  # instead of 4,000 pictures
+    (shapes / "images").mkdir(parents=True)
+    Image.new("RGB", (64, 64), "red").save(shapes / "images" / "0.png")
+    questions = [["what color is it?", "red", 0], ["is it blue?", "no", 0]]
+    (shapes / "questions.json").write_text(json.dumps(questions))
+    return folder
+
+
+def tiny_stage(stage: str, language_models: dict[str, str], teacher_weights: str) -> StageConfig:
+    """The shipped recipe with everything small, its data, objective and parts as they are."""
+    small = list(TINY)
+    if stage == "distillation":
+        teacher = f"{{name: test_efficientnet, checkpoint: {teacher_weights}, image_size: 64, standardize: true"
+        teachers = ", ".join(f"{teacher}, cache: runs/features{number}}}" for number in range(3))
+        small += [f"model.language_model={language_models['tied']}", "model.num_embedding_layers=3"]
+        small += [f"teacher=[{teachers}]", "objective.words.num_others=32"]
+    return load_stage(f"smol/{stage}", small)
+
+
+def test_all_stages_run_one_after_another_on_a_build(ground, language_models, teacher_weights, monkeypatch):
+    monkeypatch.chdir(ground)
+    logged = {}
+    for stage in STAGES:
+        config = tiny_stage(stage, language_models, teacher_weights)
+        run_stage(config)
+        logged[stage] = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
+    steps = {stage: [entry for entry in entries if "event" not in entry] for stage, entries in logged.items()}
+    assert [len(entries) for entries in steps.values()] == [2, 2, 2]
+    assert all(entry["word_cross_entropy"] > 0 and entry["text_error"] >= 0 for entry in steps["distillation"])
+    assert all("language_kl" in entry for stage in STAGES[1:] for entry in steps[stage])
+    before, after = (
+        load_file(ground / "runs" / "smol" / stage / "model" / "model.safetensors") for stage in STAGES[1:]
+    )
+    language = "model.language_model.layers.3.self_attn.q_proj.weight"
+    assert not before[language].equal(after[language])  # adapters are merged
+    first = load_file(ground / "runs" / "smol" / "distillation" / "model" / "model.safetensors")
+    assert first[language].equal(before[language])  # frozen
+
+
+def test_every_skill_is_learnt_in_every_stage_and_validated_on_what_is_held_out():
+    for stage in STAGES:
+        config = load_stage(f"smol/{stage}")
+        assert {source.name for source in config.data} >= {*SKILLS}
+        assert all(source.split == "train" for source in config.data)
+        assert (config.validation.path, config.validation.split) == ("data/smol", "validation")
+        assert (config.language is not None, config.retention is not None) == (True, True)
+        assert config.stop_when_images_ignored == (stage != "distillation")
+
+
+def test_the_plan_counts_what_the_recipes_say():
+    [(_, first, model), (_, second, _), (_, third, _)] = read_stages([f"smol/{stage}" for stage in STAGES])
+    assert first.expected.word_pieces_per_sample > 0
+    assert model.image_seq_length == 16
+    for before, stage in ((first, second), (second, third)):
+        assert stage.model.checkpoint == f"{before.output}/model"
