@@ -11,6 +11,7 @@ FLOORS = [
     ["errors", "requirements", "version"],
     ["machine", "files", "options", "charts"],
     ["assets", "model"],
+    ["packaged"],
     ["loading", "synthesis"],
     ["convert", "export"],
     ["language", "inference"],
@@ -23,7 +24,7 @@ FLOORS = [
     ["train.plan"],
     ["train.monitor"],
     ["train.run"],
-    ["train", "eval", "eval.benchmarks", "eval.analyses", "eval.intervals", "eval.results", "eval.vqa"],
+    ["train", "eval", "eval.benchmarks", "eval.analyses", "eval.skills", "eval.intervals", "eval.results", "eval.vqa"],
     ["bench"],
     ["registration", "", "__main__", "cli", "data", "demo", "train.__main__"],
 ]

@@ -1,6 +1,7 @@
 """Evaluation: what a model scores, and what goes on inside it.
 
   hovle eval benchmarks    scores on the paper's benchmarks, or on questions that need no network
+  hovle eval skills        what a model reads, names, counts, ... on held-out pictures drawn here
   hovle eval attention     where each layer and each answer token looks, one model or two side by side
   hovle eval embeddings    how close image and text embeddings are to the language model's words
   hovle eval retention     perplexity and five text tasks, the bare language model against each stage
@@ -12,6 +13,7 @@ import argparse
 
 ACTIONS = {
     "benchmarks": "hovle.eval.benchmarks.command",
+    "skills": "hovle.eval.skills.command",
     "attention": "hovle.eval.analyses.attention",
     "embeddings": "hovle.eval.analyses.embeddings",
     "retention": "hovle.eval.analyses.retention",

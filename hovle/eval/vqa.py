@@ -33,7 +33,7 @@ def answer_questions(
     Args:
         model: In evaluation mode; its dtype decides the number format.
         processor: The model's own.
-        questions: What to answer.
+        questions: What to answer; a picture that is None is not there.
         batch_size: Prompts generated together.
         max_new_tokens: Longest answer in tokens.
         description: Shown on the progress bar.
@@ -42,7 +42,7 @@ def answer_questions(
     answers: list[str] = []
     for start in tqdm(range(0, len(distinct), batch_size), desc=description, unit="batch"):
         chats = [
-            [{"role": "user", "content": [{"type": "image", "image": question.picture}, _text(question.text)]}]
+            [{"role": "user", "content": [*_shown(question.picture), _text(question.text)]}]
             for question in list(distinct.values())[start : start + batch_size]
         ]
         inputs = processor.apply_chat_template(
@@ -62,6 +62,10 @@ def answer_questions(
 
 def _identity(picture: Any) -> Any:
     return picture if isinstance(picture, (str, Path)) else id(picture)
+
+
+def _shown(picture: Any) -> list[dict]:
+    return [] if picture is None else [{"type": "image", "image": picture}]
 
 
 def _text(text: str) -> dict:
