@@ -15,6 +15,7 @@ __all__ = [
     "HoVLEProcessor",
     "__version__",
     "optimize",
+    "pretrained",
 ]
 
 if (_problem := unmet()) is None:
@@ -22,6 +23,7 @@ if (_problem := unmet()) is None:
     from .model.image_processing_hovle import HoVLEImageProcessor
     from .model.modeling_hovle import HoVLEForConditionalGeneration, HoVLEModel
     from .model.processing_hovle import HoVLEProcessor
+    from .packaged import pretrained
     from .registration import register_classes
 
     register_classes()

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -29,6 +30,10 @@ COMMANDS = {
 }
 """Subcommand -> (module, one line of help). A module offers `add_arguments(parser)` and `run(args) -> exit code`;
 its docstring is the subcommand's help text. `ACTIONS` of a module are subcommands of its own: name -> module."""
+
+
+MODEL_OPTIONS = frozenset({"model", "models", "first", "second", "src"})
+"""Options and arguments of commands that name a trained model or several."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +65,18 @@ def _refuse(name: str, message: str) -> int:
     return 1
 
 
+def find_shipped(args: argparse.Namespace) -> None:
+    """Put folders in the place of names of shipped models, whichever option or argument names a model."""
+    from .packaged import resolve_model  # needs torch, which `hovle doctor` looks for first
+
+    for option in MODEL_OPTIONS & vars(args).keys():
+        named = getattr(args, option)
+        if isinstance(named, str):
+            setattr(args, option, os.fspath(resolve_model(named)))
+        elif isinstance(named, list):
+            setattr(args, option, [os.fspath(resolve_model(name)) for name in named])
+
+
 def _run_command(name: str, module_name: str, argv: Sequence[str]) -> int:
     if name != "doctor" and (problem := unmet()) is not None:
         return _refuse(name, f"{problem} (`hovle doctor` looks at the rest.)")
@@ -73,6 +90,7 @@ def _run_command(name: str, module_name: str, argv: Sequence[str]) -> int:
     module.add_arguments(parser)
     args = parser.parse_intermixed_args(argv)  # options may stand between key=value arguments
     try:
+        find_shipped(args)
         return module.run(args)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("hovle"):

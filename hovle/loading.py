@@ -22,6 +22,7 @@ from .model.image_processing_hovle import HoVLEImageProcessor
 from .model.language_model import load_language_model
 from .model.modeling_hovle import HoVLEForConditionalGeneration
 from .model.processing_hovle import HoVLEProcessor
+from .packaged import resolve_model
 
 
 @contextlib.contextmanager
@@ -48,13 +49,15 @@ def reading(model: str | os.PathLike, weights: bool = True, processor_alone: boo
 
 
 def load_config(model: str | os.PathLike) -> HoVLEConfig:
-    """Load the config of a saved HoVLE; errors as in `reading`."""
+    """Load the config of a saved HoVLE; errors as in `reading`. Here as below, `smol` names a shipped one."""
+    model = resolve_model(model)
     with reading(model, weights=False):
         return HoVLEConfig.from_pretrained(model)
 
 
 def load_model(model: str | os.PathLike, **options: Any) -> HoVLEForConditionalGeneration:
     """Load a saved HoVLE with options of `from_pretrained`; errors as in `reading`."""
+    model = resolve_model(model)
     with reading(model):
         return HoVLEForConditionalGeneration.from_pretrained(model, **options)
 
@@ -65,6 +68,7 @@ def load_processor(model: str | os.PathLike) -> HoVLEProcessor:
     ValueError also for a chat template that is no Jinja, and for an image processor that leaves it to the model to
     normalise with other numbers than its own.
     """
+    model = resolve_model(model)
     with reading(model, weights=False, processor_alone=True):
         refuse_missing_processor(model)
         processor = HoVLEProcessor.from_pretrained(model)

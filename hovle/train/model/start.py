@@ -1,5 +1,8 @@
 """Load the model and the processor a stage starts from."""
 
+import dataclasses
+import os
+
 import torch
 from transformers import PreTrainedConfig
 
@@ -9,7 +12,17 @@ from ...loading import check_chat_template, load_config, load_model, load_proces
 from ...model.language_model import load_language_config
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
+from ...packaged import resolve_model
 from ..config import Architecture, Geometry, ModelConfig, StageConfig
+
+
+def with_shipped_model(config: StageConfig) -> StageConfig:
+    """The stage with the folder of a shipped model, where it starts from one by its name."""
+    named = config.model.checkpoint
+    found = None if named is None else os.fspath(resolve_model(named))
+    if found == named:
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint=found))
 
 
 def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:

@@ -33,6 +33,7 @@ from ...files.documents import parse_json
 from ...machine.speed import choose_dtype, dtype_name
 from ...model.configuration_hovle import HoVLEConfig
 from ..config import OVERRIDE, StageConfig, find_recipe, load_stage
+from ..model.start import with_shipped_model
 from .cost import ADAM_BYTES, Memory, StageCost, Workload
 from .devices import GIB, GPUS, Device, choose_device, cpu_slack_ratio
 from .shapes import model_config, sibling_stages
@@ -216,7 +217,7 @@ def read_stages(arguments: Sequence[str]) -> list[tuple[str, StageConfig, HoVLEC
     names = [argument for argument in arguments if argument not in overrides]
     if not names:
         raise ValueError("Name at least one recipe.")
-    stages = [load_stage(name, overrides) for name in names]
+    stages = [with_shipped_model(load_stage(name, overrides)) for name in names]
     for name, stage in zip(names, stages, strict=True):
         if not stage.num_steps:
             raise ValueError(

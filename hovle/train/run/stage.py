@@ -14,7 +14,7 @@ from ..config import StageConfig
 from ..data.mixture import open_mixture
 from ..data.packing import StreamPosition
 from ..model.adapters import unadapted
-from ..model.start import positions_of
+from ..model.start import positions_of, with_shipped_model
 from ..monitor.estimate import Estimate
 from ..monitor.image_ablation import Examiner, Waiting
 from ..monitor.language_check import LanguageCheck
@@ -52,6 +52,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         ForgettingError: When the language is lost beyond the recipe's `stop_when_forgetting`.
     """
     # The run folder: a new one, or one that holds this recipe's run.
+    config = with_shipped_model(config)
     check_trackers(config.tracking)
     accelerator = make_accelerator()
     output = Path(config.output)
