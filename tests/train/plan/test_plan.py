@@ -89,6 +89,13 @@ def test_small_recipes_fit_their_gpus():
             assert plan.peak_gib < GPUS[gpu].memory_gib, name
 
 
+def test_the_recipe_for_photographs_takes_an_h100_at_most_fifty_hours():
+    stages = read_stages([f"smollm2-360m-photographs/{Path(paper).name}" for paper in PAPER])
+    plans = [plan_stage(name, stage, model, GPUS["H100-80G"]) for name, stage, model in stages]
+    assert all(plan.peak_gib < 80 for plan in plans)
+    assert 40 < sum(plan.hours for plan in plans) <= 50
+
+
 # --- assumptions and advice ------------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,7 @@ from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.cli import main
 from hovle.train.config import RECIPES, load_stage
 
-FOLDERS = ("hovle-2.6b", "hovle-2.6b-hd", "smollm2-360m", "smollm2-1.7b")
+FOLDERS = ("hovle-2.6b", "hovle-2.6b-hd", "smollm2-360m", "smollm2-360m-photographs", "smollm2-1.7b")
 
 SMALL = ["rows_per_batch=1", "row_length=192", "packing_window=4", "num_workers=0", "dtype=float32", "compile=off"]
 
@@ -36,6 +36,11 @@ def starts(tmp_path_factory, language_models) -> dict[str, str]:
     return folders
 
 
+def held_text(recipe: str) -> str:
+    """The override that stands for the text a recipe is held on, where it is held."""
+    return "language.source=python_docs" if load_stage(recipe).language else "language=null"
+
+
 @pytest.mark.parametrize("stage", ["distillation", "alignment", "instruction_tuning"])
 def test_a_stage_script_tells_what_its_recipe_says(stage):
     told = re.sub(r"\s+", " ", (ROOT / "train" / f"{stage}.py").read_text())
@@ -47,13 +52,15 @@ def test_a_stage_script_tells_what_its_recipe_says(stage):
 
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_distillation_recipes_run_dry_with_stand_ins(folder, language_models, data, teacher_weights, capsys):
+    teacher = f"{{name: test_efficientnet, checkpoint: {teacher_weights}, image_size: 64, standardize: true}}"
     stand_ins = [
         f"model.language_model={language_models['untied']}",
         "model.num_embedding_layers=2",
         "model.image_size=56",
-        f"teacher={{name: test_efficientnet, checkpoint: {teacher_weights}, image_size: 64}}",
         f"data={{source: pictures, path: {data / 'pictures'}}}",
     ]
+    teachers = load_stage(f"{folder}/distillation").teacher
+    stand_ins += [held_text(f"{folder}/distillation"), f"teacher={', '.join([teacher] * len(teachers)).join('[]')}"]
     assert main(["train", f"{folder}/distillation", *stand_ins, *SMALL, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert "trains          stem, holistic_layers, text_embeddings" in printed
@@ -65,6 +72,7 @@ def test_distillation_recipes_run_dry_with_stand_ins(folder, language_models, da
 def test_later_recipes_run_dry_with_stand_ins(folder, stage, starts, data, capsys):
     start = starts["post" if folder.endswith("hd") else "pre"]
     stand_ins = [f"model.checkpoint={start}", f"data={{source: chat, path: {data / 'chat.jsonl'}}}"]
+    stand_ins.append(held_text(f"{folder}/{stage}"))
     assert main(["train", f"{folder}/{stage}", *stand_ins, *SMALL, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert ("language_model" in printed.split("trains")[1].splitlines()[0]) == (stage == "instruction_tuning")
