@@ -8,7 +8,8 @@ examples:
 
 Each skill becomes a folder of parquet shards that a recipe reads as `source: huggingface`. A build that was stopped or
 killed goes on where it is run again, and gives the same files; one that is complete is only looked through. Beside the
-shards lie card.json with exact counts, README.md with sources and licenses, and a contact sheet for each skill.
+shards lie card.json with exact counts, README.md with sources and licenses, a contact sheet for each skill, and
+no-picture.jsonl: questions without a picture, with replies that say so, for a `chat` source.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from tabulate import tabulate
 
 from .building import Build, Pace, open_once, run_build
 from .card import write_card
+from .no_picture import write_no_picture
 from .registry import SKILLS, skill_class
 from .skill import SIZES
 
@@ -63,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{option.replace('_', '-')} is {getattr(args, option)}; expected 1 or more.")
     build = Build(args.out, names, _size(args.size), args.seed, args.shard_size, args.assets, args.replay)
     paces = run_build(build, args.workers)
-    write_card([open_once(name, build) for name in names], build)
+    skills = [open_once(name, build) for name in names]
+    write_card(skills, build)
+    write_no_picture(build, skills)
     for line in describe_paces(paces):
         print(line)  # noqa: T201 - this is the command's output
     print(f"Built {', '.join(names)} in {args.out}; see {args.out / 'README.md'}")  # noqa: T201

@@ -20,7 +20,7 @@ from hovle.synthesis.encoding import to_png
 from hovle.synthesis.samples import Question, Region, Sample
 from hovle.synthesis.shards import read_header, read_rows, read_samples
 from hovle.synthesis.skill import AssetFolders, Skill
-from hovle.train.config import HuggingFaceData
+from hovle.train.config import ChatData, HuggingFaceData
 from hovle.train.data.readers import load_records
 
 SIZE = 24
@@ -113,6 +113,15 @@ def test_a_killed_build_goes_on_to_the_same_files(built, crafted_assets, tmp_pat
     result = subprocess.run([*command, "--workers", "2"], env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert contents(folder) == contents(built)
+
+
+def test_some_questions_are_asked_without_their_picture(built):
+    chats = [json.loads(line)["messages"] for line in (built / "no-picture.jsonl").read_text().splitlines()]
+    asked = {message["content"] for row in read_rows(built, "reading", "train") for message in row["messages"][::2]}
+    assert len(chats) == 2  # of 24 pictures
+    assert all(user["content"] in asked and "picture" in reply["content"] for user, reply in chats)
+    records = load_records(ChatData(path=str(built / "no-picture.jsonl")))
+    assert [len(records[number].messages) for number in range(2)] == [2, 2]
 
 
 def test_what_is_built_is_not_drawn_again(built, crafted_assets, monkeypatch, capsys):
