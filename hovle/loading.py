@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
+from safetensors.torch import load_file
 
 from .errors import foreign_errors
 from .files.checkpoint_files import CONFIG, refuse_damaged_weights
@@ -95,6 +96,31 @@ def check_statistics_agree(image_processor: HoVLEImageProcessor, config: HoVLECo
             f"rescale_factor {said}, but the model would normalise with {done}: make its config.json say the same, or "
             "let the image processor normalise (do_rescale, do_normalize: true)."
         )
+
+
+def load_in_order(model: Any, weights: Path) -> None:
+    """Load a state dict whose tensors match those of a timm model one to one in order, whatever their names.
+
+    One that lacks the classifier takes it from the model, too.
+    """
+    if not weights.is_file():
+        raise ValueError(f"teacher.checkpoint: no file {weights}.")
+    if weights.suffix == ".safetensors":
+        source = load_file(weights)
+    else:
+        source = torch.load(weights, map_location="cpu", weights_only=True)
+    target = model.state_dict()
+    if set(source) == set(target):
+        model.load_state_dict(source)
+        return
+    if len(source) < len(target):
+        model.reset_classifier(0)
+    if [tensor.shape for tensor in source.values()] != [tensor.shape for tensor in model.state_dict().values()]:
+        raise ValueError(
+            f"{weights.name} holds {len(source)} tensors that do not match the {len(target)} of the teacher in order "
+            "and shape: are weights and teacher.name of the same model?"
+        )
+    model.load_state_dict(dict(zip(model.state_dict(), source.values(), strict=True)))
 
 
 def check_chat_template(processor: Any) -> None:

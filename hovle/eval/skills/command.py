@@ -15,6 +15,7 @@ Writes skills.json (scores), answers.jsonl (every answer), README.md (the table)
 """
 
 import argparse
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ...machine.speed import dtype_name, fastest_dtype
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ...options import positive
+from ...synthesis.naming import Naming
 from ...synthesis.registry import skill_class
 from ...synthesis.skill import AssetFolders
 from ..results import provenance
@@ -52,6 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="another one draws other pictures (0)")
     parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="questions at once (32)")
     parser.add_argument("--out", type=Path, default=Path("skills"), metavar="DIR", help="default: skills")
+    parser.add_argument(
+        "--no-neighbours", action="store_true", help="leave out what nearest neighbours get, which takes minutes"
+    )
     parser.add_argument("--assets", type=Path, metavar="DIR", help="folder of unpacked assets instead of the cache")
     parser.add_argument("--list", action="store_true", help="only show the abilities")
 
@@ -79,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
     answered = []
     for bar in bars:
         answered.append(ask(model, processor, bar, drawer.items(bar, args.items), args.batch_size))
+        if bar.beats_neighbours and not args.no_neighbours:
+            answered[-1] = with_neighbours(answered[-1], drawer)
         result = result_of(answered[-1])
         print(f"{bar.name}: {percent(result['score'])} ({METRICS[bar.metric]})", flush=True)  # noqa: T201
     result = {
@@ -109,6 +116,16 @@ def ask(
         answer([_asked(item, item.picture) for item in items], description=bar.name),
         answer([_asked(item, item.picture) for item in blank], description=f"{bar.name}, white pictures"),
     )
+
+
+def with_neighbours(found: Answered, drawer: Drawer) -> Answered:
+    """The same with what nearest neighbours say."""
+    from .neighbours import Neighbours  # needs timm
+
+    [name] = found.bar.skills
+    skill = drawer.skill(name)
+    assert isinstance(skill, Naming)  # others have no drawings
+    return dataclasses.replace(found, neighbour_answers=Neighbours().names(skill, found.items, drawer.seed))
 
 
 def _asked(item: Item, picture: object) -> Question:

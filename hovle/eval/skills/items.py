@@ -35,7 +35,12 @@ class Item:
     @property
     def picture(self) -> Image.Image:
         """The picture as the processor takes it."""
-        return Image.open(io.BytesIO(self.image)).convert("RGB")
+        return picture_of(self.image)
+
+
+def picture_of(image: bytes) -> Image.Image:
+    """A picture from its file."""
+    return Image.open(io.BytesIO(image)).convert("RGB")
 
 
 class Drawer:
@@ -69,11 +74,15 @@ class Drawer:
                     progress.update()
         return found
 
-    def _items_of(self, bar: Bar, name: str, count: int) -> Iterator[Item]:
-        """Questions of one skill, one of each picture that has any."""
+    def skill(self, name: str) -> Skill:
+        """A skill, the same one whenever it is asked for."""
         if name not in self._opened:
             self._opened[name] = open_skill(name, self.folders)
-        skill, num_found = self._opened[name], 0
+        return self._opened[name]
+
+    def _items_of(self, bar: Bar, name: str, count: int) -> Iterator[Item]:
+        """Questions of one skill, one of each picture that has any."""
+        skill, num_found = self.skill(name), 0
         for index in range(MOST_DRAWN_FOR_ONE * count):
             if num_found == count:
                 return

@@ -38,11 +38,13 @@ def table(result: dict) -> str:
             _asked_for(row),
             _baseline(row["majority"]),
             _baseline(row["blank"]),
+            "" if row["neighbours"] is None else percent(row["neighbours"]),
             f"{row['num_items']:,}",
         )
         for row in result["abilities"]
     ]
-    heads = ("ability", "measured", "model", "95 % interval", "asked for", "one answer", "white pictures", "items")
+    heads = ("ability", "measured", "model", "95 % interval", "asked for")
+    heads += ("one answer", "white pictures", "neighbours", "items")
     return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
 
 
@@ -76,8 +78,9 @@ def page(result: dict, answered: Sequence[Answered]) -> str:
         f"`hovle eval skills {model['name']}`, hash {model['hash']}, {result['provenance']['date']}, "
         f"{environment['device']}, {result['dtype']}, seed {result['seed']}, greedy answers in the model's own words.",
         "`one answer`: what the answer that is right most often gets without a model; `white pictures`: the model's "
-        "answers to white pictures of the same sizes, with the one it gives most often. Pictures are drawn from what "
-        "training has none of: see `hovle data build --help`.",
+        "answers to white pictures of the same sizes, with the one it gives most often; `neighbours`: names of the "
+        "nearest drawings to learn from, in the features of EfficientNet-Lite0. Pictures are drawn from what training "
+        "has none of: see `hovle data build --help`.",
         table(result),
         "![Answers, right and wrong](examples.png)",
     ]

@@ -8,7 +8,7 @@ import numpy as np
 
 from ...synthesis.samples import Question
 from ..intervals import Units
-from .bars import Bar
+from .bars import Bar, is_met
 from .grading import Grade, grade, normal
 from .items import Item
 
@@ -28,6 +28,8 @@ class Answered:
     answers: list[str]
     blank_answers: list[str] | None
     """To the same questions with white pictures; None where none is shown anyway."""
+    neighbour_answers: list[str] | None = None
+    """What nearest neighbours say; None where nobody asked them."""
 
     @property
     def grades(self) -> list[Grade]:
@@ -71,16 +73,21 @@ def result_of(found: Answered) -> dict:
         "num_items": len(items),
         "num_sources": len(together.strata),
     }
+    neighbours = None
+    if found.neighbour_answers is not None:
+        neighbours = score(bar, items, grades_of(bar, items, found.neighbour_answers))
+    bound = neighbours if bar.beats_neighbours else bar.bound
     result = {
         "name": bar.name,
         "title": bar.title,
         "skills": list(bar.skills),
         "metric": bar.metric,
-        "bar": bar.bound,
-        "is_met": bar.is_met(together.score),
+        "bar": bound,
+        "is_met": is_met(bar, bound, together.score),
         **measured,
         "majority": None if bar.metric == "blind" else majority(bar, items),
         "blank": None,
+        "neighbours": neighbours,
     }
     if found.blank_answers is not None:
         answer, share = majority_answer(found.blank_answers)

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from ...errors import foreign_errors
 from ...files.checkpoint_files import CONFIG, Checkpoint, local_folder
-from ...loading import reading
+from ...loading import load_in_order, reading
 from ...model.image_tokens import pixel_shuffle
 from ..config import TeacherConfig
 from ..data.batch import TileBatch
@@ -185,7 +184,7 @@ class TimmTeacher(ImageTeacher):
         ):
             full: Any = timm.create_model(config.name, pretrained=config.checkpoint is None)
         if config.checkpoint is not None:
-            _load_in_order(full, Path(config.checkpoint))
+            load_in_order(full, Path(config.checkpoint))
         if not hasattr(full, "forward_intermediates"):
             raise ValueError(
                 f"timm's {config.name} gives no feature maps (forward_intermediates): take another model."
@@ -370,31 +369,6 @@ KINDS: dict[str, type[ImageTeacher]] = {
 def make_teacher(config: TeacherConfig) -> ImageTeacher:
     """Load the teacher a config names; its `checkpoint` is a path or, for OpenCLIP, a tag."""
     return KINDS[config.kind](config)  # type: ignore[call-arg]
-
-
-def _load_in_order(model: Any, weights: Path) -> None:
-    """Load a state dict whose tensors match those of a timm model one to one in order, whatever their names.
-
-    One that lacks the classifier takes it from the model, too.
-    """
-    if not weights.is_file():
-        raise ValueError(f"teacher.checkpoint: no file {weights}.")
-    if weights.suffix == ".safetensors":
-        source = load_file(weights)
-    else:
-        source = torch.load(weights, map_location="cpu", weights_only=True)
-    target = model.state_dict()
-    if set(source) == set(target):
-        model.load_state_dict(source)
-        return
-    if len(source) < len(target):
-        model.reset_classifier(0)
-    if [tensor.shape for tensor in source.values()] != [tensor.shape for tensor in model.state_dict().values()]:
-        raise ValueError(
-            f"{weights.name} holds {len(source)} tensors that do not match the {len(target)} of the teacher in order "
-            "and shape: are weights and teacher.name of the same model?"
-        )
-    model.load_state_dict(dict(zip(model.state_dict(), source.values(), strict=True)))
 
 
 def _load_part(module: nn.Module, checkpoint: Checkpoint, prefixes: Sequence[str]) -> None:

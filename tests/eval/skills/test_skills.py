@@ -1,7 +1,9 @@
 """`hovle eval skills`: what is asked, how answers are graded, scored and told."""
 
 import dataclasses
+import io
 import json
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from hovle.cli import main
 from hovle.eval.skills.bars import BARS, EASY_VQA
 from hovle.eval.skills.grading import grade, is_right
 from hovle.eval.skills.items import Drawer, Item
+from hovle.eval.skills.neighbours import Neighbours
 from hovle.eval.skills.scoring import Answered, result_of
+from hovle.synthesis.naming import Drawing, Naming
 from hovle.synthesis.samples import Question
 from hovle.synthesis.skill import AssetFolders
 
@@ -167,3 +171,27 @@ def test_abilities_are_listed_with_what_is_asked_of_them(capsys):
 def test_a_model_that_is_not_there_is_refused_before_anything_is_drawn(tmp_path, capsys):
     assert main(["eval", "skills", str(tmp_path / "none"), "--items", "1"]) == 1
     assert "none" in capsys.readouterr().err
+
+
+def test_nearest_neighbours_are_what_is_asked_for_where_they_were_asked():
+    items = made_items(("cat", "a"), ("dog", "b"))
+    for answers, met in ((["cat", "dog"], True), (["cow", "dog"], True), (["cow", "cow"], False)):
+        told = result_of(Answered(BARS["pictogram-name"], items, answers, ["", ""], ["cat", "cat"]))
+        assert (told["neighbours"], told["bar"], told["is_met"]) == (0.5, 0.5, met)
+    assert result_of(Answered(BARS["pictogram-name"], items, ["cat", "dog"], ["", ""]))["is_met"] is None
+
+
+def test_a_drawing_is_named_as_the_one_most_like_it():
+    class Blobs(Naming):
+        name, description, revision, sizes, held_out, noun = "blobs", "", 1, MappingProxyType({}), (), "blob"
+        drawings = MappingProxyType({"train": [Drawing(name, "crafted", name) for name in ("red", "blue")]})
+
+        def render(self, drawing, extent):
+            return Image.new("RGBA", (extent, extent), drawing.name)
+
+    pictures = {color: io.BytesIO() for color in ("red", "blue")}
+    for color, written in pictures.items():
+        Image.new("RGB", (112, 112), color).save(written, "PNG")
+    asked = ("blue", "red", "blue")
+    items = [Item(color, Question("?", color, "name"), pictures[color].getvalue(), color) for color in asked]
+    assert Neighbours().names(Blobs(AssetFolders(None)), items, seed=0) == [*asked]

@@ -72,7 +72,8 @@ def test_all_stages_run_one_after_another_on_a_build(ground, language_models, te
     steps = {stage: [entry for entry in entries if "event" not in entry] for stage, entries in logged.items()}
     assert [len(entries) for entries in steps.values()] == [2, 2, 2]
     assert all(entry["word_cross_entropy"] > 0 and entry["text_error"] >= 0 for entry in steps["distillation"])
-    assert all("language_kl" in entry for stage in STAGES[1:] for entry in steps[stage])
+    assert all(entry["text_error"] >= 0 for entry in steps["alignment"])
+    assert all("language_kl" in entry for entry in steps["instruction_tuning"])  # there the language model learns
     before, after = (
         load_file(ground / "runs" / "smol" / stage / "model" / "model.safetensors") for stage in STAGES[1:]
     )
