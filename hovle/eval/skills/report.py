@@ -23,6 +23,12 @@ METRICS = {
 }
 """How tables call what is measured."""
 
+HEADS = (
+    *("ability", "measured", "model", "95 % interval", "asked for"),
+    *("one answer", "white pictures", "neighbours", "items"),
+)
+"""Of the table."""
+
 SHOWN = 3
 """Right answers of each ability in the picture of examples; as many wrong ones as the row has room for."""
 
@@ -43,9 +49,7 @@ def table(result: dict) -> str:
         )
         for row in result["abilities"]
     ]
-    heads = ("ability", "measured", "model", "95 % interval", "asked for")
-    heads += ("one answer", "white pictures", "neighbours", "items")
-    return tabulate(rows, heads, tablefmt="github", disable_numparse=True)
+    return tabulate(rows, HEADS, tablefmt="github", disable_numparse=True)
 
 
 def percent(share: float) -> str:
