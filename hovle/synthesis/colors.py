@@ -38,6 +38,11 @@ _NEARER_BY = 1.8
 _FARTHEST = 18.0
 """Distance of a varied color from what its name stands for, at most."""
 
+_WITHOUT_HUE = ("black", "gray", "white")
+
+_MOST_CHROMA = 12.0
+"""Of what is called black, gray or white: a dark green is none of them."""
+
 _TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
 _WHITE = np.array([0.9505, 1.0, 1.089])
 
@@ -78,9 +83,13 @@ _LAB = to_lab([NAMED_COLORS[name] for name in _NAMES])
 
 def name_of(color: ArrayLike) -> str | None:
     """The name a color clearly has, None for one between two names."""
-    distances = np.linalg.norm(_LAB - to_lab(color), axis=-1)
+    lab = to_lab(color)
+    distances = np.linalg.norm(_LAB - lab, axis=-1)
     first, second = np.argsort(distances)[:2]
-    return _NAMES[first] if distances[second] >= _NEARER_BY * distances[first] else None
+    has_hue = np.hypot(lab[1], lab[2]) > _MOST_CHROMA
+    if distances[second] < _NEARER_BY * distances[first] or (has_hue and _NAMES[first] in _WITHOUT_HUE):
+        return None
+    return _NAMES[first]
 
 
 def vary(name: str, rng: random.Random) -> Rgb:

@@ -261,10 +261,12 @@ def test_clip_art_is_free_named_and_in_one_part_only(assets):
         ("Lemon SVG theme", None),
         ("gramastar", None),
         ("Une théière", None),
+        ("An apple", "apple"),
+        ("Jazz", None),
     ],
 )
 def test_titles_of_clip_art(title, name):
-    assert clipart.plain_title(title, frozenset(("car", "teapot", "lemon"))) == name
+    assert clipart.plain_title(title, frozenset(("car", "teapot", "lemon", "apple", "jazz"))) == name
 
 
 @pytest.mark.parametrize(

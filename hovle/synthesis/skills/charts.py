@@ -29,7 +29,7 @@ class Charts(Skill):
 
     name = "charts"
     description = "bar, line and pie charts and tables: largest, smallest, value of, how many, trend, title"
-    revision = 1
+    revision = 2
     sizes = MappingProxyType(
         {
             "small": MappingProxyType({"train": 400, "validation": 40, "test": 100}),

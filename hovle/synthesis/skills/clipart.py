@@ -45,7 +45,7 @@ _MOST_WORDS, _MOST_OF_ONE_NAME = 3, 15
 
 _TITLE_ENDS = """
     icon icons clipart symbol symbols sign drawing picture image logo outline silhouette bw color colour colored black
-    white example collection remix version simple architetto generic
+    white example collection remix version simple architetto generic an the
 """
 _WORDS_TO_DROP = frozenset(_TITLE_ENDS.split())
 """Words of titles that do not tell what is drawn."""
@@ -58,7 +58,7 @@ class ClipArt(Naming):
 
     name = "clipart"
     description = "Clip art of things, by many hands; held out: further drawings of the same things."
-    revision = 1
+    revision = 2
     sizes = MappingProxyType(
         {
             "small": MappingProxyType({"train": 300, "validation": 30, "test": 100}),
@@ -136,7 +136,7 @@ def plain_title(title: str, nouns: frozenset[str]) -> str | None:
     are_words = all(
         len(word) > 1 and (word in nouns or word.removesuffix("s") in nouns or word in _OTHER_WORDS) for word in words
     )
-    return name if is_thing and are_words else None
+    return name if is_thing and are_words and name not in _NO_NAMES else None
 
 
 _MODIFIERS = """
@@ -145,6 +145,24 @@ _MODIFIERS = """
 """
 _OTHER_WORDS = frozenset(_MODIFIERS.split())
 """Words of names that are no nouns."""
+
+_NO_NAMES = frozenset(
+    (
+        "abracadabra", "adult", "advertising", "air", "ak", "al bar", "as pique", "autos", "az lizard", "baby tux",
+        "bad guy fr", "ball form", "boating rules illustration", "body part", "cartes", "cassette video",
+        "celtic vine corner", "chateau", "chemical science experience", "city horizon", "contour chipmunk",
+        "creation day number", "cymru flag", "dodge neon", "dossier", "double note two", "dream flower", "easter",
+        "empty tomb", "enthusiast", "eris", "eris apple", "etiquette", "evergreen with highlights", "female",
+        "fireman alarm", "fireman wedding", "full bloom", "gateau", "gender", "golf", "hide girl",
+        "interstate highway", "jack", "jazz", "jibe diagram", "leone", "liberty", "lotas", "male", "man crystal",
+        "mascot", "menu clip art", "mm gun", "mobile", "ninja tux", "old hanging", "olivier one", "one way", "open",
+        "panel", "park", "parking", "pin red", "plush tux", "points of sail", "pong", "profile", "rana", "reaching",
+        "reed", "reunion", "running free", "school in fall", "seagull contour", "self portrait", "signore",
+        "signorina", "silvia", "slate apple", "sport", "stop right font", "stripper", "tamerlane chess",
+        "thanksgiving spread", "three eyes", "tile orange", "tree whit fruits", "tux", "tux head", "upright",
+    )
+)  # fmt: skip
+"""Titles that pass for names and are none: of other languages, brands and people, of what cannot be seen."""
 
 UNDRAWABLE = frozenset(
     (

@@ -86,7 +86,7 @@ class Icons(Naming):
 
     name = "icons"
     description = "User-interface icons of three sets in many colors: what they show; held out: the set Lucide."
-    revision = 1
+    revision = 2
     sizes = MappingProxyType(
         {
             "small": MappingProxyType({"train": 600, "validation": 60, "test": 200}),

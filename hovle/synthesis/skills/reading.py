@@ -224,7 +224,7 @@ class Reading(Skill):
         f"Words, numbers and notices of several lines, {SMALLEST} to {LARGEST} px, in {len(FAMILIES['train'])} font "
         f"families; held out: {len(FAMILIES['test'])} other families, words and texts."
     )
-    revision = 1
+    revision = 2
     sizes = MappingProxyType(
         {
             "small": MappingProxyType({"train": 1000, "validation": 100, "test": 200}),

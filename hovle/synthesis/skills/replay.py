@@ -43,7 +43,7 @@ class Replay(Reading):
 
     name = "replay"
     description = "Messages of users as pictures, with what the bare language model replies to them as text."
-    revision = 1
+    revision = 2
     sizes = MappingProxyType(
         {
             "small": MappingProxyType({"train": 300, "validation": 30, "test": 60}),

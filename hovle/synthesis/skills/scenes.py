@@ -209,7 +209,7 @@ class Scenes(Skill):
 
     name = "scenes"
     description = "shapes, icons and pictograms on a ground: how many, what color, where, alike or not, there or not"
-    revision = 1
+    revision = 2
     sizes = MappingProxyType(
         {
             "small": MappingProxyType({"train": 600, "validation": 60, "test": 120}),
