@@ -67,9 +67,12 @@ def _refuse(name: str, message: str) -> int:
 
 def find_shipped(args: argparse.Namespace) -> None:
     """Put folders in the place of names of shipped models, whichever option or argument names a model."""
-    from .packaged import resolve_model  # needs torch, which `hovle doctor` looks for first
+    options = MODEL_OPTIONS & vars(args).keys()
+    if not options:
+        return
+    from .packaged import resolve_model  # needs torch, which is what `hovle doctor` looks for
 
-    for option in MODEL_OPTIONS & vars(args).keys():
+    for option in options:
         named = getattr(args, option)
         if isinstance(named, str):
             setattr(args, option, os.fspath(resolve_model(named)))
