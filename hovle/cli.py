@@ -12,6 +12,7 @@ from .requirements import unmet
 COMMANDS = {
     "tiles": ("hovle.chat.tiles", "draw how a picture is cut into tiles and count its tokens"),
     "chat": ("hovle.chat.command", "talk with a model about pictures in the terminal"),
+    "caption": ("hovle.caption.command", "ask one question about many pictures, answers as JSON lines"),
     "serve": ("hovle.serve.command", "answer requests of OpenAI's chat API with a model"),
     "convert": ("hovle.convert.command", "turn a released checkpoint into a hovle model, and back"),
     "export": ("hovle.export.command", "write a model for engines that know nothing of hovle"),

@@ -19,7 +19,7 @@ FLOORS = [
     ["train.config", "train.parallel"],
     ["train.model"],
     ["train.data"],
-    ["train.objectives"],
+    ["train.objectives", "caption"],
     ["train.step"],
     ["train.plan"],
     ["train.monitor"],

@@ -24,6 +24,7 @@ from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from tqdm.auto import tqdm
 
+from ...inference.answers import answer_lengths
 from ...inference.prefixes import NOT_FOR_PREFIXES, PrefixCache
 from ...loading import load_model, load_processor
 from ..results import digest
@@ -305,7 +306,7 @@ class HoVLEChat(lmms):
         else:
             generated = self.model.generate(**inputs, **arguments)
         generated = generated[:, inputs["input_ids"].shape[1] :]
-        lengths = self._lengths_of(generated)
+        lengths = answer_lengths(generated, self.model.generation_config).tolist()
         prompt_lengths = inputs["attention_mask"].sum(dim=1).tolist()
         texts = self.processor.batch_decode(
             [row[:length] for row, length in zip(generated, lengths, strict=True)], skip_special_tokens=True
@@ -326,14 +327,6 @@ class HoVLEChat(lmms):
             label_images=self.label_pictures,
             processor_kwargs={"padding": True, **self.tile_limits},
         ).to(self.device, self.model.dtype)
-
-    def _lengths_of(self, generated: torch.Tensor) -> list[int]:
-        """Tokens of each row of shape `(B, T)` up to the first end token; what follows it is padding."""
-        ends = self.model.generation_config.eos_token_id
-        ends = torch.tensor([] if ends is None else ends, device=generated.device, dtype=generated.dtype).flatten()
-        is_end = torch.isin(generated, ends)
-        first = torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, generated.shape[1])
-        return first.tolist()
 
     def _report_speed(self, answers: list[Answer], elapsed_seconds: float) -> None:
         """Tell lmms-eval how fast it went; it puts `throughput` into its results."""

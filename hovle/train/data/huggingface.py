@@ -366,6 +366,20 @@ def record_from_row(row: dict, name: str, config: HuggingFaceData) -> Record:
     return Record(name, messages, unread=unread, regions=regions)
 
 
+def pictures_of_row(row: dict, name: str, config: HuggingFaceData) -> list[str | bytes]:
+    """Encoded pictures that stand in columns of a row, or the paths of their files, whatever else the row holds.
+
+    Raises:
+        SkipSampleError: Where there are none, or where they cannot be had.
+    """
+    if row.get(FAULT):
+        raise SkipSampleError(name, "malformed", f"{row[FAULT]}.")
+    pictures = _pictures(_renamed(_with_members(row, name), config, name), name, config)
+    if not pictures:
+        raise SkipSampleError(name, "no picture", f"its columns hold no picture; read are {_known_columns()}.")
+    return pictures
+
+
 def _with_members(row: dict, name: str) -> dict:
     """A row with the members of a tar as its columns, named by what follows the row's name, and those of its JSON."""
     if MEMBERS in row:

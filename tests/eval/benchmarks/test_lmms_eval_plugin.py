@@ -212,14 +212,6 @@ def test_an_answer_ends_before_the_first_of_its_stops(plugin):
     assert plugin.cut_at("one", [""]) == "one"
 
 
-def test_an_answer_ends_at_its_end_token(lm, monkeypatch):
-    generated = torch.tensor([[5, 2, 0, 0], [5, 6, 7, 8], [2, 0, 0, 0]])
-    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", [2, 9])
-    assert lm._lengths_of(generated) == [2, 4, 1]
-    monkeypatch.setattr(lm.model.generation_config, "eos_token_id", None)
-    assert lm._lengths_of(generated) == [4, 4, 4]
-
-
 def test_rounds_of_several_conversations_advance_together_and_end_each_on_its_own(lm, documents):
     seen = []
 

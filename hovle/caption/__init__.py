@@ -1,0 +1,1 @@
+"""Many pictures, one question: answers as JSON lines, fast, and nothing lost when the work is interrupted."""
