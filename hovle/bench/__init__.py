@@ -1,6 +1,7 @@
 """Measure how fast a part of hovle is on this machine, beside the usual way of doing it.
 
   hovle bench data     from picture files to tiles, beside Pillow
+  hovle bench caption  many pictures and one question, beside a loop over transformers' pipeline
   hovle bench serve    requests with a picture, from one client and from many at a time
   hovle bench train    training steps, beside transformers' Trainer and this machine's peak
 
@@ -10,7 +11,12 @@ the ones documents quote. `hovle bench PART --help` explains more.
 
 import argparse
 
-ACTIONS = {"data": "hovle.bench.data", "serve": "hovle.bench.serve", "train": "hovle.bench.train"}
+ACTIONS = {
+    "data": "hovle.bench.data",
+    "caption": "hovle.bench.caption",
+    "serve": "hovle.bench.serve",
+    "train": "hovle.bench.train",
+}
 """What can be measured -> the module that does."""
 
 

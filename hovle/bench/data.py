@@ -113,7 +113,7 @@ def bench_data(args: argparse.Namespace) -> dict:
     torch.set_num_threads(1)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            paths = _pictures(args, Path(folder))
+            paths = pictures_for(args.pictures, args.num_pictures, Path(folder))
             num_bytes = sum(path.stat().st_size for path in paths)
             figures = measure_data(paths, image_processor, args.rounds)
     finally:
@@ -130,16 +130,23 @@ def bench_data(args: argparse.Namespace) -> dict:
     }
 
 
-def _pictures(args: argparse.Namespace, folder: Path) -> list[Path]:
-    if args.pictures is None:
-        paths = [folder / f"{seed}.jpg" for seed in range(args.num_pictures)]
+def pictures_for(given: str | None, most: int, folder: Path) -> list[Path]:
+    """JPEG files to measure with: the first of a folder that is given, or photographs generated into another.
+
+    Args:
+        given: Folder with JPEG files, or None.
+        most: How many are wanted.
+        folder: Where photographs are written.
+    """
+    if given is None:
+        paths = [folder / f"{seed}.jpg" for seed in range(most)]
         for seed, path in enumerate(paths):
             generate_photograph(seed).save(path, quality=JPEG_QUALITY)
         return paths
-    found = (path for path in sorted(Path(args.pictures).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg"))
-    paths = list(itertools.islice(found, args.num_pictures))
+    found = (path for path in sorted(Path(given).rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg"))
+    paths = list(itertools.islice(found, most))
     if not paths:
-        raise ValueError(f"{args.pictures} holds no JPEG files.")
+        raise ValueError(f"{given} holds no JPEG files.")
     return paths
 
 
