@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from ...inference.answers import answer_lengths
 from ...inference.prefixes import NOT_FOR_PREFIXES, PrefixCache
 from ...loading import load_model, load_processor
+from ...model.backbones import CACHE
 from ..results import digest
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,9 @@ PASSED_ON = ("num_beams", "repetition_penalty", "length_penalty", "no_repeat_ngr
 
 WITHOUT_MEANING = ("image_aspect_ratio", "max_agentic_steps")
 """Arguments of tasks that are meant for other models or for the harness itself."""
+
+Pair = tuple[list[dict], str]
+"""A chat, and a continuation that is weighed as its reply."""
 
 DEFAULT_STOPS = ["\n\n"]
 """What lmms-eval puts into the settings of every task that names no stops (`TaskConfig.until`)."""
@@ -86,7 +90,7 @@ class HoVLEChat(lmms):
     """A HoVLE answering lmms-eval's chat requests.
 
     Attributes:
-        num_reused: Tokens of prompts answered by the last call that did not have to be read again.
+        num_reused: Tokens of prompts answered or weighed by the last call that did not have to be read again.
 
     Args:
         pretrained: Model folder or Hub id.
@@ -185,14 +189,30 @@ class HoVLEChat(lmms):
             For each request the mean negative log-likelihood of the continuation's tokens in nats, which is what
             lmms-eval's multiple-choice tasks compare (the smallest wins), and whether greedy decoding would give it.
         """
-        results: list[Likelihood] = []
-        starts = range(0, len(requests), self.batch_size)
-        for start in tqdm(starts, desc="Weighing", disable=self.rank != 0):
-            batch = requests[start : start + self.batch_size]
-            pairs = [self._likelihood_chat(request) for request in batch]
-            self.prompts_shown += [digest([outline(chat), continuation]) for chat, continuation in pairs]
-            results += self._weigh(pairs)
-        return results
+        results: dict[int, Likelihood] = {}
+        waiting: dict[int, Pair] = {}
+        self.num_reused = 0
+
+        def weigh_waiting() -> None:
+            results.update(zip(waiting, self._weigh(list(waiting.values())), strict=True))
+            waiting.clear()
+
+        pairs = enumerate(self._likelihood_chat(request) for request in requests)
+        with tqdm(total=len(requests), desc="Weighing", disable=self.rank != 0) as bar:
+            for _, run in itertools.groupby(pairs, key=lambda item: beginning(item[1][0]) or item[0]):
+                batch = dict(run)  # neighbours that begin alike, such as the choices of one question
+                self.prompts_shown += [digest([outline(chat), continuation]) for chat, continuation in batch.values()]
+                if len(batch) > 1:
+                    results |= {place: self._weigh_behind(*pair) for place, pair in batch.items()}
+                    self.prefixes.clear()
+                else:
+                    waiting |= batch
+                if len(waiting) == self.batch_size:
+                    weigh_waiting()
+                bar.update(len(batch))
+        if waiting:
+            weigh_waiting()
+        return [results[place] for place in range(len(requests))]
 
     # --- requests to chats -------------------------------------------------------------------------------------------
 
@@ -360,12 +380,26 @@ class HoVLEChat(lmms):
         places = torch.arange(inputs["input_ids"].shape[1], device=self.device)
         inputs["attention_mask"] = (places < lengths[:, None]).long()
         logits = self.model(**inputs, use_cache=False).logits
-        results = []
-        for row, prompt, reply in zip(logits, prompts, replies, strict=True):
-            scored = row[len(prompt) - 1 : len(prompt) - 1 + len(reply)].float()  # what predicts the reply's tokens
-            loss = torch.nn.functional.cross_entropy(scored, reply)
-            results.append(Likelihood(loss.item(), bool((scored.argmax(dim=-1) == reply).all())))
-        return results
+        rows_of = zip(logits, prompts, replies, strict=True)
+        return [
+            _likelihood(row[len(prompt) - 1 : len(prompt) - 1 + len(reply)], reply) for row, prompt, reply in rows_of
+        ]
+
+    @torch.inference_mode()
+    def _weigh_behind(self, chat: list[dict], continuation: str) -> Likelihood:
+        """As `_weigh`, for one reply behind what was read of earlier prompts."""
+        inputs, reply = self._encode([chat]), self._reply_ids(continuation)
+        begun = self.prefixes.begin(inputs, len(reply))
+        ids = torch.cat([inputs["input_ids"][0], reply])
+        rest = {name: begun.inputs[name] for name in ("pixel_values", CACHE) if name in begun.inputs}
+        if not len(rest.get("pixel_values", ())):
+            rest.pop("pixel_values", None)
+        logits = self.model(
+            input_ids=ids[None, begun.num_reused :], logits_to_keep=len(reply) + 1, use_cache=True, **rest
+        ).logits
+        self.prefixes.keep(begun, ids, begun.cache)
+        self.num_reused += begun.num_reused
+        return _likelihood(logits[0, :-1], reply)
 
     def _reply_ids(self, continuation: str) -> torch.Tensor:
         """Ids of a reply; the space that separates it from a plain text has no place after a chat's prompt."""
@@ -442,6 +476,12 @@ def _name(picture: Any) -> str:
     if not hasattr(picture, "tobytes"):
         return repr(picture)
     return hashlib.blake2b(picture.tobytes(), digest_size=16).hexdigest()
+
+
+def _likelihood(logits: torch.Tensor, reply: torch.Tensor) -> Likelihood:
+    """Of a reply, shape `(T,)`, by the logits that predict its tokens, `(T, V)`."""
+    loss = torch.nn.functional.cross_entropy(logits.float(), reply)
+    return Likelihood(loss.item(), bool((logits.argmax(dim=-1) == reply).all()))
 
 
 def _flat(pictures: Any) -> list:

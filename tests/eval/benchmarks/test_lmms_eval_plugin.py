@@ -244,6 +244,27 @@ def test_likelihoods_are_those_of_the_reply_whatever_shares_the_batch(lm, simple
     assert loss == pytest.approx(expected)
 
 
+def test_choices_about_the_same_picture_read_it_once(lm, documents):
+    """Neighbours that begin alike: equal likelihoods, and of the second on only what is new is read."""
+    asked = [documents[1], *[documents[2]] * 4, {**documents[2], "text": "Who?"}, documents[3]]
+    continuations = ["a cat", "two", "two apples", "two apples on the mat", "three", "dog", "b"]
+    alone = [
+        lm.loglikelihood(likelihood_requests(lm, [doc], [text]))[0]
+        for doc, text in zip(asked, continuations, strict=True)
+    ]
+    assert lm.num_reused == 0
+    together = lm.loglikelihood(likelihood_requests(lm, asked, continuations))
+    assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
+    torch.testing.assert_close([loss for loss, _ in together], [loss for loss, _ in alone], atol=1e-5, rtol=1e-5)
+    lengths = [
+        lm._encode([lm._likelihood_chat(one)[0]])["input_ids"].shape[1]
+        for one in likelihood_requests(lm, asked, continuations)
+    ]
+    assert lm.num_reused > 3 * (
+        lengths[1] - 1
+    )  # all but the last token of three prompts, and the pictures of a fourth
+
+
 def test_a_likelihood_is_the_loss_of_the_reply_tokens_alone(lm, documents):
     ((loss, is_greedy),) = lm.loglikelihood(likelihood_requests(lm, documents[:1], ["cat"]))
     inputs = lm._encode([lm._first_chat(requests_for(lm, documents[:1], {})[0])])
