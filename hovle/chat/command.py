@@ -4,7 +4,7 @@ examples:
   hovle chat --model runs/demo/instruction_tuning/model --image a.png
   hovle chat --model DIR --image a.png --image b.png -q "what differs?"     one answer, for scripts
   hovle chat --model GGUF_DIR --engine llama.cpp --quantization q8_0       what `hovle export --to gguf` wrote
-  hovle chat --model ONNX_DIR --engine onnx                                what `hovle export --to onnx` wrote
+  hovle chat --model DIR --engine openvino                                 what `--to openvino` wrote; also onnx
   hovle chat --model DIR --system "Answer in one word." --temperature 0.7
   hovle chat --model DIR --compile               graphs and a cache of fixed size: more tokens a second, after minutes
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="torch",
-        help="llama.cpp runs what `hovle export --to gguf` wrote, onnx what `--to onnx` did",
+        help="llama.cpp runs what `hovle export --to gguf` wrote, openvino and onnx what `--to` of their name did",
     )
     parser.add_argument("--quantization", choices=QUANTIZATIONS, default="f16", help="which file llama.cpp reads")
     parser.add_argument(

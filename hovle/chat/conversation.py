@@ -11,13 +11,14 @@ from transformers import BatchFeature
 
 from ..export.llama_cpp import LlamaCppForConditionalGeneration
 from ..export.onnx_runtime import OnnxForConditionalGeneration
+from ..export.openvino_runtime import OpenVinoForConditionalGeneration
 from ..inference import PrefixCache, optimize
 from ..loading import load_model, load_processor
 from ..model.pictures import load_picture
 from .saved import origin, write_messages
 from .streaming import AnswerPrinter
 
-ENGINES = ("torch", "llama.cpp", "onnx")
+ENGINES = ("torch", "llama.cpp", "openvino", "onnx")
 """What can run the model of a conversation."""
 
 
@@ -34,8 +35,8 @@ class Conversation:
             load.
         system: What the model is told before the conversation begins.
         temperature: 0 for the likeliest token each time, above it for a random choice by probability.
-        engine: What runs the model: "torch"; "llama.cpp" for a folder that `hovle export --to gguf` wrote; "onnx" for
-            one that `hovle export --to onnx` did.
+        engine: What runs the model: "torch"; "llama.cpp" for a folder that `hovle export --to gguf` wrote; "openvino"
+            or "onnx" for one of that format.
         quantization: Which file llama.cpp reads, one of `hovle.export.gguf.QUANTIZATIONS`.
         compiled: Whether torch runs the model compiled, as `hovle.optimize` makes it.
 
@@ -189,6 +190,8 @@ def _load_model(model: str | os.PathLike, engine: str, quantization: str, compil
         raise ValueError(f"{engine} is compiled already: --compile is for --engine torch.")
     if engine == "llama.cpp":
         return LlamaCppForConditionalGeneration.load(model, quantization)
+    if engine == "openvino":
+        return OpenVinoForConditionalGeneration.load(model)
     if engine == "onnx":
         return OnnxForConditionalGeneration.load(model)
     if engine != "torch":

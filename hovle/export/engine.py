@@ -29,6 +29,9 @@ class EngineDecoder(Protocol):
             features: Those embeddings, shape `(number of them, D)`.
         """
 
+    def forget(self) -> None:
+        """Start with an empty cache."""
+
 
 class EngineForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A decoder in another engine, one prompt at a time; made by `load` of the engine's own class.
@@ -92,6 +95,10 @@ class EngineForConditionalGeneration(PreTrainedModel, GenerationMixin):
             )
         logits = self.decoder.logits_after(ids, is_image, features)
         return CausalLMOutput(logits=torch.from_numpy(logits)[None, None])
+
+    def forget(self) -> None:
+        """Read the next prompt from its beginning, whatever it shares with the last one."""
+        self.decoder.forget()
 
     def _features(self, pixel_values: torch.Tensor) -> np.ndarray:
         """What the stem makes of tiles, kept for the steps in which it is asked for again."""

@@ -98,7 +98,11 @@ class Decoder:
         self.vocab_size = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.hidden_size = llama_cpp.llama_model_n_embd(self.model)
         self.num_positions = num_positions
-        self.known = Known(self.hidden_size)
+        self.forget()
+
+    def forget(self) -> None:
+        """Start with an empty cache."""
+        self.known = Known(self.hidden_size)  # `all_logits` takes out of llama.cpp's cache what is not known
 
     def logits_after(self, ids: np.ndarray, is_image: np.ndarray, features: np.ndarray) -> np.ndarray:
         """Logits of the token after a sequence, as `EngineDecoder` has it."""

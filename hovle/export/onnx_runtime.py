@@ -108,8 +108,12 @@ class Decoder:
 
     def __init__(self, folder: Path):
         self.words, self.layers = Graph(folder / WORDS), Graph(folder / DECODER)
-        self.known = Known(self.layers.shapes["inputs_embeds"][-1])
         self.past_names = past_names(len(self.layers.outputs) - 1)
+        self.forget()
+
+    def forget(self) -> None:
+        """Start with an empty cache."""
+        self.known = Known(self.layers.shapes["inputs_embeds"][-1])
         _, num_heads, _, head_size = self.layers.shapes[self.past_names[0]]
         self.past: list[Any] = [np.empty((1, num_heads, 0, head_size), np.float32) for _ in self.past_names]
 

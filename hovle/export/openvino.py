@@ -14,6 +14,7 @@ from torch import nn
 
 from .flat import FlatModel
 from .modules import ImageStem, TokenEmbeddings, sample_decoder_inputs, sample_pixels
+from .openvino_runtime import DECODER, HOVLE_CONFIG, STEM, WORDS
 from .write_stem import write_stem
 
 if TYPE_CHECKING:
@@ -48,11 +49,11 @@ def write(flat: FlatModel, folder: Path) -> list[str]:
     axis = torch.export.Dim.DYNAMIC
     stem = ImageStem(flat, whole_picture_only=_num_tiles(flat) == 1)
     graph = _trace(stem, {"pixel_values": sample_pixels(flat)}, {"pixel_values": {0: axis}})
-    _save(graph, folder / "openvino_vision_embeddings_model.xml", ["image_features"])
+    _save(graph, folder / STEM, ["image_features"])
     ids = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
     graph = _trace(TokenEmbeddings(flat), ids, {"input_ids": {0: axis, 1: axis}})
-    _save(graph, folder / "openvino_text_embeddings_model.xml", ["inputs_embeds"])
-    _save(_trace(flat.decoder, sample_decoder_inputs(flat), None), folder / "openvino_language_model.xml", ["logits"])
+    _save(graph, folder / WORDS, ["inputs_embeds"])
+    _save(_trace(flat.decoder, sample_decoder_inputs(flat), None), folder / DECODER, ["logits"])
     _write_documents(flat, folder)
     _write_tokenizer(flat, folder)
     write_stem(flat, folder)
@@ -101,7 +102,7 @@ def _save(graph: "openvino.Model", path: Path, names: list[str]) -> None:
 
 
 def _write_documents(flat: FlatModel, folder: Path) -> None:
-    """Write what GenAI reads of the model, of pictures and of generation."""
+    """Write what GenAI reads of the model, of pictures and of generation, and what `openvino_runtime.py` does."""
     assert flat.processor is not None
     config = {
         "model_type": "internvl_chat",
@@ -117,6 +118,8 @@ def _write_documents(flat: FlatModel, folder: Path) -> None:
         "image_std": list(flat.image_processor.image_std),
         "patch_size": flat.config.patch_size,
     }
+    flat.processor.save_pretrained(folder)
+    flat.config.to_json_file(folder / HOVLE_CONFIG)
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / "preprocessor_config.json").write_text(json.dumps(pictures, indent=1), encoding="utf-8")
     flat.generation_config.save_pretrained(folder)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
+from hovle.chat import Conversation
 from hovle.export.command import export
 from hovle.export.flat import load_flat
 from hovle.export.openvino import write
@@ -24,6 +25,11 @@ def test_a_model_without_a_tokenizer_is_refused(tmp_path, save_model):
     save_model(tmp_path / "model", with_processor=False)
     with pytest.raises(ValueError, match="no tokenizer"):
         write(load_flat(tmp_path / "model"), tmp_path / "exported")
+
+
+def test_an_engine_without_its_files_says_what_makes_them(model_folder):
+    with pytest.raises(ValueError, match=r"hovle export MODEL DST --to openvino|pip install 'hovle\[openvino\]'"):
+        Conversation(model_folder, engine="openvino")
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +66,21 @@ def test_genai_answers_as_the_model_where_nothing_is_resized(backend, exported, 
     )
     ids = model.generate(**inputs, min_new_tokens=8, max_new_tokens=8, do_sample=False)
     assert found == processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_a_conversation_in_openvino_says_what_one_in_torch_says(exported, model_folder, pictures):
+    talks = [Conversation(model_folder, 6), Conversation(exported, 6, engine="openvino")]
+    for talk in talks:
+        talk.add_images([pictures[1]])
+    for question in ("What is it?", "And now?"):
+        first, second = (talk.answer(question) for talk in talks)
+        assert first == second
+    for talk in talks:
+        talk.restart()
+        talk.add_images([pictures[2], pictures[3]])
+    first, second = (talk.answer("What differs?") for talk in talks)
+    assert first == second
 
 
 @pytest.mark.slow
