@@ -2,6 +2,7 @@
 
   hovle bench data     from picture files to tiles, beside Pillow
   hovle bench caption  many pictures and one question, beside a loop over transformers' pipeline
+  hovle bench engines  answers in torch, llama.cpp, OpenVINO and ONNX Runtime, beside one another
   hovle bench serve    requests with a picture, from one client and from many at a time
   hovle bench train    training steps, beside transformers' Trainer and this machine's peak
 
@@ -14,6 +15,7 @@ import argparse
 ACTIONS = {
     "data": "hovle.bench.data",
     "caption": "hovle.bench.caption",
+    "engines": "hovle.bench.engines",
     "serve": "hovle.bench.serve",
     "train": "hovle.bench.train",
 }
