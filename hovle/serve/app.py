@@ -298,7 +298,7 @@ class ChatService:
                 param="messages",
                 code="context_length_exceeded",
             )
-        return positions - num_tokens
+        return int(min(positions - num_tokens, self._engine.most_new_tokens(num_tokens)))
 
 
 async def _read_body(request: Request, share: Share) -> bytes:

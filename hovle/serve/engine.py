@@ -6,6 +6,7 @@ Compiled graphs must stay in their thread, and nobody else may use the model mea
 import abc
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -19,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from ..inference import Batch, PrefixCache, Row
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
+from ..model.rotary import rope_switch
 from .failures import RequestError
 from .generation import Answer, ScoreChanges, Settings
 from .limits import BatchLimits
@@ -80,6 +82,10 @@ class Engine(abc.ABC):
     def num_in_work(self) -> int:
         """Answers that grow."""
         return len(self._in_work)
+
+    def most_new_tokens(self, num_tokens: int) -> float:
+        """Tokens that may follow a prompt of so many, whatever the model's positions."""
+        return math.inf
 
     def start(self, inputs: Mapping[str, Any], settings: Settings) -> Answer:
         """Let the model answer to `inputs`, a prompt of one row; `Answer.begun` says when they are taken up.
@@ -162,7 +168,12 @@ class BatchingEngine(Engine):
         self._limits = limits
         self._batch = Batch(PrefixCache(model, limits.prefix_bytes))
         self._bytes_per_token = 0.0  # the most of any row so far
+        self._rope_switch = min(map(rope_switch, model.model.rotary_embs))
         super().__init__(model, tokenizer, metrics)
+
+    def most_new_tokens(self, num_tokens: int) -> float:
+        """Tokens that may follow a prompt of so many: from longrope's switch on, keys in a cache would turn."""
+        return self._rope_switch - num_tokens + 1 if num_tokens <= self._rope_switch else math.inf
 
     def _has_room(self, waiting: _Waiting) -> bool:
         if not self._in_work:

@@ -374,6 +374,22 @@ def test_web_pages_of_named_origins_may_use_the_server_and_no_others(client, mak
     assert "access-control-allow-origin" not in client.get("/v1/models", headers=asked).headers
 
 
+def test_an_answer_ends_where_longrope_would_turn_what_was_read(tiny_config, make_tokenizer):
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 96}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    torch.manual_seed(0)
+    model = HoVLEForConditionalGeneration(tiny_config(text_config={"rope_parameters": rope})).eval()
+    model.generation_config.eos_token_id = None
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(), image_size=56, max_tiles=4)
+    with TestClient(build_app(model, processor, ServerOptions("tiny"))) as client:
+        short = ask(client, max_tokens=200)
+        assert short["usage"]["total_tokens"] == 97
+        assert short["choices"][0]["finish_reason"] == "length"
+        beyond = ask(client, {"role": "user", "content": "hello " * 40}, max_tokens=20)
+        assert beyond["usage"]["prompt_tokens"] > 96
+        assert beyond["usage"]["completion_tokens"] == 20
+
+
 # --- keys and metrics ------------------------------------------------------------------------------------------------
 
 
