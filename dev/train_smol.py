@@ -8,7 +8,8 @@ its share of the minutes left allows. Checkpoints are written as the recipes say
 interruption, with the steps that were planned. At the end the last model lies in OUT/pieces, in pieces of 16 MiB that
 `dev/pieces.py join` puts together; after an interruption, `dev/pieces.py cut` does the same with any stage's model.
 
-Arguments `key=value` change all recipes, for instance rows_per_batch=32 on a GPU.
+Arguments `key=value` change all recipes, `STAGE:key=value` one: rows_per_batch=32 on a GPU, and, where pictures are
+seen once or twice only, distillation:teacher.0.cache=null for each teacher. Filling a cache takes of the minutes.
 """
 
 import argparse
@@ -37,7 +38,7 @@ def main() -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of data, runs and pieces")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of all recipes")
+    parser.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value", help="fields of all recipes or of one")
     parser.add_argument("--cache", type=Path, required=True, help="filled by `hovle fetch` beforehand")
     parser.add_argument("--replay", type=Path, required=True, help="what `hovle data replay` wrote")
     parser.add_argument("--minutes", type=float, required=True, help="for all three stages; the mix comes on top")
@@ -76,11 +77,11 @@ def build(args: argparse.Namespace, environment: dict[str, str]) -> None:
 
 def train(stage: str, args: argparse.Namespace, environment: dict[str, str], ends_at: float) -> None:
     """Train a stage, or go on with it; how many steps it takes is planned once and kept."""
-    plan = args.out / f"{stage}.json"
+    plan, overrides = args.out / f"{stage}.json", overrides_of(stage, args.overrides)
     if not plan.is_file():
         probe = args.out / "runs" / "probe" / stage
         shutil.rmtree(probe, ignore_errors=True)
-        settings = [f"output={probe.relative_to(args.out)}", *args.overrides, *PROBE]
+        settings = [f"output={probe.relative_to(args.out)}", *overrides, *PROBE]
         hovle(["train", f"smol/{stage}", *settings], args, environment)
         seconds = step_seconds(probe / "log.jsonl")
         left = [share for name, share in STAGES.items() if list(STAGES).index(name) >= list(STAGES).index(stage)]
@@ -89,8 +90,22 @@ def train(stage: str, args: argparse.Namespace, environment: dict[str, str], end
         plan.write_text(json.dumps({"num_steps": num_steps, "step_seconds": seconds}) + "\n", encoding="utf-8")
     planned = json.loads(plan.read_text(encoding="utf-8"))
     say(f"{stage}: {planned['num_steps']} steps of {planned['step_seconds']:.2f} s")
-    settings = [*args.overrides, f"num_steps={planned['num_steps']}", "--resume"]
+    settings = [*overrides, f"num_steps={planned['num_steps']}", "--resume"]
     hovle(["train", f"smol/{stage}", *settings], args, environment)
+
+
+def overrides_of(stage: str, overrides: list[str]) -> list[str]:
+    """Those for all stages, and those for this one without its name; ValueError for another name."""
+    found = []
+    for override in overrides:
+        name, separator, rest = override.partition(":")
+        if not separator or "=" in name:
+            found.append(override)
+        elif name not in STAGES:
+            raise ValueError(f"{override!r}: there is no stage {name!r}; there are {', '.join(STAGES)}.")
+        elif name == stage:
+            found.append(rest)
+    return found
 
 
 def step_seconds(log: Path) -> float:

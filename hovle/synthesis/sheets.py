@@ -20,11 +20,11 @@ LINE_HEIGHT, NUM_LINES, LINE_LENGTH = 13, 11, 40
 _INK, _PAPER, _FRAME = (30, 30, 30), (255, 255, 255), (230, 40, 200)
 
 
-def draw_sheet(samples: Sequence[Sample], title: str) -> Image.Image:
-    """A sheet of pictures, each with its regions framed and its questions and answers below."""
+def draw_sheet(samples: Sequence[Sample], title: str, num_lines: int = NUM_LINES) -> Image.Image:
+    """A sheet of pictures, each with its regions framed and its questions and answers below, in so many lines."""
     heights = [_shown(sample).height for sample in samples]
     rows = [heights[start : start + COLUMNS] for start in range(0, len(heights), COLUMNS)]
-    captions = NUM_LINES * LINE_HEIGHT + 10
+    captions = num_lines * LINE_HEIGHT + 10
     sheet = Image.new("RGB", (COLUMNS * CELL + 8, 30 + sum(max(row) + captions for row in rows)), _PAPER)
     draw = ImageDraw.Draw(sheet)
     draw.text((8, 6), title, fill=_INK, font=ImageFont.load_default(15))
@@ -33,7 +33,7 @@ def draw_sheet(samples: Sequence[Sample], title: str) -> Image.Image:
         for column, sample in enumerate(samples[number * COLUMNS : (number + 1) * COLUMNS]):
             left = column * CELL + 8
             sheet.paste(_shown(sample), (left, top))
-            caption = "\n".join(caption_lines(sample))
+            caption = "\n".join(caption_lines(sample, num_lines))
             draw.multiline_text(
                 (left, top + max(row) + 3), caption, fill=_INK, font=ImageFont.load_default(10), spacing=1
             )
@@ -53,13 +53,13 @@ def _shown(sample: Sample) -> Image.Image:
     return image
 
 
-def caption_lines(sample: Sample) -> list[str]:
+def caption_lines(sample: Sample, num_lines: int = NUM_LINES) -> list[str]:
     """Questions and answers in short lines, no more than there is room for."""
     lines = []
     for question in sample.questions:
         pair = _plain(f"{question.text} -> {question.answer}".replace("\n", " / "))
         lines += textwrap.wrap(pair, LINE_LENGTH, subsequent_indent="  ")
-    return lines if len(lines) <= NUM_LINES else [*lines[: NUM_LINES - 1], "..."]
+    return lines if len(lines) <= num_lines else [*lines[: num_lines - 1], "..."]
 
 
 def _plain(text: str) -> str:

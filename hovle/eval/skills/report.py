@@ -23,6 +23,9 @@ METRICS = {
 }
 """How tables call what is measured."""
 
+NUM_LINES = 5
+"""Of text below an example."""
+
 HEADS = (
     *("ability", "measured", "model", "95 % interval", "asked for"),
     *("one answer", "white pictures", "neighbours", "items"),
@@ -134,7 +137,7 @@ def draw_examples(answered: Sequence[Answered]) -> Image.Image:
         num_right = min(len(right), max(SHOWN, COLUMNS - len(wrong)))
         chosen = [("right", *pair) for pair in right[:num_right]]
         chosen += [("wrong", *pair) for pair in wrong[: COLUMNS - num_right]]
-        sheets.append(draw_sheet([_example(*one) for one in chosen], found.bar.title))
+        sheets.append(draw_sheet([_example(*one) for one in chosen], found.bar.title, NUM_LINES))
     return _stacked(sheets)
 
 

@@ -157,7 +157,7 @@ def test_a_model_is_scored_with_baselines_examples_and_every_answer(
     assert "| time to five minutes" in page
     assert "missed" in page
     with Image.open(tmp_path / "examples.png") as examples:
-        assert examples.height > 400  # a row for each ability whose pictures are shown
+        assert examples.height > 300  # a row for each ability whose pictures are shown
     assert "Written: " in capsys.readouterr().out
 
 
