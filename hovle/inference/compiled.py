@@ -128,6 +128,9 @@ def _refuse(model: Any) -> None:
         raise ValueError("The model is in training mode, in which it drops and caches nothing: call model.eval().")
     if len(set(getattr(model, "hf_device_map", {None: None}).values())) > 1:
         raise ValueError("The model lies on several devices, between which hooks move tensors: load it onto one.")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_compileable:
+        raise ValueError(f"Weights quantized by {type(quantizer).__name__} cannot be compiled; those of torchao can.")
     text_config = model.config.text_config
     if (attention := text_config._attn_implementation) not in ("sdpa", "eager"):
         raise ValueError(f"A static cache needs sdpa or eager attention, not {attention}.")

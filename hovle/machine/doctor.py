@@ -31,6 +31,7 @@ OPTIONAL = {
     "sentencepiece": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "protobuf": ("hovle[convert]", "the tokenizer of released checkpoints"),
     "bitsandbytes": ("hovle[quant]", "alignment against an 8- or 4-bit language model"),
+    "torchao": ("hovle[quant]", "answers with int8 or int4 weights"),
     "fastapi": ("hovle[serve]", "hovle serve"),
     "uvicorn": ("hovle[serve]", "hovle serve"),
     "openai": ("hovle[serve]", "hovle serve"),

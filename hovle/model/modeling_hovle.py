@@ -61,6 +61,7 @@ from .image_tokens import pixel_shuffle
 from .language_model import FromLanguageModelMixin
 from .masks import Masks, count_positions
 from .pixels import normalize_pixels
+from .quantization import check_quantized, leave_stem_and_head, refuse_wrong_device
 from .rotary import embedding_rope_config
 
 IGNORE_INDEX = -100
@@ -177,12 +178,16 @@ class HoVLEPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *model_args: Any, **kwargs: Any) -> Any:
         """Load a saved HoVLE as the base class does, whole or not at all.
 
-        ValueError for a model of another type, and for missing weights, which `output_loading_info=True` reports.
+        ValueError for a model of another type, for missing weights, which `output_loading_info=True` reports, and for
+        a `quantization_config` that is known to go wrong; stem and head keep their format unless it says otherwise.
         """
         wants_report = kwargs.pop("output_loading_info", False)
+        leave_stem_and_head(kwargs.get("quantization_config"))
+        refuse_wrong_device(kwargs.get("quantization_config"), kwargs.get("device_map"))
         model, report = super().from_pretrained(
             pretrained_model_name_or_path, *model_args, output_loading_info=True, **kwargs
         )
+        check_quantized(model)
         if wants_report:
             return model, report
         if pretrained_model_name_or_path is not None:

@@ -10,7 +10,8 @@ import torch._dynamo
 from tiny_models import IMAGE, TEXT, shake
 from torch import nn
 from torch._dynamo.utils import counters
-from transformers import DynamicCache, LlamaConfig, MistralConfig
+from torchao.quantization import Int8WeightOnlyConfig
+from transformers import DynamicCache, LlamaConfig, MistralConfig, TorchAoConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import hovle
@@ -187,6 +188,15 @@ def test_weights_that_changed_are_refused(graphs):
         model.lm_head.weight.mul_(2)
     with pytest.raises(ValueError, match="weights changed after it was optimized"):
         greedy(model, PROMPTS[0])
+
+
+def test_int8_weights_give_the_same_tokens(graphs, tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    config = TorchAoConfig(Int8WeightOnlyConfig())
+    model = HoVLEForConditionalGeneration.from_pretrained(tmp_path, quantization_config=config)
+    expected = greedy(model, PROMPTS[1])
+    assert torch.equal(greedy(hovle.optimize(model), PROMPTS[1]), expected)
+    assert len(graphs) == GRAPHS
 
 
 def test_a_saved_model_is_a_plain_one(graphs, tmp_path):
