@@ -7,6 +7,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import jinja2
 import torch
 
 from ..inference.answers import answer_lengths
@@ -43,6 +44,9 @@ class Captioner:
         processor: Of the model; its image processor's settings say how pictures are cut.
         prompt: The question.
         max_new_tokens: Longest answer in tokens.
+
+    Raises:
+        ValueError: When the chat template does not take the prompt, or leaves no room for an answer about any picture.
     """
 
     def __init__(
@@ -50,6 +54,10 @@ class Captioner:
     ):
         self.model, self.processor, self.prompt, self.max_new_tokens = model, processor, prompt, max_new_tokens
         self._prompts: dict[tuple[int, ...], list[int]] = {}
+        try:
+            self.prompt_ids([1])
+        except jinja2.TemplateError as error:
+            raise ValueError(f"The model's chat template refuses the prompt: {error}") from error
 
     def count_tiles(self, item: Item) -> int:
         """Tiles of an item by its pictures' headers; 0 where they cannot be read, which `read` will say."""

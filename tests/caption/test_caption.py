@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from PIL import Image
 from tiny_models import shake
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
+from hovle.inference import ImageSession
 
 SIZES = [(60, 60), (300, 100), (100, 300), (60, 60), (400, 400), (90, 60), (60, 90), (200, 60), (61, 61), (70, 70)]
 
@@ -108,11 +110,37 @@ def test_options_reach_the_pictures_and_are_kept_apart(folder, photos, expected,
     assert "was made with max_tiles 1, now it is 2" in capsys.readouterr().err
 
 
-def test_a_prompt_that_leaves_no_room_for_an_answer_is_an_error_of_its_picture(folder, photos, tmp_path):
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_an_error_of_its_picture(folder, photos, tmp_path, capsys):
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what is it?"}]}]
+    [ids] = HoVLEProcessor.from_pretrained(folder).encode_chats([chat], [1], add_generation_prompt=True)
+    short = shutil.copytree(folder, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = len(ids) + 6
+    (short / "config.json").write_text(json.dumps(config))
     out = tmp_path / "out.jsonl"
-    assert cli.main(arguments(folder, out, photos, **{"max-new-tokens": 1000})) == 1
-    errors = [line for line in read(out) if "error" in line]
-    assert "the answer up to 1,000; the model has 1,024 positions" in errors[0]["error"]
+    sources = [photos / "0" / "0.png", photos / "1" / "0.png"]  # one tile, and several
+    assert cli.main(arguments(short, out, *sources)) == 1
+    first, second = read(out)
+    assert "caption" in first
+    assert f"the answer up to 6; the model has {len(ids) + 6} positions" in second["error"]
+    assert cli.main(arguments(short, tmp_path / "other.jsonl", *sources, **{"max-new-tokens": 7})) == 1
+    assert "hovle caption: its prompt takes" in capsys.readouterr().err
+    assert not read(tmp_path / "other.jsonl")
+
+
+def test_pictures_of_a_row_are_shown_together(folder, photos, expected, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    files = [Path(line["name"]).read_bytes() for line in expected[:3]]
+    rows = {"images": [[{"bytes": file, "path": None} for file in files[:number]] for number in (1, 2)]}
+    features = datasets.Features({"images": [datasets.Image()]})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "data.parquet")
+    assert cli.main(arguments(folder, tmp_path / "out.jsonl", tmp_path / "data.parquet")) == 0
+    first, second = read(tmp_path / "out.jsonl")
+    assert first == {**expected[0], "name": f"{tmp_path / 'data.parquet'}[0]"}
+    session = ImageSession(
+        HoVLEForConditionalGeneration.from_pretrained(folder).eval(), HoVLEProcessor.from_pretrained(folder), files[:2]
+    )
+    assert second["caption"] == session.ask("what is it?", max_new_tokens=6, do_sample=False)
 
 
 def test_memory_that_runs_out_says_how_to_go_on(folder, photos, tmp_path, capsys, monkeypatch):
