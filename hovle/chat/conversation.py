@@ -1,8 +1,9 @@
 """A conversation with a model about pictures."""
 
+import copy
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jinja2
@@ -16,7 +17,7 @@ from ..inference import PrefixCache, optimize
 from ..loading import load_model, load_processor
 from ..model.pictures import load_picture
 from .saved import origin, write_messages
-from .streaming import AnswerPrinter
+from .streaming import AnswerPrinter, stream_text
 
 ENGINES = ("torch", "llama.cpp", "openvino", "onnx")
 """What can run the model of a conversation."""
@@ -43,6 +44,7 @@ class Conversation:
     Attributes:
         messages: What was said so far, without `system`.
         images: Items of pictures for the next question.
+        answer_ids: Tokens of the last answer.
         stopped_by: What the last answer reached before the model said it was done; None where it said so.
 
     Raises:
@@ -82,7 +84,20 @@ class Conversation:
         """Forget what was said and shown."""
         self.messages: list[dict] = []
         self.images: list[dict] = []
+        self.answer_ids: list[int] = []
         self.stopped_by: str | None = None
+
+    def another(self, messages: Sequence[dict] = (), images: Sequence[dict] = ()) -> "Conversation":
+        """A conversation of its own with the same model, which reads nothing again that it read in any of them.
+
+        Args:
+            messages: What was said in it so far, as in the attribute.
+            images: Pictures for its next question, as in the attribute.
+        """
+        found = copy.copy(self)
+        found.restart()
+        found.messages, found.images = list(messages), list(images)
+        return found
 
     def add_images(self, sources: Sequence[Any]) -> None:
         """Load pictures now, so that a broken one is refused at once and none is loaded again in a later turn.
@@ -99,10 +114,7 @@ class Conversation:
         Raises:
             ValueError: When the model has no position left for an answer, or its template refuses the messages.
         """
-        self.stopped_by = None
-        asked = _message("user", question, self.images)
-        inputs = self._encode([*self.messages, asked])
-        num_said, num_new = inputs["input_ids"].shape[1], self._count_new(inputs["input_ids"].shape[1])
+        asked, inputs, num_new = self._prepare(question)
         streamer = AnswerPrinter(self.processor.tokenizer) if stream else None
         try:
             generated = self._generate(inputs, **self.sampling, max_new_tokens=num_new, streamer=streamer)
@@ -111,7 +123,35 @@ class Conversation:
                 streamer.end()  # prints what waits for the end of a word
                 self._keep(asked, streamer.ids)
             raise
-        ids = generated[0, num_said:].tolist()
+        return self._finish(asked, inputs, generated, num_new)
+
+    def stream(self, question: str) -> Generator[str, None, None]:
+        """Ask as `answer` does, and yield the answer piece by piece as it comes.
+
+        Who closes the iterator early ends the answer; as far as it came, it is part of the conversation.
+        """
+        asked, inputs, num_new = self._prepare(question)
+        found: list[torch.Tensor] = []
+
+        def generate(**options: Any) -> None:
+            found.append(self._generate(inputs, **self.sampling, max_new_tokens=num_new, **options))
+
+        try:
+            yield from stream_text(generate, self.processor.tokenizer)
+        finally:
+            if found:
+                self._finish(asked, inputs, found[0], num_new)
+
+    def _prepare(self, question: str) -> tuple[dict, BatchFeature, int]:
+        """The message that asks, what the model reads up to its end, and how many tokens the answer may take."""
+        self.stopped_by = None
+        asked = _message("user", question, self.images)
+        inputs = self.encode([*self.messages, asked])
+        return asked, inputs, self._count_new(inputs["input_ids"].shape[1])
+
+    def _finish(self, asked: dict, inputs: BatchFeature, generated: torch.Tensor, num_new: int) -> str:
+        """Say what cut the answer, if anything did, and keep it."""
+        ids = generated[0, inputs["input_ids"].shape[1] :].tolist()
         if len(ids) == num_new and ids[-1] not in self._end_ids:
             is_wanted = num_new == self.max_new_tokens
             self.stopped_by = f"{'max_new_tokens' if is_wanted else 'the end of its positions'} ({num_new:,} tokens)"
@@ -134,7 +174,12 @@ class Conversation:
             raise ValueError("Nothing was said yet; there is nothing to save.")
         write_messages([*self.system, *self.messages], path)
 
-    def _encode(self, messages: list[dict]) -> BatchFeature:
+    def encode(self, messages: Sequence[dict]) -> BatchFeature:
+        """What the model reads before it answers to messages, `system` before them.
+
+        Raises:
+            ValueError: When its template refuses the messages.
+        """
         try:
             return self.processor.apply_chat_template(
                 [*self.system, *messages],
@@ -167,7 +212,7 @@ class Conversation:
     def _keep(self, asked: dict, ids: list[int]) -> str:
         """Add a question and its answer to what was said; return the answer."""
         reply = self.processor.decode(ids, skip_special_tokens=True).strip()
-        self.images = []
+        self.images, self.answer_ids = [], ids
         self.messages = [*self.messages, asked, _message("assistant", reply)]
         return reply
 

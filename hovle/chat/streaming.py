@@ -1,7 +1,7 @@
 """Answers that come piece by piece."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,20 +24,34 @@ def stream_answer(model: PreTrainedModel, processor: HoVLEProcessor, **kwargs: A
 
     Who leaves the loop early, or closes the iterator, ends generation with the next token.
     """
-    streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    own = list(kwargs.pop("stopping_criteria", None) or [])
+
+    def generate(stopping_criteria: list[StoppingCriteria], **more: Any) -> None:
+        model.generate(**kwargs, **more, stopping_criteria=[*own, *stopping_criteria])
+
+    return stream_text(generate, processor.tokenizer)
+
+
+def stream_text(generate: Callable[..., Any], tokenizer: Any) -> Iterator[str]:
+    """Call something that generates in a thread, and yield its text as it comes; errors and early ends as above.
+
+    Args:
+        generate: Takes `streamer` and `stopping_criteria`. It has returned, or raised, once the iterator has ended.
+        tokenizer: Makes text of ids.
+    """
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     nobody_reads = threading.Event()
     errors: list[BaseException] = []
 
-    def generate() -> None:
+    def work() -> None:
         try:
-            criteria = [*(kwargs.pop("stopping_criteria", None) or []), _WhenSet(nobody_reads)]
-            model.generate(**kwargs, streamer=streamer, stopping_criteria=criteria)
+            generate(streamer=streamer, stopping_criteria=[_WhenSet(nobody_reads)])
         except BaseException as error:  # the reader's thread raises it
             errors.append(error)
         finally:
             streamer.text_queue.put(streamer.stop_signal)
 
-    thread = threading.Thread(target=generate, name="hovle-answer", daemon=True)
+    thread = threading.Thread(target=work, name="hovle-answer", daemon=True)
     thread.start()
     try:
         yield from streamer

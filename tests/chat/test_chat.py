@@ -53,6 +53,51 @@ def test_a_conversation_remembers_turns_and_pictures(model_folder, pictures):
     assert conversation.messages == []
 
 
+def test_a_streamed_answer_is_the_answer_and_is_kept(model_folder, pictures):
+    conversation = Conversation(model_folder, max_new_tokens=6)
+    conversation.add_images([pictures[0]])
+    asked_twice = [conversation, conversation.another(images=conversation.images)]
+    whole, pieces = asked_twice[0].answer("what is it?"), list(asked_twice[1].stream("what is it?"))
+    assert "".join(pieces).strip() == whole
+    for found in asked_twice:
+        assert len(found.answer_ids) == 6
+        assert found.stopped_by == "max_new_tokens (6 tokens)"
+        assert found.messages == conversation.messages
+        assert found.images == []
+
+
+def test_a_stream_that_is_closed_early_is_kept_as_far_as_it_came(model_folder):
+    conversation = Conversation(model_folder, max_new_tokens=900)
+    pieces = conversation.stream("what is it?")
+    next(pieces)
+    pieces.close()
+    assert 0 < len(conversation.answer_ids) < 900
+    assert conversation.stopped_by is None
+    said = conversation.processor.decode(conversation.answer_ids, skip_special_tokens=True).strip()
+    assert conversation.messages[-1]["content"][0]["text"] == said
+
+
+def test_a_stream_that_fails_leaves_question_and_pictures_unsaid(model_folder, pictures, monkeypatch):
+    conversation = Conversation(model_folder)
+    conversation.add_images([pictures[0]])
+    monkeypatch.setattr(conversation.model, "generate", lambda **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        list(conversation.stream("what is it?"))
+    assert conversation.messages == []
+    assert len(conversation.images) == 1
+
+
+def test_another_conversation_goes_on_with_what_the_first_has_read(model_folder, pictures):
+    first = Conversation(model_folder, max_new_tokens=3)
+    first.add_images([pictures[0]])
+    first.answer("what is it?")
+    other = first.another(first.messages)
+    other.answer("and now?")
+    assert other.prefixes.num_reused > len(first.answer_ids) + 4  # a tile has 4 tokens
+    assert (len(first.messages), len(other.messages)) == (2, 4)
+    assert other.model is first.model
+
+
 @pytest.mark.parametrize("option", ["--label-images", "--label-pictures"])
 def test_pictures_can_share_a_budget_and_be_numbered(model_folder, pictures, monkeypatch, capsys, option):
     prompts = []
@@ -253,7 +298,7 @@ def test_a_conversation_beyond_the_positions_of_the_model_is_refused_until_a_new
 
 def test_an_answer_ends_at_the_last_position_and_says_so(model_folder, capsys):
     conversation = Conversation(model_folder, max_new_tokens=3)
-    num_said = conversation._encode([{"role": "user", "content": "hi"}])["input_ids"].shape[1]
+    num_said = conversation.encode([{"role": "user", "content": "hi"}])["input_ids"].shape[1]
     narrow(model_folder, num_said + 5)
     assert cli.main(["chat", "--model", str(model_folder), "-q", "hi"]) == 0
     assert "cut: it reached the end of its positions (5 tokens)" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What attention of a model is read and summed up: by layer, by kind of token, and where each answer token looks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,30 +31,46 @@ class AttentionReading:
 
     def mean_map(self, section: Section, layers: list[LayerReading]) -> list[tuple[Any, Any]]:
         """For each answer token, mean attention over a section's layers: over the picture, over the thumbnail."""
-        grid = self.tested.grid_of(section, self.prompt)
+        grid = self.tested.grid_of(section, self.prompt.grid)
         maps = torch.stack([layer.answer_maps for layer in layers]).mean(dim=0)
         return [grid.split(row) for row in maps]
 
 
-@torch.inference_mode()
 def read_attention(tested: ModelUnderTest, prompt: PromptInputs, answer: torch.Tensor) -> AttentionReading:
-    """Run a model over a prompt and its answer and reduce each layer's attention.
+    """Run a model over a prompt with one picture and its answer, and reduce each layer's attention.
 
     Args:
         tested: The model.
         prompt: The prompt.
         answer: Ids of the answer, shape `(A,)`.
     """
-    input_ids = torch.cat([prompt.inputs["input_ids"][0], answer[:-1]])
+    return AttentionReading(tested, prompt, answer, read_layers(tested, prompt.inputs, answer))
+
+
+@torch.inference_mode()
+def read_layers(
+    tested: ModelUnderTest, inputs: Mapping[str, torch.Tensor], answer: torch.Tensor
+) -> list[tuple[Section, list[LayerReading]]]:
+    """Run a model over a prompt with any number of pictures and its answer, and reduce each layer's attention.
+
+    Args:
+        tested: The model.
+        inputs: `input_ids` of shape `(1, T)` and `pixel_values` of the prompt.
+        answer: Ids of the answer, shape `(A,)`.
+
+    Returns:
+        Sections from the bottom up, with a reading of each of their layers.
+    """
+    input_ids = torch.cat([inputs["input_ids"][0], answer[:-1]])
     sections = tested.sections(input_ids, len(answer))
     with probing(sections) as probe:
         tested.model(
             input_ids=input_ids[None],
-            pixel_values=prompt.inputs["pixel_values"],
+            pixel_values=inputs["pixel_values"],
             use_cache=False,
             logits_to_keep=1,
         )
-    return AttentionReading(tested, prompt, answer, [(section, probe.readings(section)) for section in sections])
+    return [(section, probe.readings(section)) for section in sections]
 
 
 def summarize(found: AttentionReading) -> dict:

@@ -39,12 +39,20 @@ class ModelUnderTest:
 
     Args:
         path: Model folder or Hub id.
+        loaded: The model and the processor that are there, where they are in memory already.
 
     Raises:
         ValueError: For a folder without a model, and for a model of another kind.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, loaded: tuple[Any, Any] | None = None):
+        self.model: Any
+        self.processor: Any
+        if loaded is not None:
+            self.path = path
+            self.model, self.processor = loaded
+            self.kind = self.model.config.model_type
+            return
         with reading(path, weights=False):
             kind = AutoConfig.from_pretrained(path).model_type
         if kind not in KINDS:
@@ -56,9 +64,9 @@ class ModelUnderTest:
         self.path = path
         self.kind = kind
         with reading(path):
-            self.processor: Any = AutoProcessor.from_pretrained(path)
+            self.processor = AutoProcessor.from_pretrained(path)
             check_chat_template(self.processor)
-            self.model: Any = AutoModelForImageTextToText.from_pretrained(path).to(device).eval()
+            self.model = AutoModelForImageTextToText.from_pretrained(path).to(device).eval()
 
     @property
     def label(self) -> str:
@@ -159,8 +167,13 @@ class ModelUnderTest:
             language,
         ]
 
-    def grid_of(self, section: Section, prompt: PromptInputs) -> TokenGrid:
-        """How a section's image tokens lie over the picture; those of HoVLE-HD's holistic layers are patches."""
+    def grid_of(self, section: Section, grid: TokenGrid) -> TokenGrid:
+        """How a section's image tokens lie over a picture; those of HoVLE-HD's holistic layers are patches.
+
+        Args:
+            section: Of this model.
+            grid: Of the tokens the language model sees of the picture.
+        """
         if section.name == HOLISTIC and self.is_hd:
-            return prompt.grid.finer(self.model.config.shuffle_factor)
-        return prompt.grid
+            return grid.finer(self.model.config.shuffle_factor)
+        return grid
