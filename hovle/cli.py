@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": ("hovle.chat.command", "talk with a model about pictures in the terminal"),
     "caption": ("hovle.caption.command", "ask one question about many pictures, answers as JSON lines"),
     "serve": ("hovle.serve.command", "answer requests of OpenAI's chat API with a model"),
+    "app": ("hovle.app.command", "a page in the browser: show pictures, ask, see tiles and where answers look"),
     "convert": ("hovle.convert.command", "turn a released checkpoint into a hovle model, and back"),
     "export": ("hovle.export.command", "write a model for engines that know nothing of hovle"),
     "fetch": ("hovle.assets.command", "download the real model, teacher and data the demo uses"),

@@ -13,6 +13,14 @@ def add_picture_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def port(text: str) -> int:
+    """Read a port from the command line; 0 is any that is free."""
+    number = int(text)
+    if not 0 <= number <= 65535:  # beyond, the system would listen at the rest of a division
+        raise argparse.ArgumentTypeError(f"expected 0 to 65535, found {number}")
+    return number
+
+
 def positive(text: str) -> int:
     """Read a number from the command line that must be 1 or more."""
     number = int(text)

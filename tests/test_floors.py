@@ -25,7 +25,7 @@ FLOORS = [
     ["train.monitor"],
     ["train.run"],
     ["train", "eval", "eval.benchmarks", "eval.analyses", "eval.skills", "eval.intervals", "eval.results", "eval.vqa"],
-    ["bench"],
+    ["bench", "app"],
     ["registration", "", "__main__", "cli", "data", "demo", "train.__main__"],
 ]
 """Rooms by floor, from the lowest up; "" is `hovle/__init__.py`. A room is a package of files or a lone file."""

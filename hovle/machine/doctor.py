@@ -35,6 +35,7 @@ OPTIONAL = {
     "fastapi": ("hovle[serve]", "hovle serve"),
     "uvicorn": ("hovle[serve]", "hovle serve"),
     "openai": ("hovle[serve]", "hovle serve"),
+    "gradio": ("hovle[app]", "hovle app, a page to try models in"),
     "lmms_eval": ("hovle[eval]", "hovle eval benchmarks"),
     "Levenshtein": ("hovle[eval]", "hovle eval benchmarks"),
     "embreex": ("hovle[smol]", "hovle data build"),

@@ -38,7 +38,7 @@ from ..export.needs import need
 from ..export.onnx_runtime import OnnxForConditionalGeneration
 from ..loading import check_chat_template, load_processor, reading
 from ..model.processing_hovle import HoVLEProcessor
-from ..options import add_picture_arguments, positive
+from ..options import add_picture_arguments, port, positive
 from .limits import MAX_REQUESTS, BatchLimits
 
 EXPORTED: dict[str, Callable[[argparse.Namespace], Any]] = {
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `hovle serve`, a choice of those of `transformers serve`."""
     parser.add_argument("model", help="model folder or Hub id")
     parser.add_argument("--host", default="localhost", help="address to listen at (default: localhost)")
-    parser.add_argument("--port", type=_port, default=8000, help="port to listen at (default: 8000)")
+    parser.add_argument("--port", type=port, default=8000, help="port to listen at (default: 8000)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
     parser.add_argument("--dtype", default="auto", help="number format, for instance bfloat16 (default: as saved)")
     parser.add_argument("--attn-implementation", help="sdpa, eager, flex_attention or flash_attention_2")
@@ -194,13 +194,6 @@ def _load_exported(args: argparse.Namespace) -> tuple[Any, HoVLEProcessor]:
         if getattr(args, name) != value:
             raise ValueError(f"--{name.replace('_', '-')} is of no use with --engine {args.engine}; leave it out.")
     return EXPORTED[args.engine](args), load_processor(args.model)
-
-
-def _port(text: str) -> int:
-    number = int(text)
-    if not 0 <= number <= 65535:  # beyond, the system would listen at the rest of a division
-        raise argparse.ArgumentTypeError(f"expected 0 to 65535, found {number}")
-    return number
 
 
 def _bytes_of_gib(text: str) -> int:
