@@ -99,6 +99,7 @@ def test_every_package_of_an_extra_is_looked_for():
         ("gguf", "llamacpp"),
         ("hovle", "demo"),
         ("hovle", "smol"),
+        ("levenshtein", "smol"),
         ("matplotlib", "smol"),
         ("transformers", "serve"),
         ("pydantic", "serve"),
@@ -107,7 +108,7 @@ def test_every_package_of_an_extra_is_looked_for():
     }
     for name, extra in names - also:
         assert known[name] == f"hovle[{extra}]"
-    served = {"fastapi", "uvicorn", "openai"}  # without these transformers has no server
+    served = {"fastapi", "uvicorn", "openai", "prometheus-client"}  # without the first three transformers has none
     assert {name for name, requirement in known.items() if requirement == "hovle[serve]"} == served
 
 
