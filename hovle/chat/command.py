@@ -19,8 +19,9 @@ import sys
 
 from ..export.gguf import QUANTIZATIONS
 from ..options import add_picture_arguments, positive
-from .conversation import ENGINES, Conversation
+from .conversation import Conversation
 from .dropped import leading_pictures, local_name, picture_sources
+from .engines import ENGINES
 
 HELP = (
     "Ask away. /image PATH adds a picture, /new starts over, /save FILE keeps what was said, /help says this again, "

@@ -10,17 +10,13 @@ import jinja2
 import torch
 from transformers import BatchFeature
 
-from ..export.llama_cpp import LlamaCppForConditionalGeneration
-from ..export.onnx_runtime import OnnxForConditionalGeneration
-from ..export.openvino_runtime import OpenVinoForConditionalGeneration
-from ..inference import PrefixCache, optimize
-from ..loading import load_model, load_processor
+from ..inference import PrefixCache
+from ..loading import load_processor
 from ..model.pictures import load_picture
+from .engines import load_in_engine
+from .messages import message, refuse_hidden_system
 from .saved import origin, write_messages
 from .streaming import AnswerPrinter, stream_text
-
-ENGINES = ("torch", "llama.cpp", "openvino", "onnx")
-"""What can run the model of a conversation."""
 
 
 class Conversation:
@@ -70,15 +66,15 @@ class Conversation:
         self.restart()
         self.add_images(images)
         self.processor = load_processor(model)
-        self.model = _load_model(model, engine, quantization, compiled)
+        self.model = load_in_engine(model, engine, quantization, compiled)
         self.prefixes = PrefixCache(self.model) if engine == "torch" else None  # other engines keep their own
         self.max_new_tokens = max_new_tokens
         limits = {"max_tiles": max_tiles, "max_image_tokens": max_image_tokens}
         self.image_kwargs = {name: limit for name, limit in limits.items() if limit is not None}
         self.label_images = label_images
-        self.system = [] if system is None else [_message("system", system)]
+        self.system = [] if system is None else [message("system", system)]
         self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-        self._refuse_hidden_system(system)
+        refuse_hidden_system(self.processor, system)
 
     def restart(self) -> None:
         """Forget what was said and shown."""
@@ -90,9 +86,7 @@ class Conversation:
     def another(self, messages: Sequence[dict] = (), images: Sequence[dict] = ()) -> "Conversation":
         """A conversation of its own with the same model, which reads nothing again that it read in any of them.
 
-        Args:
-            messages: What was said in it so far, as in the attribute.
-            images: Pictures for its next question, as in the attribute.
+        What was said in it so far and pictures for its next question are as in the attributes.
         """
         found = copy.copy(self)
         found.restart()
@@ -145,14 +139,15 @@ class Conversation:
     def _prepare(self, question: str) -> tuple[dict, BatchFeature, int]:
         """The message that asks, what the model reads up to its end, and how many tokens the answer may take."""
         self.stopped_by = None
-        asked = _message("user", question, self.images)
+        asked = message("user", question, self.images)
         inputs = self.encode([*self.messages, asked])
         return asked, inputs, self._count_new(inputs["input_ids"].shape[1])
 
     def _finish(self, asked: dict, inputs: BatchFeature, generated: torch.Tensor, num_new: int) -> str:
         """Say what cut the answer, if anything did, and keep it."""
         ids = generated[0, inputs["input_ids"].shape[1] :].tolist()
-        if len(ids) == num_new and ids[-1] not in self._end_ids:
+        ends = self.model.generation_config.eos_token_id
+        if len(ids) == num_new and ids[-1] not in (ends if isinstance(ends, list) else [ends]):
             is_wanted = num_new == self.max_new_tokens
             self.stopped_by = f"{'max_new_tokens' if is_wanted else 'the end of its positions'} ({num_new:,} tokens)"
         return self._keep(asked, ids)
@@ -175,11 +170,7 @@ class Conversation:
         write_messages([*self.system, *self.messages], path)
 
     def encode(self, messages: Sequence[dict]) -> BatchFeature:
-        """What the model reads before it answers to messages, `system` before them.
-
-        Raises:
-            ValueError: When its template refuses the messages.
-        """
+        """What the model reads before it answers to messages; ValueError when its template refuses them."""
         try:
             return self.processor.apply_chat_template(
                 [*self.system, *messages],
@@ -204,47 +195,9 @@ class Conversation:
             )
         return min(self.max_new_tokens, positions - num_said)
 
-    @property
-    def _end_ids(self) -> list[int]:
-        ends = self.model.generation_config.eos_token_id
-        return ends if isinstance(ends, list) else [ends]
-
     def _keep(self, asked: dict, ids: list[int]) -> str:
         """Add a question and its answer to what was said; return the answer."""
         reply = self.processor.decode(ids, skip_special_tokens=True).strip()
         self.images, self.answer_ids = [], ids
-        self.messages = [*self.messages, asked, _message("assistant", reply)]
+        self.messages = [*self.messages, asked, message("assistant", reply)]
         return reply
-
-    def _refuse_hidden_system(self, system: str | None) -> None:
-        if system is None:
-            return
-        try:
-            prompt = self.processor.apply_chat_template([*self.system, _message("user", "?")])
-        except jinja2.TemplateError as error:
-            raise ValueError(f"The model's chat template takes no system message ({error}); leave it out.") from error
-        if system.strip() not in prompt:
-            raise ValueError(
-                "The model's chat template does not show system messages: put what it should know into the question."
-            )
-
-
-def _load_model(model: str | os.PathLike, engine: str, quantization: str, compiled: bool) -> Any:
-    """What has `generate`, `config` and `generation_config` of a HoVLE, in the engine that is asked for."""
-    if engine != "torch" and compiled:
-        raise ValueError(f"{engine} is compiled already: --compile is for --engine torch.")
-    if engine == "llama.cpp":
-        return LlamaCppForConditionalGeneration.load(model, quantization)
-    if engine == "openvino":
-        return OpenVinoForConditionalGeneration.load(model)
-    if engine == "onnx":
-        return OnnxForConditionalGeneration.load(model)
-    if engine != "torch":
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r:.40}.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    loaded = load_model(model).to(device).eval()
-    return optimize(loaded) if compiled else loaded
-
-
-def _message(role: str, text: str, pictures: Sequence[dict] = ()) -> dict:
-    return {"role": role, "content": [*pictures, {"type": "text", "text": text}]}

@@ -443,7 +443,7 @@ def test_a_later_turn_reads_only_what_is_new(model_folder, pictures):
 
 def test_a_conversation_runs_compiled_where_it_is_asked_to(model_folder, monkeypatch):
     optimized = []
-    monkeypatch.setattr("hovle.chat.conversation.optimize", lambda model: optimized.append(model) or model)
+    monkeypatch.setattr("hovle.chat.engines.optimize", lambda model: optimized.append(model) or model)
     Conversation(model_folder)
     assert not optimized
     model = Conversation(model_folder, compiled=True).model

@@ -439,7 +439,7 @@ def test_what_ends_the_replies_that_are_taught_ends_generation(next_token_config
         assert written["repetition_penalty"] == 1.5
         assert written.get("top_k") is None  # without do_sample it means nothing, and could not be saved
     conversation = Conversation(folder)
-    assert conversation._end_ids == ends
+    assert conversation.model.generation_config.eos_token_id == ends
     always_the_end = [
         lambda input_ids, scores: torch.nn.functional.one_hot(torch.tensor([ends[-1]]), scores.shape[-1]).float()
     ]
