@@ -40,6 +40,7 @@ OPTIONAL = {
     "gradio": ("hovle[app]", "hovle app, a page to try models in"),
     "lmms_eval": ("hovle[eval]", "hovle eval benchmarks"),
     "Levenshtein": ("hovle[eval]", "hovle eval benchmarks"),
+    "rapidocr": ("hovle[ocr]", "hovle eval skills --ocr"),
     "embreex": ("hovle[smol]", "hovle data build"),
     "fonttools": ("hovle[smol]", "hovle data build"),
     "resvg_py": ("hovle[smol]", "hovle data build"),

@@ -105,6 +105,8 @@ def test_every_package_of_an_extra_is_looked_for():
         ("pydantic", "serve"),
         ("sentencepiece", "eval"),
         ("matplotlib", "eval"),
+        ("levenshtein", "smol"),
+        ("onnxruntime", "ocr"),
     }
     for name, extra in names - also:
         assert known[name] == f"hovle[{extra}]"

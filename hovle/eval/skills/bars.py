@@ -13,6 +13,9 @@ answers, each of which counts the same however often it comes; `cer`: wrong char
 included; `false_yes`: share of answers that begin with yes where it is no; `blind`: share of replies to a question
 about a picture that is not there which do not say so."""
 
+Rival = Literal["neighbours", "ocr"]
+"""`neighbours`: names of the nearest drawings to learn from in an image network's features; `ocr`: an OCR network."""
+
 AT_MOST: tuple[Metric, ...] = ("cer", "false_yes", "blind")
 """Metrics of which less is better."""
 
@@ -61,8 +64,10 @@ class Bar:
     split_by: tuple[str, ...] = ()
     """Facets that the result is told apart by."""
     max_new_tokens: int = 16
-    beats_neighbours: bool = False
-    """Whether what is asked for is what nearest neighbours of an image network get, on the same pictures."""
+    rival: Rival | None = None
+    """Another network that is asked the same, if anybody wants to know."""
+    beats_rival: bool = False
+    """Whether what is asked for is what that one gets."""
 
     @property
     def at_most(self) -> bool:
@@ -92,6 +97,7 @@ _ROWS = (
         bound=0.06,
         metric="cer",
         split_by=("letter_size", "num_words"),
+        rival="ocr",
         max_new_tokens=40,
     ),
     Bar(
@@ -101,6 +107,7 @@ _ROWS = (
         wanted=_is_notice,
         metric="cer",
         split_by=("letter_size",),
+        rival="ocr",
         max_new_tokens=96,
     ),
     Bar(
@@ -108,7 +115,8 @@ _ROWS = (
         title="pictogram name, unseen style",
         skills=("pictograms",),
         wanted=_NAME,
-        beats_neighbours=True,
+        rival="neighbours",
+        beats_rival=True,
     ),
     Bar(
         name="pictogram-category",

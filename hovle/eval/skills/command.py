@@ -3,7 +3,7 @@
 examples:
   hovle eval skills MODEL                                  all abilities, 500 pictures or more of each
   hovle eval skills MODEL --items 20 --only reading clocks a quick look
-  hovle eval skills MODEL --out eval/results/smol          as the committed results were made
+  hovle eval skills MODEL --ocr --out eval/results/smol    as committed results are to be made
   hovle eval skills --list                                 abilities, and what is asked of each
 
 Words in unseen fonts, drawings in unseen styles, new views of objects, charts of another tool, ... : what is drawn is
@@ -34,6 +34,7 @@ from ...synthesis.registry import skill_class
 from ...synthesis.skill import AssetFolders
 from ..results import provenance
 from ..vqa import answer_questions
+from . import ocr
 from .bars import BARS, EASY_VQA, Bar
 from .grading import check_installed
 from .items import Drawer, Item, without_picture
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-neighbours", action="store_true", help="leave out what nearest neighbours get, which takes minutes"
     )
+    parser.add_argument("--ocr", action="store_true", help="let RapidOCR read the same pictures (hovle[ocr])")
     parser.add_argument("--assets", type=Path, metavar="DIR", help="folder of unpacked assets instead of the cache")
     parser.add_argument("--list", action="store_true", help="only show the abilities")
 
@@ -74,6 +76,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("name a model folder or Hub id (or --list).")
     refuse_missing_folder(args.model)
     check_installed()
+    rivals = {*(["ocr"] if args.ocr else []), *([] if args.no_neighbours else ["neighbours"])}
+    if args.ocr:
+        ocr.check_installed()
     for name in {name for bar in bars for name in bar.skills} - {EASY_VQA}:
         skill_class(name)  # what it lacks is told before anything is drawn
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -84,8 +89,8 @@ def run(args: argparse.Namespace) -> int:
     answered = []
     for bar in bars:
         answered.append(ask(model, processor, bar, drawer.items(bar, args.items), args.batch_size))
-        if bar.beats_neighbours and not args.no_neighbours:
-            answered[-1] = with_neighbours(answered[-1], drawer)
+        if bar.rival in rivals:
+            answered[-1] = with_rival(answered[-1], drawer)
         result = result_of(answered[-1])
         print(f"{bar.name}: {percent(result['score'])} ({METRICS[bar.metric]})", flush=True)  # noqa: T201
     result = {
@@ -118,14 +123,16 @@ def ask(
     )
 
 
-def with_neighbours(found: Answered, drawer: Drawer) -> Answered:
-    """The same with what nearest neighbours say."""
+def with_rival(found: Answered, drawer: Drawer) -> Answered:
+    """The same with what another network says."""
+    if found.bar.rival == "ocr":
+        return dataclasses.replace(found, rival_answers=ocr.read_items(found.items))
     from .neighbours import Neighbours  # needs timm
 
     [name] = found.bar.skills
     skill = drawer.skill(name)
     assert isinstance(skill, Naming)  # others have no drawings
-    return dataclasses.replace(found, neighbour_answers=Neighbours().names(skill, found.items, drawer.seed))
+    return dataclasses.replace(found, rival_answers=Neighbours().names(skill, found.items, drawer.seed))
 
 
 def _asked(item: Item, picture: object) -> Question:

@@ -28,9 +28,12 @@ NUM_LINES = 5
 
 HEADS = (
     *("ability", "measured", "model", "95 % interval", "asked for"),
-    *("one answer", "white pictures", "neighbours", "items"),
+    *("one answer", "white pictures", "another network", "items"),
 )
 """Of the table."""
+
+RIVALS = {"neighbours": "nearest drawing", "ocr": "RapidOCR"}
+"""How tables call what is asked the same."""
 
 SHOWN = 3
 """Right answers of each ability in the picture of examples; as many wrong ones as the row has room for."""
@@ -47,7 +50,7 @@ def table(result: dict) -> str:
             _asked_for(row),
             _baseline(row["majority"]),
             _baseline(row["blank"]),
-            "" if row["neighbours"] is None else percent(row["neighbours"]),
+            "" if row["rival"] is None else f"{percent(row['rival']['score'])} ({RIVALS[row['rival']['name']]})",
             f"{row['num_items']:,}",
         )
         for row in result["abilities"]
@@ -85,9 +88,10 @@ def page(result: dict, answered: Sequence[Answered]) -> str:
         f"`hovle eval skills {model['name']}`, hash {model['hash']}, {result['provenance']['date']}, "
         f"{environment['device']}, {result['dtype']}, seed {result['seed']}, greedy answers in the model's own words.",
         "`one answer`: what the answer that is right most often gets without a model; `white pictures`: the model's "
-        "answers to white pictures of the same sizes, with the one it gives most often; `neighbours`: names of the "
-        "nearest drawings to learn from, in the features of EfficientNet-Lite0. Pictures are drawn from what training "
-        "has none of: see `hovle data build --help`.",
+        "answers to white pictures of the same sizes, with the one it gives most often; `another network`: what it "
+        "gets on the same pictures, the names of the nearest drawings to learn from in the features of "
+        "EfficientNet-Lite0 or what RapidOCR reads. Pictures are drawn from what training has none of: see `hovle "
+        "data build --help`.",
         table(result),
         "![Answers, right and wrong](examples.png)",
     ]

@@ -28,8 +28,8 @@ class Answered:
     answers: list[str]
     blank_answers: list[str] | None
     """To the same questions with white pictures; None where none is shown anyway."""
-    neighbour_answers: list[str] | None = None
-    """What nearest neighbours say; None where nobody asked them."""
+    rival_answers: list[str] | None = None
+    """What the bar's rival says; None where nobody asked it."""
 
     @property
     def grades(self) -> list[Grade]:
@@ -73,10 +73,10 @@ def result_of(found: Answered) -> dict:
         "num_items": len(items),
         "num_sources": len(together.strata),
     }
-    neighbours = None
-    if found.neighbour_answers is not None:
-        neighbours = score(bar, items, grades_of(bar, items, found.neighbour_answers))
-    bound = neighbours if bar.beats_neighbours else bar.bound
+    rival = None
+    if found.rival_answers is not None:
+        rival = {"name": bar.rival, "score": score(bar, items, grades_of(bar, items, found.rival_answers))}
+    bound = bar.bound if not bar.beats_rival else None if rival is None else rival["score"]
     result = {
         "name": bar.name,
         "title": bar.title,
@@ -87,7 +87,7 @@ def result_of(found: Answered) -> dict:
         **measured,
         "majority": None if bar.metric == "blind" else majority(bar, items),
         "blank": None,
-        "neighbours": neighbours,
+        "rival": rival,
     }
     if found.blank_answers is not None:
         answer, share = majority_answer(found.blank_answers)
