@@ -106,6 +106,7 @@ def test_every_package_of_an_extra_is_looked_for():
         ("sentencepiece", "eval"),
         ("matplotlib", "eval"),
         ("levenshtein", "smol"),
+        ("prometheus-client", "serve"),
         ("onnxruntime", "ocr"),
     }
     for name, extra in names - also:
