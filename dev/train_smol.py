@@ -28,7 +28,10 @@ from pieces import cut
 STAGES = {"distillation": 0.35, "alignment": 0.45, "instruction_tuning": 0.2}
 """Stage -> its share of the minutes for training, as far as those before it keep to theirs."""
 
-PROBE = ("num_steps=8", "log_every=1", "validate_every=0", "checkpoint_every=0", "num_validation_batches=1")
+PROBE = (
+    *("num_steps=8", "log_every=1", "validate_every=0", "checkpoint_every=0", "num_validation_batches=1"),
+    *("image_ablation=false", "stop_when_images_ignored=false", "stop_when_forgetting=null"),
+)
 """Overrides of the steps that are timed; the first half of them also compiles."""
 
 PIECES = "pieces"
