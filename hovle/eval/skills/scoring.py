@@ -73,10 +73,10 @@ def result_of(found: Answered) -> dict:
         "num_items": len(items),
         "num_sources": len(together.strata),
     }
-    rival = None
+    rival_score = None
     if found.rival_answers is not None:
-        rival = {"name": bar.rival, "score": score(bar, items, grades_of(bar, items, found.rival_answers))}
-    bound = bar.bound if not bar.beats_rival else None if rival is None else rival["score"]
+        rival_score = score(bar, items, grades_of(bar, items, found.rival_answers))
+    bound = rival_score if bar.beats_rival else bar.bound
     result = {
         "name": bar.name,
         "title": bar.title,
@@ -87,7 +87,7 @@ def result_of(found: Answered) -> dict:
         **measured,
         "majority": None if bar.metric == "blind" else majority(bar, items),
         "blank": None,
-        "rival": rival,
+        "rival": None if rival_score is None else {"name": bar.rival, "score": rival_score},
     }
     if found.blank_answers is not None:
         answer, share = majority_answer(found.blank_answers)
