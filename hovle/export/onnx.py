@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from ..model.backbones import CACHE
 from ..model.rotary import depends_on_length
@@ -117,6 +118,10 @@ def _trace_words(flat: FlatModel) -> "onnx_ir.Model":
 
 def _trace_decoder(flat: FlatModel) -> "onnx_ir.Model":
     inputs = {**sample_decoder_inputs(flat), "num_logits_to_keep": torch.tensor(1)}
+    cache = DynamicCache()  # of keys and values alone: layers with a window keep all, which their masks hide
+    for index, layer in enumerate(inputs[CACHE].layers):
+        cache.update(layer.keys, layer.values, index)
+    inputs[CACHE] = cache
     num_tensors = 2 * len(inputs[CACHE].layers)
     sizes: dict[str, list] = {
         "inputs_embeds": ["B", "T", inputs["inputs_embeds"].shape[-1]],
