@@ -72,17 +72,18 @@ def build_page(desk: Desk) -> gr.Blocks:
                     stop = gr.Button("Stop", size="sm", elem_id="stop")
                     new = gr.Button("New chat", size="sm", elem_id="new")
             with gr.Column(scale=4):
-                drawn: dict[str, Any] = {"columns": 2, "height": 320, "object_fit": "contain", "format": "png"}
+                drawn: dict[str, Any] = {"columns": 2, "height": 360, "object_fit": "contain", "format": "png"}
                 tiles = gr.Gallery(label="Pictures as the model sees them", elem_id="tiles", **drawn)
                 look = gr.Button("Where does it look?", elem_id="look")
-                section = gr.Radio([], label="Layers", visible=False, elem_id="section")
-                tokens = gr.HighlightedText(
-                    label="The answer's tokens, the redder the more of their attention is on pictures: click one",
-                    visible=False,
-                    elem_id="tokens",
-                )
-                heat = gr.Gallery(label="Where it looks", visible=False, elem_id="heat", **drawn)
-        looks = [section, tokens, heat]
+                # Updated otherwise than by a value, a component becomes another, whose files gradio never deletes.
+                with gr.Column(visible=False) as looked:
+                    section = gr.Radio([], label="Layers", elem_id="section")
+                    tokens = gr.HighlightedText(
+                        label="The answer's tokens, the redder the more of their attention is on pictures: click one",
+                        elem_id="tokens",
+                    )
+                    heat = gr.Gallery(label="Where it looks", elem_id="heat", **drawn)
+        looks = [looked, section, tokens, heat]
 
         def add(paths: list[str], request: gr.Request):
             try:
@@ -114,7 +115,7 @@ def build_page(desk: Desk) -> gr.Blocks:
             try:
                 desk.choose(_visitor(request), name)
             except ValueError as error:
-                return gr.skip(), gr.skip(), _fault(str(error)), gr.skip(), gr.skip(), gr.skip()
+                return gr.skip(), gr.skip(), _fault(str(error)), *[gr.skip()] * len(looks)
             return [], desk.draw_tiles(_visitor(request)), "", *_no_looks()
 
         def read(request: gr.Request):
@@ -123,9 +124,10 @@ def build_page(desk: Desk) -> gr.Blocks:
                 names, masses = desk.look(visitor)
                 return (
                     "",
+                    gr.update(visible=True),
                     gr.update(choices=names, value=names[-1], visible=len(names) > 1),
-                    gr.update(value=masses, visible=True),
-                    gr.update(value=desk.draw_look(visitor, names[-1], 0), visible=True),
+                    masses,
+                    desk.draw_look(visitor, names[-1], 0),
                 )
             except ValueError as error:
                 return _fault(str(error)), *_no_looks()
@@ -225,9 +227,9 @@ def _shown_question(question: str, chat: Chat, folder: str) -> list[dict]:
     return [*shown, {"role": "user", "content": question}]
 
 
-def _no_looks() -> list[dict]:
-    """Hide section, tokens and drawings of what the last answer looked at."""
-    return [gr.update(visible=False), gr.update(value=None, visible=False), gr.update(value=None, visible=False)]
+def _no_looks() -> list:
+    """Hide where the last answer looked, and forget its tokens and drawings."""
+    return [gr.update(visible=False), gr.skip(), None, None]
 
 
 def _fault(text: str) -> str:

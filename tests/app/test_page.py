@@ -167,6 +167,8 @@ def test_files_of_the_page_are_deleted_after_a_while(tab, blocks, pictures):
     show(tab, *pictures)
     tab.wait_for_selector("#tiles img")
     ask(tab, "what?")
+    tab.click("#look")
+    tab.wait_for_selector("#heat img")
     frequency, age = blocks.delete_cache
     assert (frequency, age) == (60, 3600)
     kept = Path(os.environ["GRADIO_TEMP_DIR"])
