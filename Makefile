@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo tables test check setup
+.PHONY: demo tables test check bench-gpu setup
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || \
@@ -37,3 +37,7 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python dev/check_models.py
+
+# Whole models of the released shapes on a GPU, compiled, beside InternVL2; never run yet.
+bench-gpu: $(READY)
+	$(BIN)/hovle bench generate --device cuda --dtype bfloat16 --compile --out eval/results/speed/generate_gpu.json

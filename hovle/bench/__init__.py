@@ -4,6 +4,7 @@
   hovle bench caption  many pictures and one question, beside a loop over transformers' pipeline
   hovle bench engines  answers in torch, llama.cpp, OpenVINO and ONNX Runtime, beside one another
   hovle bench serve    requests with a picture, from one client and from many at a time
+  hovle bench generate TTFT and tokens a second beside InternVL and SmolVLM, what they cost, and the tokens
   hovle bench train    training steps, beside transformers' Trainer and this machine's peak
 
 Close other programs first. Results are JSON with the machine they were measured on; those in eval/results/speed are
@@ -15,6 +16,7 @@ import argparse
 ACTIONS = {
     "data": "hovle.bench.data",
     "caption": "hovle.bench.caption",
+    "generate": "hovle.bench.generate",
     "engines": "hovle.bench.engines",
     "serve": "hovle.bench.serve",
     "train": "hovle.bench.train",
