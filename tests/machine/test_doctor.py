@@ -105,8 +105,6 @@ def test_every_package_of_an_extra_is_looked_for():
         ("pydantic", "serve"),
         ("sentencepiece", "eval"),
         ("matplotlib", "eval"),
-        ("levenshtein", "smol"),
-        ("prometheus-client", "serve"),
         ("onnxruntime", "ocr"),
     }
     for name, extra in names - also:
