@@ -46,8 +46,9 @@ class _Read:
 
     @property
     def num_bytes(self) -> int:
+        """Memory it holds, with what was taken for tokens that did not come or were left out."""
         layers = [layer for layer in self.cache.layers if layer.is_initialized]
-        return sum(item.nbytes for layer in layers for item in (layer.keys, layer.values))
+        return sum(item.untyped_storage().nbytes() for layer in layers for item in (layer.keys, layer.values))
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,11 @@ class PrefixCache:
         self.num_reused = 0
         self._reads: list[_Read] = []  # last used last
         self._lock = threading.Lock()
+
+    @property
+    def longest(self) -> float:
+        """Tokens up to which a sequence can be shared: in a longer one all positions may turn."""
+        return min(map(_same_rotation, self.model.model.rotary_embs))
 
     @property
     def num_bytes(self) -> int:
@@ -163,7 +169,7 @@ class PrefixCache:
             longest: Tokens prompt and answer may take.
         """
         best, best_length = None, 0
-        if longest <= min(_same_rotation(table) for table in self.model.model.rotary_embs):
+        if longest <= self.longest:
             with self._lock:
                 for read in self._reads:
                     length = common_length(read, signature, is_image)
@@ -176,7 +182,7 @@ class PrefixCache:
         return best_length, copy_cache(best.cache, best_length - len(best.signature))
 
     def keep(self, begun: "BegunPrompt", ids: torch.Tensor, cache: Cache) -> None:
-        """Keep what a generation has read, instead of what it went on from.
+        """Keep what a generation has read, instead of what it went on from; nothing where positions have turned.
 
         Args:
             begun: The prompt.
@@ -184,6 +190,8 @@ class PrefixCache:
             cache: What was made of them, of the last tokens perhaps not yet; nobody may change it from now on.
         """
         length = cache.get_seq_length()
+        if length > self.longest:
+            return
         answer = ids[len(begun.signature) : length].cpu()
         read = _Read(
             torch.cat([begun.signature, answer])[:length],

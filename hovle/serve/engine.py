@@ -19,6 +19,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteriaL
 from transformers.cache_utils import Cache
 
 from ..inference import Batch, PrefixCache, Row
+from ..inference.batch import ROOM
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.rotary import rope_switch
 from .failures import RequestError
@@ -37,8 +38,8 @@ class _Waiting:
 
     @property
     def num_tokens(self) -> int:
-        """Of prompt and answer at their longest."""
-        return len(self.answer.prompt_ids) + (self.answer.settings.config.max_new_tokens or 0)
+        """Tokens that memory is taken for: prompt and answer at their longest, and room that is not used."""
+        return len(self.answer.prompt_ids) + (self.answer.settings.config.max_new_tokens or 0) + ROOM
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from transformers.models.auto import AutoConfig
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.inference import Batch, PrefixCache
+from hovle.inference.batch import ROOM
 
 KINDS = {
     "flat": {},
@@ -205,3 +206,14 @@ def test_no_more_prompts_are_kept_than_are_worth_comparing(plain, make_tokenizer
     for inputs in prompts(make_processor(make_tokenizer, plain)):
         batch.join(inputs, settings(plain, 1))
         assert len(batch.prefixes._reads) <= 2
+
+
+def test_memory_of_what_is_kept_is_counted_with_the_room_that_answers_left(plain):
+    batch = Batch(PrefixCache(plain, max_bytes=2 * (8 + ROOM) * 1024))  # a token takes 1 KiB
+    for number in range(4):
+        batch.join({"input_ids": torch.tensor([[3, 4, 5 + number]])}, settings(plain, 3))
+    while batch.rows:
+        batch.step()
+    layers = [layer for read in batch.prefixes._reads for layer in read.cache.layers]
+    held = sum(item.untyped_storage().nbytes() for layer in layers for item in (layer.keys, layer.values))
+    assert 0 < held <= batch.prefixes.max_bytes

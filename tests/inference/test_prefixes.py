@@ -234,6 +234,10 @@ def test_nothing_is_reused_where_positions_turn(tiny_config, rope):
         found = prefixes.generate({"input_ids": ids}, max_new_tokens=4, do_sample=False)
         assert torch.equal(found, model.generate(ids, max_new_tokens=4, do_sample=False))
     assert prefixes.num_reused == 0
+    prefixes.clear()
+    for ids in (long, short):  # in the long one the beginning was turned, too
+        found = prefixes.generate({"input_ids": ids}, max_new_tokens=4, do_sample=False)
+        assert torch.equal(found, model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
 @pytest.mark.parametrize("model", ["flat"], indirect=True)

@@ -12,6 +12,7 @@ import torch
 
 from hovle import HoVLEForConditionalGeneration
 from hovle.inference import Batch
+from hovle.inference.batch import ROOM
 from hovle.serve import app as serving
 from hovle.serve.engine import BatchingEngine, Engine, SerialEngine, engine_of
 from hovle.serve.failures import RequestError
@@ -75,7 +76,7 @@ def batch_sizes(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize(
     ("limits", "expected"),
-    [({}, 5), ({"num_rows": 2}, 2), ({"cache_bytes": 1}, 1), ({"cache_bytes": 3 * 43 * 1024}, 3)],
+    [({}, 5), ({"num_rows": 2}, 2), ({"cache_bytes": 1}, 1), ({"cache_bytes": 3 * (43 + ROOM) * 1024}, 3)],
 )
 def test_as_many_answers_grow_together_as_the_limits_allow(make_engine, model, batch_sizes, limits, expected):
     async def scenario() -> list[str]:
