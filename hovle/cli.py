@@ -78,6 +78,8 @@ def find_shipped(args: argparse.Namespace) -> None:
         named = getattr(args, option)
         if isinstance(named, str):
             setattr(args, option, os.fspath(resolve_model(named)))
+            if getattr(args, option) != named and getattr(args, "served_model_name", "") is None:
+                args.served_model_name = named  # by which clients know it, and not by a folder of the cache
         elif isinstance(named, list):
             setattr(args, option, [os.fspath(resolve_model(name)) for name in named])
 

@@ -36,7 +36,7 @@ from ..export.gguf import QUANTIZATIONS
 from ..export.llama_cpp import LlamaCppForConditionalGeneration
 from ..export.needs import need
 from ..export.onnx_runtime import OnnxForConditionalGeneration
-from ..loading import check_chat_template, load_processor, reading
+from ..loading import check_chat_template, check_statistics_agree, load_processor, reading
 from ..model.processing_hovle import HoVLEProcessor
 from ..options import add_picture_arguments, port, positive
 from .limits import MAX_REQUESTS, BatchLimits
@@ -177,6 +177,8 @@ def _load_torch(args: argparse.Namespace) -> tuple[Any, HoVLEProcessor]:
         )
         model, processor = models.load_model_and_processor(models.process_model_name(args.model))
         check_chat_template(processor)
+        if processor.image_processor.gives_bytes():
+            check_statistics_agree(processor.image_processor, model.config)
     return model, processor
 
 

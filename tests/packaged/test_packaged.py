@@ -166,6 +166,15 @@ def test_loaders_commands_and_recipes_take_the_name(shipped, tmp_path, monkeypat
     assert with_shipped_model(load_stage("smol/alignment")) == load_stage("smol/alignment")
 
 
+def test_clients_name_a_served_model_as_the_command_does(shipped, monkeypatch):
+    served = []
+    monkeypatch.setattr("hovle.serve.command.run", lambda args: served.append(args.served_model_name) or 0)
+    for options in ([], ["--served-model-name", "mine"]):
+        assert main(["serve", "smol", *options]) == 0
+    assert main(["serve", str(hovle.pretrained("smol"))]) == 0
+    assert served == ["smol", "mine", None]
+
+
 def _picture(folder: Path) -> Path:
     from PIL import Image
 

@@ -6,6 +6,7 @@ import http.server
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -480,6 +481,18 @@ def test_without_prometheus_the_message_names_the_extra(saved, monkeypatch, caps
 def test_another_engine_says_what_it_needs(saved, options, reason, capsys):
     assert main(["serve", str(saved[0]), *options]) == 1
     assert reason in capsys.readouterr().err
+
+
+def test_bytes_that_the_model_would_normalise_otherwise_are_refused(saved, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("uvicorn.run", lambda *_, **__: None)
+    folder = tmp_path / "model"
+    shutil.copytree(saved[0], folder)
+    path = folder / "processor_config.json"
+    settings = json.loads(path.read_text())
+    settings["image_processor"] |= {"do_rescale": False, "do_normalize": False, "image_mean": [0.5, 0.5, 0.5]}
+    path.write_text(json.dumps(settings))
+    assert main(["serve", str(folder), "--device", "cpu"]) == 1
+    assert "its image processor gives bytes" in capsys.readouterr().err
 
 
 def test_an_empty_key_is_refused(saved, monkeypatch, capsys):
