@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from .errors import foreign_errors
-from .files.checkpoint_files import CONFIG, refuse_damaged_weights
+from .files.checkpoint_files import CONFIG, HOVLE_CONFIG, refuse_damaged_weights
 from .files.model_folder import refuse_missing_folder, refuse_missing_processor, refuse_unreadable_documents
 from .model.configuration_hovle import HoVLEConfig
 from .model.image_processing_hovle import HoVLEImageProcessor
@@ -74,9 +74,19 @@ def load_processor(model: str | os.PathLike) -> HoVLEProcessor:
         refuse_missing_processor(model)
         processor = HoVLEProcessor.from_pretrained(model)
         check_chat_template(processor)
-        if processor.image_processor.gives_bytes() and (not Path(model).is_dir() or (Path(model) / CONFIG).is_file()):
-            check_statistics_agree(processor.image_processor, HoVLEConfig.from_pretrained(model))
+        if processor.image_processor.gives_bytes() and (config := _config_beside(model)) is not None:
+            check_statistics_agree(processor.image_processor, config)
     return processor
+
+
+def _config_beside(model: str | os.PathLike) -> HoVLEConfig | None:
+    """Config of the model a processor is for, exported or not; None where a folder holds a processor alone."""
+    folder = Path(model)
+    if (folder / HOVLE_CONFIG).is_file():
+        return HoVLEConfig.from_json_file(folder / HOVLE_CONFIG)
+    if folder.is_dir() and not (folder / CONFIG).is_file():
+        return None
+    return HoVLEConfig.from_pretrained(model)
 
 
 def load_bare_model(name: str | os.PathLike, dtype: torch.dtype | None = None) -> Any:

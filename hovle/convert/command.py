@@ -25,6 +25,7 @@ from ..errors import foreign_errors, printable, printable_name
 from ..files.atomic import appear_when_complete
 from ..files.checkpoint_files import (
     CONFIG,
+    HOVLE_CONFIG,
     LICENCE,
     Checkpoint,
     Output,
@@ -61,7 +62,7 @@ from .released_layout import (
 from .sentencepiece_tokenizer import CHAT_TEMPLATES, END_OF_TURN, fast_tokenizer
 
 RELEASED_CONFIG, RELEASED_EXTRA = "released_config.json", "released_extra.safetensors"
-HOVLE_CONFIG, GENERATION_CONFIG = "hovle_config.json", "generation_config.json"
+GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

@@ -22,11 +22,12 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from ..files.checkpoint_files import HOVLE_CONFIG
 from ..model.backbones import CACHE
 from ..model.rotary import depends_on_length
 from .flat import FlatModel
 from .modules import ImageStem, TokenEmbeddings, sample_decoder_inputs, sample_pixels
-from .onnx_runtime import DECODER, HOVLE_CONFIG, STEM, WORDS, Decoder, Graph, past_names, present_names
+from .onnx_runtime import DECODER, STEM, WORDS, Decoder, Graph, past_names, present_names
 
 if TYPE_CHECKING:
     import onnx_ir

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from ..files.checkpoint_files import HOVLE_CONFIG
 from ..model.configuration_hovle import HoVLEConfig
 from .engine import EngineForConditionalGeneration, Known
 from .needs import need
@@ -17,9 +18,6 @@ STEM, WORDS, DECODER = (
     Path("onnx", f"{name}.onnx") for name in ("vision_encoder", "embed_tokens", "decoder_model_merged")
 )
 """Graphs of tiles, of ids, and of the sequence."""
-
-HOVLE_CONFIG = "hovle_config.json"
-"""`config.json` beside it is for transformers.js, which has to take the model for one it knows."""
 
 
 def past_names(count: int) -> list[str]:

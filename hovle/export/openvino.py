@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..files.checkpoint_files import HOVLE_CONFIG
 from .flat import FlatModel
 from .modules import ImageStem, TokenEmbeddings, sample_decoder_inputs, sample_pixels
-from .openvino_runtime import DECODER, HOVLE_CONFIG, STEM, WORDS
+from .openvino_runtime import DECODER, STEM, WORDS
 from .write_stem import write_stem
 
 if TYPE_CHECKING:

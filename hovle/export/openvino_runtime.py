@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from ..files.checkpoint_files import HOVLE_CONFIG
 from ..model.configuration_hovle import HoVLEConfig
 from .engine import EngineForConditionalGeneration, Known
 from .needs import need
@@ -23,9 +24,6 @@ STEM, WORDS, DECODER = (
     f"openvino_{name}.xml" for name in ("vision_embeddings_model", "text_embeddings_model", "language_model")
 )
 """Graphs of tiles, of ids, and of the sequence."""
-
-HOVLE_CONFIG = "hovle_config.json"
-"""`config.json` beside it is for OpenVINO GenAI, which has to take the model for one it knows."""
 
 
 class OpenVinoForConditionalGeneration(EngineForConditionalGeneration):

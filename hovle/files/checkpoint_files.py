@@ -24,6 +24,9 @@ from .documents import POINTER, parse_json, refuse_pointer
 from .model_folder import refuse_missing_folder
 
 CONFIG, WEIGHTS, INDEX, LICENCE = "config.json", "model.safetensors", "model.safetensors.index.json", "LICENSE"
+HOVLE_CONFIG = "hovle_config.json"
+"""Config of a HoVLE in a folder whose `config.json` is for others: engines, or whoever reads the released layout."""
+
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", LICENCE)

@@ -153,6 +153,16 @@ def test_numbers_that_do_not_agree_are_refused_when_a_folder_is_loaded(parts, tm
     assert load_processor(tmp_path).image_processor.image_std == (0.1, 0.1, 0.1)  # it normalises itself
 
 
+def test_an_exported_folder_is_judged_by_the_config_it_keeps_for_hovle(parts, tmp_path):
+    save(tmp_path, *parts, **BYTES)
+    (tmp_path / "config.json").rename(tmp_path / "hovle_config.json")
+    (tmp_path / "config.json").write_text('{"model_type": "llava"}')  # as for transformers.js
+    assert load_processor(tmp_path).image_processor.gives_bytes()
+    save(tmp_path, *parts, **BYTES, image_std=[0.1, 0.1, 0.1])
+    with pytest.raises(ValueError, match="its image processor gives bytes"):
+        load_processor(tmp_path)
+
+
 @pytest.mark.parametrize(
     "fields", [{"image_std": [0.0, 1.0, 1.0]}, {"image_mean": [float("nan")] * 3}, {"image_mean": [0.5]}]
 )
