@@ -96,7 +96,7 @@ class Desk:
             pieces.close()
             if conversation.answer_ids:
                 chat.messages, chat.answer_ids = conversation.messages, conversation.answer_ids
-                chat.stopped_by = "Stop" if chat.is_stopped else conversation.stopped_by
+                chat.stopped_by = "your stop" if chat.is_stopped else conversation.stopped_by
                 chat.waiting = chat.waiting[len(shown) :]  # pictures may have come meanwhile
 
     def begin(self, visitor: str) -> None:

@@ -78,7 +78,7 @@ def test_stop_ends_an_answer_and_keeps_what_came(folders):
     desk.chats.stop("a")
     list(answer)
     chat = desk.chats.of("a")
-    assert chat.stopped_by == "Stop"
+    assert chat.stopped_by == "your stop"
     assert 0 < len(chat.answer_ids) < 900
     assert len(chat.messages) == 2
 
