@@ -2,7 +2,7 @@
 
 Weights are random, which are as fast as trained ones. Models take turns, so that what else the machine does hurts all
 alike; the median of the rounds counts. Beside each speed stands whether the tokens are right: a compiled or a second
-answer must be that of the uncompiled model. One JSON line of figures for each case, a table on the standard error:
+answer must be that of the uncompiled model. The result is JSON, its figures also a table on the standard error:
 
   prompts       TTFT and tokens a second by tile size, number of tiles and rows, eager and (--compile) compiled
   costs         FLOPs of a prompt and bytes of its keys and values, beside what the cost model says
