@@ -92,11 +92,6 @@ class PrefixCache:
         self._lock = threading.Lock()
 
     @property
-    def longest(self) -> float:
-        """Tokens up to which a sequence can be shared: in a longer one all positions may turn."""
-        return min(map(_same_rotation, self.model.model.rotary_embs))
-
-    @property
     def num_bytes(self) -> int:
         """Memory of all that is kept."""
         with self._lock:
@@ -160,6 +155,16 @@ class PrefixCache:
             rest["pixel_values"] = pixel_values[num_tiles(is_image[:num_reused], is_image, len(pixel_values)) :]
         return BegunPrompt(rest, num_reused, signature, is_image)
 
+    def _turns(self, num_tokens: int, is_image: torch.Tensor) -> bool:
+        """Whether positions are others than in a shorter sequence; HoVLE-HD's holistic layers have more of them.
+
+        Args:
+            num_tokens: Of the sequence.
+            is_image: Placeholders of the prompt it begins with.
+        """
+        num_more = int(is_image.sum()) * (self.model.config.slots_per_placeholder - 1)
+        return num_tokens + num_more > min(map(_same_rotation, self.model.model.rotary_embs))
+
     def _longest_prefix(self, signature: torch.Tensor, is_image: torch.Tensor, longest: int) -> tuple[int, Cache]:
         """What of a prompt has been read, and a copy of what was made of it; nothing where positions would turn.
 
@@ -169,7 +174,7 @@ class PrefixCache:
             longest: Tokens prompt and answer may take.
         """
         best, best_length = None, 0
-        if longest <= self.longest:
+        if not self._turns(longest, is_image):
             with self._lock:
                 for read in self._reads:
                     length = common_length(read, signature, is_image)
@@ -190,7 +195,7 @@ class PrefixCache:
             cache: What was made of them, of the last tokens perhaps not yet; nobody may change it from now on.
         """
         length = cache.get_seq_length()
-        if length > self.longest:
+        if self._turns(length, begun.is_image):
             return
         answer = ids[len(begun.signature) : length].cpu()
         read = _Read(

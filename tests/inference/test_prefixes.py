@@ -240,6 +240,20 @@ def test_nothing_is_reused_where_positions_turn(tiny_config, rope):
         assert torch.equal(found, model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
+def test_nor_where_those_of_the_long_sequence_turn(tiny_config):
+    config = tiny_config(
+        text_config={"rope_parameters": DYNAMIC, "max_position_embeddings": 40}, pixel_shuffle_loc="post"
+    )
+    model = shake(HoVLEForConditionalGeneration(config)).eval()
+    prefixes = PrefixCache(model)
+    beginning = [5, *[config.image_token_id] * 12, 9, 17]  # 51 tokens in the holistic layers
+    tiles = torch.randn(3, 3, 56, 56, generator=torch.Generator().manual_seed(3))
+    for end in ([30], [31, 33, 35, 36]):
+        inputs = {"input_ids": torch.tensor([[*beginning, *end]]), "pixel_values": tiles}
+        found = prefixes.generate(inputs, max_new_tokens=NUM_NEW, do_sample=False)
+        assert torch.equal(found, model.generate(**inputs, max_new_tokens=NUM_NEW, do_sample=False))
+
+
 @pytest.mark.parametrize("model", ["flat"], indirect=True)
 def test_a_session_answers_as_the_model_alone(model, processor):
     picture = Image.new("RGB", (150, 100), "red")
