@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import torch
 
-from ..inference.answers import answer_lengths
+from ..inference.answers import answer_lengths, ends_itself
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.pictures import load_pixels, picture_size
 from ..model.processing_hovle import HoVLEProcessor
@@ -121,8 +121,7 @@ class Captioner:
         return [self._as_answer(row[:length].tolist()) for row, length in zip(generated, lengths, strict=True)]
 
     def _as_answer(self, ids: list[int]) -> Answer:
-        ends = self.model.generation_config.eos_token_id
-        is_cut = ids[-1] not in (ends if isinstance(ends, list) else [ends])
+        is_cut = not ends_itself(ids, self.model.generation_config)
         return Answer(self.processor.decode(ids, skip_special_tokens=True).strip(), len(ids), is_cut)
 
 

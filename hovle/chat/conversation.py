@@ -11,6 +11,7 @@ import torch
 from transformers import BatchFeature
 
 from ..inference import PrefixCache
+from ..inference.answers import ends_itself
 from ..loading import load_processor
 from ..model.pictures import load_picture
 from .engines import load_in_engine
@@ -146,8 +147,7 @@ class Conversation:
     def _finish(self, asked: dict, inputs: BatchFeature, generated: torch.Tensor, num_new: int) -> str:
         """Say what cut the answer, if anything did, and keep it."""
         ids = generated[0, inputs["input_ids"].shape[1] :].tolist()
-        ends = self.model.generation_config.eos_token_id
-        if len(ids) == num_new and ids[-1] not in (ends if isinstance(ends, list) else [ends]):
+        if len(ids) == num_new and not ends_itself(ids, self.model.generation_config):
             is_wanted = num_new == self.max_new_tokens
             self.stopped_by = f"{'max_new_tokens' if is_wanted else 'the end of its positions'} ({num_new:,} tokens)"
         return self._keep(asked, ids)

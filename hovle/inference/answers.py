@@ -1,5 +1,7 @@
 """What `generate` gives for a batch, row by row."""
 
+from collections.abc import Sequence
+
 import torch
 from transformers import GenerationConfig
 
@@ -13,3 +15,9 @@ def answer_lengths(generated: torch.Tensor, config: GenerationConfig) -> torch.T
     ends = torch.as_tensor([] if ends is None else ends, device=generated.device, dtype=generated.dtype).flatten()
     is_end = torch.isin(generated, ends)
     return torch.where(is_end.any(dim=1), is_end.int().argmax(dim=1) + 1, generated.shape[1])
+
+
+def ends_itself(ids: Sequence[int], config: GenerationConfig) -> bool:
+    """Whether the last token of an answer is one that ends it; else it was cut."""
+    ends = config.eos_token_id
+    return bool(ids) and ids[-1] in (ends if isinstance(ends, list) else [ends])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
+from ..inference.answers import ends_itself
 from .failures import RequestError
 from .requests import ChatRequest
 
@@ -259,9 +260,7 @@ class Answer(StoppingCriteria):
         """Tell what waited, and the end; called in the generating thread."""
         self._tell(self._until_stop.feed(self._text.rest()))
         self._tell(self._until_stop.rest())
-        ends = self.settings.config.eos_token_id
-        ends = ends if isinstance(ends, list) else [ends]
-        at_end = self._until_stop.is_stopped or (self.ids and self.ids[-1] in ends)
+        at_end = self._until_stop.is_stopped or ends_itself(self.ids, self.settings.config)
         self.is_cut = not at_end and len(self.ids) >= (self.settings.config.max_new_tokens or 0)
         self._put(None)
 
