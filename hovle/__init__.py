@@ -4,6 +4,7 @@ Importing this package needs torch and transformers only and registers HoVLE wit
 of them is missing, too old or broken, the names below say so when they are used, and `hovle doctor` still runs.
 """
 
+from . import log_filters  # noqa: F401 - works by being imported
 from .requirements import unmet
 from .version import __version__
 

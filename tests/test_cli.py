@@ -56,3 +56,10 @@ def test_the_package_runs_as_a_module_without_extras():
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "commands" in result.stdout
+
+
+def test_a_command_says_nothing_that_nobody_asked_for():
+    command = [sys.executable, "-m", "hovle", "tiles", "--help"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert result.stderr == ""

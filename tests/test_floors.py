@@ -8,7 +8,7 @@ import pytest
 from places import ROOT
 
 FLOORS = [
-    ["errors", "requirements", "version"],
+    ["errors", "log_filters", "requirements", "version"],
     ["machine", "files", "options", "charts"],
     ["assets", "model"],
     ["packaged"],
