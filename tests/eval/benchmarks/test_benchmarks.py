@@ -55,7 +55,7 @@ def test_every_adapter_gives_full_marks_to_a_model_that_knows_the_answers(
 
     miniature = miniatures[name]
     monkeypatch.setattr(
-        lm, "_generate", lambda chats, *_: [Answer(perfect_answer(miniature, chat), 1, 1) for chat in chats]
+        lm, "_generate", lambda chats, *_, **__: [Answer(perfect_answer(miniature, chat), 1, 1) for chat in chats]
     )
     benchmark = load_suites().benchmark(name)
     result, answers = run_benchmark(benchmark, lm, manager, tmp_path / "submissions", None, miniature_data)
@@ -72,7 +72,7 @@ def test_right_answers_in_another_form_score_or_are_counted(
     from hovle.eval.benchmarks.harness import run_benchmark
     from hovle.eval.benchmarks.lmms_eval_plugin import Answer
 
-    def say(chats, *_):
+    def say(chats, *_, **__):
         return [Answer(f"The answer is {perfect_answer(miniatures[name], chat)}.", 1, 1) for chat in chats]
 
     monkeypatch.setattr(lm, "_generate", say)
@@ -128,7 +128,7 @@ def pope_data(tmp_path):
 def test_pope_counts_as_it_says(answers, score, num_unread, run, pope_data, monkeypatch):
     from hovle.eval.benchmarks.lmms_eval_plugin import Answer, HoVLEChat
 
-    def say(self, chats, *_):
+    def say(self, chats, *_, **__):
         numbers = [re.search(r"picture (\d+)", json.dumps(chat, default=str))[1] for chat in chats]
         return [Answer(answers[int(number)], 1, 1) for number in numbers]
 

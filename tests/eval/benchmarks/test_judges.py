@@ -83,7 +83,7 @@ def mumbling(lmms_eval, monkeypatch):
     """A model whose answers no rule can read, so that every question comes before the judge."""
     plugin = importlib.import_module("hovle.eval.benchmarks.lmms_eval_plugin")
     monkeypatch.setattr(
-        plugin.HoVLEChat, "_generate", lambda self, chats, *_: [plugin.Answer("mumble", 1, 1) for _ in chats]
+        plugin.HoVLEChat, "_generate", lambda self, chats, *_, **__: [plugin.Answer("mumble", 1, 1) for _ in chats]
     )
 
 
