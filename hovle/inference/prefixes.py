@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from ..model.backbones import CACHE
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
 from ..model.processing_hovle import HoVLEProcessor
-from ..model.rotary import depends_on_length, rope_switch
+from ..model.rotary import same_rotation
 
 MAX_BYTES = 2**30
 """Of keys and values, in all. A token of the released models takes 128 KiB in bfloat16: 32 layers, 8 heads of 128."""
@@ -163,7 +162,8 @@ class PrefixCache:
             is_image: Placeholders of the prompt it begins with.
         """
         num_more = int(is_image.sum()) * (self.model.config.slots_per_placeholder - 1)
-        return num_tokens + num_more > min(map(_same_rotation, self.model.model.rotary_embs))
+        longest = min(same_rotation(rotary_emb.config) for rotary_emb in self.model.model.rotary_embs)
+        return num_tokens + num_more > longest
 
     def _longest_prefix(self, signature: torch.Tensor, is_image: torch.Tensor, longest: int) -> tuple[int, Cache]:
         """What of a prompt has been read, and a copy of what was made of it; nothing where positions would turn.
@@ -295,13 +295,6 @@ def common_length(read: _Read, signature: torch.Tensor, is_image: torch.Tensor) 
     while goes_on and length > 0 and is_image[length - 1]:
         length -= 1
     return length
-
-
-def _same_rotation(rotary_emb: nn.Module) -> float:
-    """Longest sequence in which a token rotates as in a shorter one: longrope and dynamic scaling turn beyond it."""
-    if not depends_on_length(rotary_emb):
-        return math.inf
-    return min(rope_switch(rotary_emb), getattr(rotary_emb, "original_max_seq_len", math.inf))
 
 
 def _can_be_cut(read: _Read, length: int, is_hd: bool) -> bool:

@@ -86,6 +86,22 @@ def rope_switch(rotary_emb: nn.Module) -> float:
     return min((pattern["original_max_position_embeddings"] for pattern in longropes), default=math.inf)
 
 
+def same_rotation(config: PreTrainedConfig) -> float:
+    """Longest sequence in which a token rotates as in a shorter one: longrope and dynamic scaling turn beyond it.
+
+    Args:
+        config: A table was made of it.
+    """
+    parameters = getattr(config, "rope_parameters", None) or {}
+    ends = [math.inf]
+    for pattern in [parameters, *(value for value in parameters.values() if isinstance(value, dict))]:
+        if pattern.get("rope_type") == "longrope":
+            ends.append(pattern[ORIGINAL_LENGTH])
+        elif "dynamic" in str(pattern.get("rope_type")):
+            ends.append(config.max_position_embeddings)
+    return min(ends)
+
+
 Table = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of positions, each of shape `(B, T, R)`."""
 

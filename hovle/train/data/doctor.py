@@ -27,7 +27,7 @@ from ...errors import printable, printable_name
 from ...model.modeling_hovle import IGNORE_INDEX
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig, load_stage
-from ..model.start import start_positions, start_processor
+from ..model.start import UNLIMITED, Positions, start_positions, start_processor
 from .grouping import sharing_key
 from .mixture import Mixture, MixtureReader, describe_size, open_mixture
 from .packing import PackedBatches, StreamPosition
@@ -159,8 +159,8 @@ def examine(
     config: StageConfig,
     processor: HoVLEProcessor,
     limit: int,
+    positions: Positions = UNLIMITED,
     num_processes: int = 1,
-    max_positions: int | None = None,
 ) -> DataReport:
     """Look through the sources of a recipe and pack some of the mix.
 
@@ -168,11 +168,11 @@ def examine(
         config: The recipe.
         processor: Of the model it trains.
         limit: Records read of each source; 0 for all.
+        positions: Of that model.
         num_processes: Processes of the planned run, for the number of epochs.
-        max_positions: Those of its language model.
     """
     mixture = open_mixture(config.data, config.seed)
-    maker = make_transform(config, processor, max_positions)
+    maker = make_transform(config, processor, positions)
     sources = [scan_source(mixture, number, maker, config, limit) for number in range(len(mixture.sources))]
     padding = measure_padding(mixture, maker, config, limit or sum(source.num_conversations for source in sources))
     places = config.num_steps * config.gradient_accumulation_steps * num_processes
@@ -287,7 +287,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--samples must be 0 or more, --processes 1 or more.")
     config = load_stage(args.recipe, args.overrides)
     processor = start_processor(config.model)
-    report = examine(config, processor, args.samples, args.processes, start_positions(config.model))
+    report = examine(config, processor, args.samples, start_positions(config.model), args.processes)
     print(describe_data(report, config))  # noqa: T201 - this is the command's output
     colours = (LEARNT, PLAIN) if sys.stdout.isatty() else (">>", "<<")
     print(f"\nSamples; {colours[0]}this{colours[1]} is what the model learns to say.")  # noqa: T201

@@ -8,6 +8,7 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -98,6 +99,8 @@ class SampleMaker:
 
     max_positions: int | None = None
     """Positions of the language model, beyond which it learns nothing that it can use; None: not limited."""
+    max_shared_positions: float = math.inf
+    """Positions of conversations that share pictures."""
     words: WordLayout | None = None
     """Lays the words of the records' regions over image tokens, where that is taught."""
 
@@ -208,6 +211,12 @@ class SampleMaker:
             detail = (
                 f"takes {num_positions} positions, more than the language model has ({self.max_positions}); pictures "
                 "and turns are never cut: use fewer tiles, or set row_length to no more than that."
+            )
+            return SkipSampleError(record.name, OVER_LONG, detail)
+        if sample.subsegment_ids is not None and num_positions > self.max_shared_positions:
+            detail = (
+                f"takes {num_positions} positions, and beyond {self.max_shared_positions:.0f} the rope rotates shared "
+                "pictures by the length of each conversation: set questions_per_sample to 1."
             )
             return SkipSampleError(record.name, OVER_LONG, detail)
         if max_tiles is not None and num_tiles > max_tiles:

@@ -4,6 +4,7 @@ import copy
 
 from ...model.processing_hovle import HoVLEProcessor
 from ..config import StageConfig
+from ..model.start import UNLIMITED, Positions
 from .samples import RandomTextSamples, ReplySamples, SampleMaker
 from .words import WordLayout
 
@@ -18,13 +19,13 @@ def limited_processor(config: StageConfig, processor: HoVLEProcessor) -> HoVLEPr
     return limited
 
 
-def make_transform(config: StageConfig, processor: HoVLEProcessor, max_positions: int | None = None) -> SampleMaker:
+def make_transform(config: StageConfig, processor: HoVLEProcessor, positions: Positions = UNLIMITED) -> SampleMaker:
     """What turns records into samples for the objective.
 
     Args:
         config: The stage.
         processor: Of the model.
-        max_positions: Those of the language model; None where they are not known, or not limited.
+        positions: Of the model.
     """
     processor = limited_processor(config, processor)
     maker: SampleMaker
@@ -34,5 +35,5 @@ def make_transform(config: StageConfig, processor: HoVLEProcessor, max_positions
         maker = RandomTextSamples(processor, objective.num_random_tokens, config.seed, words)
     else:
         maker = ReplySamples(processor)
-    maker.max_positions = max_positions
+    maker.max_positions, maker.max_shared_positions = positions
     return maker

@@ -1,7 +1,9 @@
 """Load the model and the processor a stage starts from."""
 
 import dataclasses
+import math
 import os
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig
@@ -9,9 +11,11 @@ from transformers import PreTrainedConfig
 from ...assets import resolve_asset
 from ...files.model_folder import refuse_missing_folder
 from ...loading import check_chat_template, load_config, load_model, load_processor, reading
+from ...model.configuration_hovle import HoVLEConfig
 from ...model.language_model import load_language_config
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
+from ...model.rotary import embedding_rope_config, same_rotation
 from ...packaged import resolve_model
 from ..config import Architecture, Geometry, ModelConfig, StageConfig
 
@@ -52,20 +56,39 @@ def start_processor(start: ModelConfig) -> HoVLEProcessor:
     return _new_processor(resolve_asset(start.language_model), start, **start.part(Geometry))
 
 
-def start_positions(start: ModelConfig) -> int | None:
-    """Positions of the language model a stage starts from, without the model; None where its config has no limit."""
+class Positions(NamedTuple):
+    """How long samples may be."""
+
+    total: int | None = None
+    """Positions of the language model; None where its config has no limit."""
+    shared: float = math.inf
+    """Those of conversations that share pictures: beyond, a rope rotates what is shared by the length of each."""
+
+
+UNLIMITED = Positions()
+
+
+def start_positions(start: ModelConfig) -> Positions:
+    """Positions of the model a stage starts from, without the model."""
     if start.checkpoint is not None:
         check_checkpoint(start.checkpoint)
-        return positions_of(load_config(start.checkpoint).text_config)
+        return positions_of(load_config(start.checkpoint))
     assert start.language_model is not None  # ModelConfig wants one of the two
     name = resolve_asset(start.language_model)
     with reading(name, weights=False):
-        return positions_of(load_language_config(name))
+        text_config = load_language_config(name)
+    return _positions(text_config, text_config)
 
 
-def positions_of(text_config: PreTrainedConfig) -> int | None:
-    """Positions of a language model."""
-    return getattr(text_config, "max_position_embeddings", None)
+def positions_of(config: HoVLEConfig) -> Positions:
+    """Positions of a model."""
+    own_rope = embedding_rope_config(config.text_config, config.embedding_rope_parameters)
+    return _positions(config.text_config, own_rope)
+
+
+def _positions(text_config: PreTrainedConfig, own_rope: PreTrainedConfig) -> Positions:
+    shared = min(same_rotation(text_config), same_rotation(own_rope))
+    return Positions(getattr(text_config, "max_position_embeddings", None), shared)
 
 
 def _new_processor(name: str, start: ModelConfig, **geometry) -> HoVLEProcessor:

@@ -89,8 +89,8 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     objective = make_objective(config, model, processor.image_processor, trainable.text_table, dtype, teacher)
     if state:
         load_trainable(objective, state.pop("trainable"))
-    max_positions = positions_of(model.config.text_config)
-    data = StageData(config, mixture, processor, accelerator, state, max_positions)
+    positions = positions_of(model.config)
+    data = StageData(config, mixture, processor, accelerator, state, positions)
     if dry_run:
         accelerator.print(describe(objective, next(iter(data.batches())), processor, mixture, config))
         return output / "model"

@@ -15,7 +15,7 @@ from ..data.packing import PackedBatches, StreamPosition, load_batches
 from ..data.skips import NO_FAULTS, SkipLedger, describe_skips
 from ..data.transforms import make_transform
 from ..data.words import check_has_regions
-from ..model.start import start_positions, start_processor
+from ..model.start import UNLIMITED, Positions, start_positions, start_processor
 from ..parallel import OneProcess, fail_on_all_ranks, gather
 
 
@@ -33,8 +33,8 @@ def with_counted_steps(config: StageConfig, mixture: Mixture, accelerator: Any) 
         streams = ", ".join(mixture.labels[number] for number in mixture.streams)
         raise ValueError(f"num_epochs needs sources whose end is known, and {streams} is a stream: set num_steps.")
     alone = dataclasses.replace(config, gradient_accumulation_steps=1)
-    processor, max_positions = start_processor(config.model), start_positions(config.model)
-    batches = StageData(alone, mixture, processor, OneProcess(accelerator.device), None, max_positions).batches()
+    processor, positions = start_processor(config.model), start_positions(config.model)
+    batches = StageData(alone, mixture, processor, OneProcess(accelerator.device), None, positions).batches()
     count, packed, total = 0.0, 0, mixture.num_records
     for plan in batches.plans():
         assert plan.position is not None  # a stream's plans know it
@@ -66,7 +66,7 @@ class StageData:
         processor: Of the model.
         accelerator: Knows the processes.
         state: What the checkpoint to resume from holds, or None.
-        max_positions: Those of the language model; None where they are not limited.
+        positions: Of the model.
     """
 
     def __init__(
@@ -76,13 +76,13 @@ class StageData:
         processor: HoVLEProcessor,
         accelerator: Any,
         state: dict | None = None,
-        max_positions: int | None = None,
+        positions: Positions = UNLIMITED,
     ):
         self.config = config
         self.mixture = mixture
         self.processor = processor
         self.accelerator = accelerator
-        self.max_positions = max_positions
+        self.positions = positions
         self.start = StreamPosition()
         self.skips = SkipLedger(config.max_skip_fraction, mixture.size_of)
         check_has_regions(config, mixture)
@@ -101,7 +101,7 @@ class StageData:
             self.skips.load_state_dict(state["skips"])
 
     def _packed(self, mixture: Mixture, config: StageConfig, start: StreamPosition, **options) -> PackedBatches:
-        maker = make_transform(config, self.processor, self.max_positions)
+        maker = make_transform(config, self.processor, self.positions)
         pad_token_id = self.processor.tokenizer.pad_token_id or 0
         return PackedBatches(mixture, maker, config, start, pad_token_id=pad_token_id, **options)
 

@@ -379,6 +379,18 @@ def test_no_sample_takes_more_positions_than_the_language_model_has(processor, q
     assert len(sampler.make_all(questions, 0, max_tokens=1000)) == 2
 
 
+def test_no_questions_share_a_picture_beyond_the_positions_at_which_the_rope_turns(processor, questions):
+    sampler = ReplySamples(processor)
+    whole = sampler.make(questions, 0)
+    num_positions = int(whole.position_ids[whole.is_input].max()) + 1
+    sampler.max_shared_positions = num_positions
+    assert len(sampler.make_all(questions, 0, max_tokens=1000)) == 1
+    sampler.max_shared_positions = 1
+    alone = sampler.make_all(questions, 0, max_tokens=1000)
+    assert len(alone) == questions.num_conversations
+    assert all(sample.subsegment_ids is None for sample in alone)
+
+
 def test_questions_about_one_picture_are_shared_out_between_samples_when_they_are_too_many(processor, questions):
     sampler = ReplySamples(processor)
     whole = sampler.make(questions, 0)

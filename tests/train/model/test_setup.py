@@ -1,6 +1,7 @@
 """What is set up before the first step: start, frozen and trainable parts, number formats, compiler."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hovle.train.data.transforms import make_transform
 from hovle.train.model import layers
 from hovle.train.model.layers import checkpoint_activations, compile_layers
 from hovle.train.model.parameters import parameter_groups, select_trainable, store_parameters
-from hovle.train.model.start import check_stated_fields, start_model
+from hovle.train.model.start import check_stated_fields, positions_of, start_model
 from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.step.optimizer import make_optimizer, set_learning_rate
 
@@ -64,6 +65,23 @@ def test_a_recipe_that_describes_a_checkpoint_wrongly_is_refused(next_token_conf
 def test_a_recipe_that_describes_a_checkpoint_rightly_is_accepted(next_token_config):
     config = next_token_config("model.image_size=56", "model.num_embedding_layers=2", "model.max_tiles=2")
     check_stated_fields(config.model, *start_model(config))
+
+
+@pytest.mark.parametrize(
+    ("language", "own", "shared"),
+    [
+        ({"rope_type": "default"}, None, math.inf),
+        ({"rope_type": "dynamic", "factor": 2.0}, None, 256),
+        ({"rope_type": "longrope", "original_max_position_embeddings": 64}, None, 64),
+        ({"rope_type": "default"}, {"rope_type": "dynamic", "factor": 2.0, "max_position_embeddings": 128}, 128),
+    ],
+)
+def test_the_stage_knows_how_long_questions_about_one_picture_may_be(checkpoints, language, own, shared):
+    config = HoVLEForConditionalGeneration.from_pretrained(checkpoints["tied"]).config
+    config.text_config.max_position_embeddings = 256
+    config.text_config.rope_parameters = {"rope_theta": 1e4, **language}
+    config.embedding_rope_parameters = own
+    assert positions_of(config) == (256, shared)
 
 
 def test_assets_are_found_by_name_and_other_names_stay():
