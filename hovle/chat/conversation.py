@@ -14,7 +14,7 @@ from ..inference import PrefixCache
 from ..inference.answers import ends_itself
 from ..loading import load_processor
 from ..model.pictures import load_picture
-from .engines import load_in_engine
+from .engines import load_in_engine, sampling
 from .messages import message, refuse_hidden_system
 from .saved import origin, write_messages
 from .streaming import AnswerPrinter, stream_text
@@ -74,7 +74,7 @@ class Conversation:
         self.image_kwargs = {name: limit for name, limit in limits.items() if limit is not None}
         self.label_images = label_images
         self.system = [] if system is None else [message("system", system)]
-        self.sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+        self.sampling = sampling(self.model, temperature)
         refuse_hidden_system(self.processor, system)
 
     def restart(self) -> None:

@@ -30,3 +30,11 @@ def load_in_engine(model: str | os.PathLike, engine: str, quantization: str, com
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(model).to(device).eval()
     return optimize(loaded) if compiled else loaded
+
+
+def sampling(model: Any, temperature: float) -> dict[str, Any]:
+    """How `generate` chooses tokens: by chance from all, unless the model's own settings leave some out."""
+    if not temperature:
+        return {"do_sample": False}
+    num_likeliest = model.generation_config.top_k or 0  # `generate` takes 50 where nothing is said
+    return {"do_sample": True, "temperature": temperature, "top_k": num_likeliest}

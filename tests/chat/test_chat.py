@@ -405,6 +405,20 @@ def test_a_temperature_draws_and_zero_does_not(model_folder):
     assert len(answers(1.5)) > 1
 
 
+@pytest.mark.parametrize("own", [None, 1])
+def test_a_draw_is_of_all_tokens_unless_the_model_says_of_how_many(model_folder, own):
+    settings = {} if own is None else {"do_sample": True, "top_k": own}
+    (model_folder / "generation_config.json").write_text(json.dumps(settings))
+    conversation = Conversation(model_folder, max_new_tokens=1, temperature=1e6)  # all are as likely
+    torch.manual_seed(0)
+    drawn = set()
+    for _ in range(80):
+        conversation.restart()
+        conversation.answer("hi")
+        drawn.update(conversation.answer_ids)
+    assert len(drawn) == 1 if own else len(drawn) > 50
+
+
 @pytest.mark.parametrize("temperature", ["-1", "nan", "inf"])
 def test_a_temperature_that_is_none_is_refused(model_folder, capsys, temperature):
     assert cli.main(["chat", "--model", str(model_folder), "--temperature", temperature, "-q", "hi"]) == 1
