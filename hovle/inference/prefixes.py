@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import math
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +30,8 @@ MAX_PROMPTS = 64
 
 NOT_FOR_PREFIXES = ("num_beams", "num_return_sequences", "cache_implementation", "prompt_lookup_num_tokens", CACHE)
 """Options of `generate` that want a cache of another kind, or several rows of it."""
+
+AS_TENSOR = "return_dict_in_generate"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ class PrefixCache:
 
         Args:
             inputs: As `begin` takes them.
-            **options: Of `generate`; none that needs several rows or a cache of its own.
+            **options: Of `generate`, `generation_config` among them; none that needs several rows or a cache of its
+                own, and no `return_dict_in_generate`.
 
         Returns:
             Prompt and answer, shape `(1, T + new)`.
@@ -115,13 +118,20 @@ class PrefixCache:
         Raises:
             ValueError: As `begin`, and for options that go with no shared cache.
         """
-        refused = [name for name in NOT_FOR_PREFIXES if options.get(name) not in (None, 1)]
+        given = _as_asked(options)
+        refused = [name for name in NOT_FOR_PREFIXES if given(name) not in (None, 1)]
         if refused:
             raise ValueError(f"{refused[0]} needs a cache of its own: call model.generate, or leave it out.")
-        if any(getattr(self.model.generation_config, name, None) not in (None, 1) for name in NOT_FOR_PREFIXES):
+        if given(AS_TENSOR):
+            raise ValueError(
+                f"{AS_TENSOR} would give away the cache that is kept: call model.generate, or leave it out."
+            )
+        own = self.model.generation_config
+        options[AS_TENSOR] = False  # whatever the model's own settings say
+        if any(getattr(own, name, None) not in (None, 1) for name in NOT_FOR_PREFIXES):
             self.num_reused = 0  # the model's own settings want what cannot be shared
             return self.model.generate(**{**inputs, **options})
-        begun = self.begin(inputs, int(options.get("max_new_tokens") or 0))
+        begun = self.begin(inputs, int(given("max_new_tokens") or own.max_new_tokens or 0))
         generated = self.model.generate(**begun.inputs, **options)
         self.num_reused = begun.num_reused
         self.keep(begun, generated[0], begun.cache)
@@ -148,7 +158,8 @@ class PrefixCache:
         ids = input_ids[0].cpu()
         is_image = ids == self.model.config.image_token_id
         signature = sign(ids, is_image, pixel_values)
-        num_reused, cache = self._longest_prefix(signature, is_image, len(signature) + num_new)
+        num_read = len(signature) + max(0, num_new - 1)  # the answer's last token is not
+        num_reused, cache = self._longest_prefix(signature, is_image, num_read)
         rest: dict[str, Any] = {**inputs, CACHE: cache}
         if pixel_values is not None:
             rest["pixel_values"] = pixel_values[num_tiles(is_image[:num_reused], is_image, len(pixel_values)) :]
@@ -171,7 +182,7 @@ class PrefixCache:
         Args:
             signature: Of the prompt.
             is_image: Where it shows images.
-            longest: Tokens prompt and answer may take.
+            longest: Tokens of prompt and answer that may be read.
         """
         best, best_length = None, 0
         if not self._turns(longest, is_image):
@@ -249,6 +260,12 @@ class ImageSession:
         ).to(self.prefixes.model.device, self.prefixes.model.dtype)
         generated = self.prefixes.generate(inputs, **options)
         return self.processor.decode(generated[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def _as_asked(options: Mapping[str, Any]) -> Callable[[str], Any]:
+    """What a call of `generate` says of an option, by itself or in its `generation_config`; None where nothing."""
+    config = options.get("generation_config")
+    return lambda name: options[name] if name in options else getattr(config, name, None)
 
 
 def sign(input_ids: torch.Tensor, is_image: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import shake
-from transformers import MistralConfig
+from transformers import GenerationConfig, MistralConfig
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.inference import ImageSession, PrefixCache
@@ -190,6 +190,24 @@ def test_what_needs_a_cache_of_its_own_is_refused(model, processor, options):
 
 
 @pytest.mark.parametrize("model", ["flat"], indirect=True)
+def test_a_generation_config_is_followed_and_refused_as_options_are(model, processor):
+    prefixes, inputs = PrefixCache(model), prompt(processor, "what is it?")
+    for _ in range(2):
+        config = GenerationConfig(max_new_tokens=3, do_sample=False)
+        found = prefixes.generate(inputs, generation_config=config)
+        assert torch.equal(found, model.generate(**inputs, max_new_tokens=3, do_sample=False))
+    assert prefixes.num_reused == inputs["input_ids"].shape[1] - 1
+    with pytest.raises(ValueError, match="num_beams needs a cache of its own"):
+        prefixes.generate(inputs, generation_config=GenerationConfig(max_new_tokens=3, num_beams=2))
+    as_dict = GenerationConfig(max_new_tokens=3, return_dict_in_generate=True)
+    for options in ({"generation_config": as_dict}, {"return_dict_in_generate": True}):
+        with pytest.raises(ValueError, match="return_dict_in_generate would give away the cache"):
+            prefixes.generate(inputs, **options)
+    model.generation_config.return_dict_in_generate = True
+    assert torch.equal(prefixes.generate(inputs, max_new_tokens=3, do_sample=False), found)
+
+
+@pytest.mark.parametrize("model", ["flat"], indirect=True)
 def test_a_model_whose_settings_search_by_beams_answers_as_alone(model, processor):
     model.generation_config.num_beams = 3
     prefixes = PrefixCache(model)
@@ -238,6 +256,28 @@ def test_nothing_is_reused_where_positions_turn(tiny_config, rope):
     for ids in (long, short):  # in the long one the beginning was turned, too
         found = prefixes.generate({"input_ids": ids}, max_new_tokens=4, do_sample=False)
         assert torch.equal(found, model.generate(ids, max_new_tokens=4, do_sample=False))
+
+
+@pytest.mark.parametrize("says_how_many", ["option", "generation config", "model"])
+def test_an_answer_that_fills_the_room_before_positions_turn_reuses(tiny_config, says_how_many):
+    model = shake(HoVLEForConditionalGeneration(tiny_config(text_config={"rope_parameters": LONGROPE}))).eval()
+    prefixes, ids = PrefixCache(model), torch.arange(10, 30)[None]
+
+    def generate(num_new: int) -> torch.Tensor:
+        if says_how_many == "option":
+            return prefixes.generate({"input_ids": ids}, max_new_tokens=num_new, do_sample=False)
+        config = GenerationConfig(do_sample=False)
+        holder = config if says_how_many == "generation config" else model.generation_config
+        holder.max_new_tokens = num_new
+        return prefixes.generate({"input_ids": ids}, generation_config=config)
+
+    model.generation_config.eos_token_id = None
+    for num_new in (4, 21):  # the last one is read by nobody
+        found = generate(num_new)
+    assert prefixes.num_reused == 19
+    assert torch.equal(found, model.generate(ids, max_new_tokens=21, do_sample=False))
+    with pytest.raises(ValueError, match="at most 21 new tokens"):
+        generate(22)
 
 
 def test_nor_where_those_of_the_long_sequence_turn(tiny_config):
