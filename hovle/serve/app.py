@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import anyio
+import torch
 from anyio.to_thread import run_sync
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
@@ -137,7 +138,8 @@ def build_app(model, processor, options: ServerOptions) -> FastAPI:
         except Exception as error:
             log.exception("A request ended in an error.")
             response = error_response(error)
-        service.metrics.requests.labels(response.status_code).inc()
+        if not isinstance(response, EventStream):  # which counts itself when it is over
+            service.metrics.requests.labels(response.status_code).inc()
         response.headers["x-request-id"] = request_id
         return response
 
@@ -257,6 +259,7 @@ class ChatService:
             def when_sent() -> None:
                 answer.abandon()
                 when_over()
+                self.metrics.requests.labels(200).inc()
 
             return EventStream(reply.events(answer), when_sent)
         try:
@@ -268,7 +271,7 @@ class ChatService:
         """Make a prompt ready and wait until the model takes it up."""
         async with self._ready:
             inputs = await self._prompts.encode(request, files)
-            room = self._room(inputs["input_ids"].shape[-1])
+            room = self._room(inputs["input_ids"])
             vocab_size = self._model.config.get_text_config().vocab_size
             settings = Settings.of(request, self._model.generation_config, room, vocab_size)
             answer = self._engine.start(inputs, settings)
@@ -288,9 +291,9 @@ class ChatService:
                 param="tools",
             )
 
-    def _room(self, num_tokens: int) -> int:
-        """Count the tokens an answer may take."""
-        positions = self._prompts.positions
+    def _room(self, input_ids: torch.Tensor) -> int:
+        """Count the tokens an answer may take after a prompt of shape `(1, T)`."""
+        num_tokens, positions = input_ids.shape[-1], self._prompts.positions
         if num_tokens >= positions:
             raise RequestError(
                 f"The prompt takes {num_tokens} tokens; this model has {positions} positions for prompt and answer. "
@@ -298,7 +301,7 @@ class ChatService:
                 param="messages",
                 code="context_length_exceeded",
             )
-        return int(min(positions - num_tokens, self._engine.most_new_tokens(num_tokens)))
+        return int(min(positions - num_tokens, self._engine.most_new_tokens(input_ids)))
 
 
 async def _read_body(request: Request, share: Share) -> bytes:

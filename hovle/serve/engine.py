@@ -84,8 +84,8 @@ class Engine(abc.ABC):
         """Answers that grow."""
         return len(self._in_work)
 
-    def most_new_tokens(self, num_tokens: int) -> float:
-        """Tokens that may follow a prompt of so many, whatever the model's positions."""
+    def most_new_tokens(self, input_ids: torch.Tensor) -> float:
+        """Tokens that may follow a prompt of shape `(1, T)`, whatever the model's positions."""
         return math.inf
 
     def start(self, inputs: Mapping[str, Any], settings: Settings) -> Answer:
@@ -169,12 +169,16 @@ class BatchingEngine(Engine):
         self._limits = limits
         self._batch = Batch(PrefixCache(model, limits.prefix_bytes))
         self._bytes_per_token = 0.0  # the most of any row so far
-        self._rope_switch = min(map(rope_switch, model.model.rotary_embs))
         super().__init__(model, tokenizer, metrics)
 
-    def most_new_tokens(self, num_tokens: int) -> float:
-        """Tokens that may follow a prompt of so many: from longrope's switch on, keys in a cache would turn."""
-        return self._rope_switch - num_tokens + 1 if num_tokens <= self._rope_switch else math.inf
+    def most_new_tokens(self, input_ids: torch.Tensor) -> float:
+        """Tokens that may follow a prompt of shape `(1, T)`: from longrope's switch on, keys in a cache would turn."""
+        config, num_tokens = self._model.config, input_ids.shape[-1]
+        num_more = int((input_ids == config.image_token_id).sum()) * (config.slots_per_placeholder - 1)
+        lengths = (num_tokens + num_more, num_tokens)  # in the holistic layers, in the language model
+        switches = map(rope_switch, self._model.model.rotary_embs)
+        rooms = [switch - length + 1 for switch, length in zip(switches, lengths, strict=True) if length <= switch]
+        return min(rooms, default=math.inf)
 
     def _has_room(self, waiting: _Waiting) -> bool:
         if not self._in_work:

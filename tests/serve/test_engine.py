@@ -206,3 +206,28 @@ def test_a_closed_engine_tells_those_who_wait_and_takes_nothing_more(make_engine
 
     asyncio.run(scenario())
     assert "hovle-generation" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_room_before_longrope_switches_is_counted_in_the_long_sequence_of_hd(tiny_config, tokenizer):
+    switch = {"original_max_position_embeddings": 60, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, **switch}
+    config = tiny_config(text_config={"rope_parameters": rope}, pixel_shuffle_loc="post")
+    model = HoVLEForConditionalGeneration(config).eval()
+    inputs = {**prompt(5, *[config.image_token_id] * 12, 9, 17), "pixel_values": torch.randn(3, 3, 56, 56)}
+    engine = BatchingEngine(model, tokenizer, Metrics(), BatchLimits())
+    try:
+        room = engine.most_new_tokens(inputs["input_ids"])
+        assert room == 60 - (3 + 12 * 4) + 1
+
+        async def scenario(num_new: int) -> int:
+            answer = engine.start(inputs, settings(model, num_new))
+            await text_of(answer)
+            return len(answer.ids)
+
+        assert asyncio.run(scenario(int(room))) == room
+        with pytest.raises(ValueError, match=f"at most {room} new tokens"):
+            asyncio.run(scenario(int(room) + 1))
+        assert engine.most_new_tokens(torch.arange(10, 30)[None]) == 41
+        assert engine.most_new_tokens(torch.arange(10, 90)[None]) == float("inf")
+    finally:
+        engine.close()

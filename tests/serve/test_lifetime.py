@@ -180,6 +180,17 @@ def test_all_pictures_of_a_request_share_one_deadline(start, monkeypatch):
     assert error["message"] == "picture 2 of the request: the pictures before it took longer than 0.2 seconds."
 
 
+def test_a_stream_is_counted_when_it_is_over(start):
+    server, counter = start(), 'hovle_requests_total{status="200"}'
+    with contextlib.closing(server.send()) as connection:
+        assert connection.getresponse().status == 200
+    with contextlib.closing(server.send(max_tokens=900, stream=True)) as connection:
+        connection.getresponse().read(50)
+        server.until("hovle_answers_in_work", 1)
+        assert server.number(counter) == 1
+    server.until(counter, 2)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_leaves_its_place_to_the_next(start, stream):
     server = start(max_requests=1)
