@@ -4,12 +4,15 @@ Beside the file of results lies one with the settings they were made with, so th
 answers to different questions.
 """
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from ..files.atomic import take_lock
 
 
 class Results:
@@ -26,21 +29,25 @@ class Results:
 
     Raises:
         ValueError: Where there is a file and `resume` was not said, where it was made with other settings or holds
-            results of other items, and where it is damaged.
+            results of other items, where it is damaged, and where another process works at it.
     """
 
     def __init__(self, path: Path, names: Sequence[str], settings: dict[str, Any], resume: bool):
         self.path, self.names = path, names
         self.lines: dict[str, dict] = {}
         settings_file = path.with_name(f"{path.name}.settings.json")
-        if path.exists() and not resume:
+        is_there = path.exists()
+        if is_there and not resume:
             raise ValueError(f"{path} is there already: go on with it (--resume), or choose another --out.")
-        if path.exists():
-            _check_settings(settings_file, path, settings)
-            self._read()
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(settings_file, json.dumps(settings, indent=1) + "\n")
-        self._file = path.open("a", encoding="utf-8")
+        with contextlib.ExitStack() as opened:
+            self._file = opened.enter_context(path.open("a", encoding="utf-8"))
+            opened.enter_context(_locked(path))
+            if is_there:
+                _check_settings(settings_file, path, settings)
+                self._read()
+            _replace(settings_file, json.dumps(settings, indent=1) + "\n")
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -48,7 +55,7 @@ class Results:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._opened.close()
 
     @property
     def missing(self) -> list[str]:
@@ -89,6 +96,22 @@ class Results:
                 self.lines.pop(entry["name"], None)
             else:
                 self.lines[entry["name"]] = entry
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Keep others from a file, where its disk knows locks: each would answer all and overwrite the other's."""
+    try:
+        lock = take_lock(path)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"{path} is being written by another process: wait until it is done, or choose another --out."
+        ) from error
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
 
 
 def _parsed(line: bytes, where: str) -> dict:

@@ -89,19 +89,33 @@ def _remove_unfinished(dst: Path) -> None:
             os.close(lock)
 
 
-def try_lock(folder: Path) -> int | None:
-    """Lock a folder until the descriptor is closed or the process ends; None where another process has it."""
+def take_lock(path: Path) -> int | None:
+    """Lock a file or folder until the descriptor is closed or the process ends; None on a disk that knows no locks.
+
+    Raises:
+        BlockingIOError: Where another process has it.
+    """
     if fcntl is None:
         return None
     descriptor = None
     try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # locked, or on a disk that knows no locks
+    except OSError as error:
         if descriptor is not None:
             os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return descriptor
+
+
+def try_lock(folder: Path) -> int | None:
+    """As `take_lock`; None also where another process has it."""
+    try:
+        return take_lock(folder)
+    except BlockingIOError:
+        return None
 
 
 @contextlib.contextmanager

@@ -71,3 +71,13 @@ def test_what_does_not_belong_together_is_refused(tmp_path):
     path.with_name("results.jsonl.settings.json").unlink()
     with pytest.raises(ValueError, match="which says how it was made, is not beside it"):
         Results(path, ["a"], SETTINGS, resume=True)
+
+
+def test_two_do_not_write_one_file(tmp_path):
+    path = tmp_path / "results.jsonl"
+    with Results(path, ["a", "b"], SETTINGS, resume=False) as results:
+        with pytest.raises(ValueError, match="written by another process"):
+            Results(path, ["a", "b"], SETTINGS, resume=True)
+        results.add([result("a")])
+    with Results(path, ["a", "b"], SETTINGS, resume=True) as results:  # its end, whatever it was, lets the next one in
+        assert results.missing == ["b"]
