@@ -23,10 +23,9 @@ import torch
 from transformers import pipeline
 
 from ..caption.captioner import Captioner, caption
-from ..caption.command import load_captioner
+from ..caption.command import load_captioner, load_tiling_processor
 from ..caption.results import Results
 from ..caption.sources import find_items
-from ..loading import load_processor
 from ..machine.facts import environment
 from .data import pictures_for
 
@@ -41,7 +40,11 @@ def caption_pictures(paths: Sequence[Path], captioner: Captioner, batch_size: in
         with Results(Path(folder) / "results.jsonl", [item.name for item in items], {}, resume=False) as results:
             for lines in caption(items, captioner, pool, batch_size):
                 results.add(lines)
-            return [line["caption"] for line in results.finish()]
+            lines = results.finish()
+    for line in lines:
+        if "error" in line:
+            raise ValueError(f"{line['name']}: {line['error']} Time pictures that can be read: take it out.")
+    return [line["caption"] for line in lines]
 
 
 def loop_over_pipeline(paths: Sequence[Path], answer: Any, prompt: str, max_new_tokens: int) -> list[str]:
@@ -93,9 +96,7 @@ def bench_caption(args: argparse.Namespace) -> dict:
         raise ValueError("--rounds, --num-pictures, --batch-size, --max-new-tokens and --workers must be at least 1.")
     captioner = load_captioner(args)
     model = captioner.model
-    processor = load_processor(args.model)  # as the folder says, whatever --uint8 does to the captioner's
-    if args.max_tiles is not None:
-        processor.image_processor.max_tiles = args.max_tiles
+    processor = load_tiling_processor(args.model, args.max_tiles)  # whatever --uint8 does to the captioner's
     answer = pipeline("image-text-to-text", model=model, processor=processor, device=model.device)
     ways = {
         "caption": lambda paths: caption_pictures(paths, captioner, args.batch_size, args.workers),

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 
 from ..errors import printable
 from ..loading import check_statistics_agree, load_model, load_processor
+from ..model.processing_hovle import HoVLEProcessor
 from ..options import positive
 from ..version import __version__
 from .captioner import Captioner, caption
@@ -99,16 +100,22 @@ def _caption(missing: list, num_all: int, results: Results, args: argparse.Names
 
 def load_captioner(args: argparse.Namespace) -> Captioner:
     """The model with its processor, as the options say."""
-    processor = load_processor(args.model)
-    if args.max_tiles is not None:
-        processor.image_processor.min_tiles = min(args.max_tiles, processor.image_processor.min_tiles)
-        processor.image_processor.max_tiles = args.max_tiles
+    processor = load_tiling_processor(args.model, args.max_tiles)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(args.model, dtype=args.dtype).to(device).eval()
     if args.uint8:
         processor.image_processor.do_rescale = processor.image_processor.do_normalize = False
         check_statistics_agree(processor.image_processor, model.config)
     return Captioner(model, processor, args.prompt, args.max_new_tokens)
+
+
+def load_tiling_processor(model: str, max_tiles: int | None) -> HoVLEProcessor:
+    """A model's processor, which cuts pictures into so many tiles at most; None for as many as its settings say."""
+    processor = load_processor(model)
+    if max_tiles is not None:
+        processor.image_processor.min_tiles = min(max_tiles, processor.image_processor.min_tiles)
+        processor.image_processor.max_tiles = max_tiles
+    return processor
 
 
 def _say(text: str) -> None:

@@ -1,9 +1,11 @@
 """`hovle bench caption`: both ways answer the same, and what is written says so."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from PIL import Image
 from tiny_models import shake
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
@@ -48,3 +50,22 @@ def test_rounds_take_turns_after_warming_up_and_differing_answers_are_counted():
 def test_counts_of_none_are_refused(folder, capsys):
     assert cli.main(["bench", "caption", "--model", str(folder), "--rounds", "0"]) == 1
     assert "--rounds, --num-pictures, --batch-size, --max-new-tokens and --workers" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_read_is_named(folder, tmp_path, capsys):
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.jpg")
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    argv = ["bench", "caption", "--model", str(folder), "--pictures", str(tmp_path), "--num-pictures", "2"]
+    assert cli.main([*argv, "--max-new-tokens", "1"]) == 1
+    assert "b.jpg: cannot be decoded" in capsys.readouterr().err
+
+
+def test_fewer_tiles_than_the_model_begins_with_are_those_of_both_ways(folder, tmp_path, capsys):
+    wide = shutil.copytree(folder, tmp_path / "model")
+    processor = HoVLEProcessor.from_pretrained(wide)
+    processor.image_processor.min_tiles = 2
+    processor.save_pretrained(wide)
+    options = {"num-pictures": 2, "rounds": 1, "max-new-tokens": 2, "max-tiles": 1, "dtype": "float32"}
+    argv = ["bench", "caption", "--model", str(wide)]
+    assert cli.main([*argv, *(str(part) for name in options for part in (f"--{name}", options[name]))]) == 0
+    assert json.loads(capsys.readouterr().out)["same_answers"] == "2 of 2"
