@@ -33,7 +33,8 @@ def answer_questions(
     Args:
         model: In evaluation mode; its dtype decides the number format.
         processor: The model's own.
-        questions: What to answer; a picture that is None is not there.
+        questions: What to answer; a picture that is None is not there. Paths and the bytes of files are read batch by
+            batch.
         batch_size: Prompts generated together.
         max_new_tokens: Longest answer in tokens.
         description: Shown on the progress bar.
@@ -61,7 +62,7 @@ def answer_questions(
 
 
 def _identity(picture: Any) -> Any:
-    return picture if isinstance(picture, (str, Path)) else id(picture)
+    return picture if isinstance(picture, (str, Path, bytes)) else id(picture)
 
 
 def _shown(picture: Any) -> list[dict]:

@@ -118,8 +118,8 @@ def ask(
     return Answered(
         bar,
         items,
-        answer([_asked(item, item.picture) for item in items], description=bar.name),
-        answer([_asked(item, item.picture) for item in blank], description=f"{bar.name}, white pictures"),
+        answer([_asked(item, item.image) for item in items], description=bar.name),
+        answer([_asked(item, item.image) for item in blank], description=f"{bar.name}, white pictures"),
     )
 
 
@@ -135,5 +135,5 @@ def with_rival(found: Answered, drawer: Drawer) -> Answered:
     return dataclasses.replace(found, rival_answers=Neighbours().names(skill, found.items, drawer.seed))
 
 
-def _asked(item: Item, picture: object) -> Question:
+def _asked(item: Item, picture: bytes | None) -> Question:
     return Question(item.question.text, item.question.answer, picture)

@@ -1,6 +1,7 @@
 """`hovle eval skills`: what is asked, how answers are graded, scored and told."""
 
 import dataclasses
+import gc
 import io
 import json
 from types import MappingProxyType
@@ -10,8 +11,10 @@ import torch
 from drawn_packages import write_drawings, write_words_and_fonts
 from PIL import Image
 
+from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.cli import main
 from hovle.eval.skills.bars import BARS, EASY_VQA
+from hovle.eval.skills.command import ask
 from hovle.eval.skills.grading import grade, is_right
 from hovle.eval.skills.items import Drawer, Item
 from hovle.eval.skills.neighbours import Neighbours
@@ -160,6 +163,27 @@ def test_a_model_is_scored_with_baselines_examples_and_every_answer(
     with Image.open(tmp_path / "examples.png") as examples:
         assert examples.height > 300  # a row for each ability whose pictures are shown
     assert "Written: " in capsys.readouterr().out
+
+
+def test_pictures_are_opened_batch_by_batch(model_folder):
+    written = io.BytesIO()
+    Image.new("RGB", (60, 60)).save(written, "PNG")
+    items = [dataclasses.replace(item, image=written.getvalue()) for item in made_items(*[("cat", "a")] * 6)]
+    items = [
+        dataclasses.replace(item, question=dataclasses.replace(item.question, text=f"What is {place}?"))
+        for place, item in enumerate(items)
+    ]
+    model = HoVLEForConditionalGeneration.from_pretrained(model_folder).eval()
+    num_open, before = [], num_pictures()
+    model.register_forward_pre_hook(lambda *_: num_open.append(num_pictures() - before))
+    bar = dataclasses.replace(BARS["pictogram-name"], max_new_tokens=1)
+    found = ask(model, HoVLEProcessor.from_pretrained(model_folder), bar, items, batch_size=2)
+    assert len(found.answers) == len(found.blank_answers) == 6
+    assert max(num_open) <= 4
+
+
+def num_pictures() -> int:
+    return sum(issubclass(type(thing), Image.Image) for thing in gc.get_objects())
 
 
 def test_abilities_are_listed_with_what_is_asked_of_them(capsys):
