@@ -15,6 +15,7 @@ from hovle.train.model.parameters import select_trainable
 from hovle.train.monitor import meter as meters
 from hovle.train.monitor.meter import Meter, count_flops, first_row, largest_linear
 from hovle.train.objectives.distillation import DistillationObjective
+from hovle.train.objectives.held_language import HeldLanguage
 from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.objectives.teachers import Targets
 from hovle.train.step.gradients import clip_gradients, trained_parts
@@ -229,7 +230,7 @@ def test_the_bare_language_model_counts_where_rows_hold_text(parts, batches, nex
     select_trainable(model, next_token_config())
     [batch] = batches("chat")
     held = dataclasses.replace(batch, num_language_rows=1, language_length=48)
-    objective = NextTokenObjective(model, bare=BareLanguageModel(model, torch.float32)).train()
+    objective = NextTokenObjective(model, held=HeldLanguage(BareLanguageModel(model, torch.float32), kl_weight=1.0)).train()
     counted = Meter(objective, held, FLOAT32, torch.float32, num_processes=1).batch_flops
     alone = count_flops(NextTokenObjective(model).train(), batch, FLOAT32)
     layers = sum(item.numel() for item in model.model.language_layers.parameters() if item.dim() > 1)

@@ -220,23 +220,24 @@ def test_words_of_a_few_pictures_are_learnt(parts, batches, attention):
     model, _ = parts
     model.config.image_attention = attention
     distillation, batch = objective(model, WORDS), batches(WORDS)
-    optimizer = torch.optim.AdamW(distillation.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(distillation.parameters(), lr=1e-3)
     found = []
     for _ in range(60):
         output = distillation(batch)
         means = {name: term / output.counts[name].clamp(min=1) for name, term in output.terms.items()}
         sum(weight * means[name] for name, weight in distillation.weights.items()).backward()
+        torch.nn.utils.clip_grad_norm_(distillation.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         found.append({name: float(mean.detach()) for name, mean in means.items()})
     first, last = found[0], found[-1]
     assert first["word_cross_entropy"] > 6
-    assert last["word_cross_entropy"] < 2  # 1.1 causal, 1.4 bidirectional
-    # Which pieces the crafted tokenizer has differs from process to process, and with it how far these get.
-    assert last["word_cosine"] > first["word_cosine"] + 0.1  # worst seen: 0.27
-    assert last["filler_cosine"] > first["filler_cosine"] + 0.1  # 0.18
-    assert last["character_cross_entropy"] < first["character_cross_entropy"] / 2
-    assert last["word_scale"] < first["word_scale"] * 3 / 4  # 0.56
+    # Behind each bound the worst of eight runs from weights shaken by 1e-5; at 3e-3 some of them went astray.
+    assert last["word_cross_entropy"] < 1  # 0.36
+    assert last["word_cosine"] > first["word_cosine"] + 0.3  # 0.47
+    assert last["filler_cosine"] > first["filler_cosine"] + 0.25  # 0.42
+    assert last["character_cross_entropy"] < first["character_cross_entropy"] / 2  # 0.40
+    assert last["word_scale"] < first["word_scale"] / 4  # 0.10
 
 
 # --- packing --------------------------------------------------------------------------------------------------------
