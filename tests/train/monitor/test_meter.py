@@ -230,7 +230,9 @@ def test_the_bare_language_model_counts_where_rows_hold_text(parts, batches, nex
     select_trainable(model, next_token_config())
     [batch] = batches("chat")
     held = dataclasses.replace(batch, num_language_rows=1, language_length=48)
-    objective = NextTokenObjective(model, held=HeldLanguage(BareLanguageModel(model, torch.float32), kl_weight=1.0)).train()
+    objective = NextTokenObjective(
+        model, held=HeldLanguage(BareLanguageModel(model, torch.float32), kl_weight=1.0)
+    ).train()
     counted = Meter(objective, held, FLOAT32, torch.float32, num_processes=1).batch_flops
     alone = count_flops(NextTokenObjective(model).train(), batch, FLOAT32)
     layers = sum(item.numel() for item in model.model.language_layers.parameters() if item.dim() > 1)
