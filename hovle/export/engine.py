@@ -4,12 +4,13 @@ An engine's cache holds one sequence. A prompt that begins as the last one did (
 computed from where it differs.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.modeling_utils import PreTrainedModel
 
@@ -33,6 +34,15 @@ class EngineDecoder(Protocol):
         """Start with an empty cache."""
 
 
+def check_exported(folder: Path, needed: Iterable[str | Path], engine: str, target: str) -> None:
+    """ValueError for a folder that lacks a file of what `hovle export MODEL DST --to TARGET` writes."""
+    for name in needed:
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{name} is not in {folder}: {engine} runs what `hovle export MODEL DST --to {target}` writes."
+            )
+
+
 class EngineForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A decoder in another engine, one prompt at a time; made by `load` of the engine's own class.
 
@@ -52,6 +62,12 @@ class EngineForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: HoVLEConfig, decoder: EngineDecoder, embed_tiles: Callable[[np.ndarray], np.ndarray]):
         super().__init__(config)
         self.decoder, self.embed_tiles = decoder, embed_tiles
+
+    def with_settings_of(self, folder: Path) -> Self:
+        """The model, which generates as an exported folder says."""
+        self.generation_config = GenerationConfig.from_pretrained(folder)
+        self.generation_config.use_cache = False  # `forward` is given all tokens each time and keeps what it knows
+        return self
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]

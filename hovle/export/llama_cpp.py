@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from ..model.configuration_hovle import HoVLEConfig
-from .engine import EngineForConditionalGeneration, Known
-from .gguf import QUANTIZATIONS, file_name
+from .engine import EngineForConditionalGeneration, Known, check_exported
+from .gguf import file_name
 from .needs import need
 from .stem import Stem
 from .write_stem import STEM
@@ -42,27 +41,21 @@ class LlamaCppForConditionalGeneration(EngineForConditionalGeneration):
 
         Args:
             folder: Its folder.
-            quantization: Which of its files, one of `QUANTIZATIONS`.
+            quantization: Which of its files, one of `gguf.QUANTIZATIONS`.
             num_positions: Tokens of prompt and answer to take memory for; at most what the model knows.
 
         Raises:
             ValueError: Without llama-cpp-python, and for a folder that lacks the files.
         """
         need("The engine llama.cpp", "hovle[llamacpp]", "llama_cpp")
-        path = Path(folder) / file_name(quantization)
-        for needed in (path, Path(folder) / STEM):
-            if not needed.is_file():
-                raise ValueError(
-                    f"{needed.name} is not in {folder}: llama.cpp runs what `hovle export MODEL DST --to gguf` "
-                    f"writes ({', '.join(QUANTIZATIONS)})."
-                )
+        folder = Path(folder)
+        path = folder / file_name(quantization)
+        check_exported(folder, (path.name, STEM), cls.engine, "gguf")
         config = HoVLEConfig.from_pretrained(folder)
         text_config = config.text_config
         text_config.max_position_embeddings = min(num_positions or MOST_POSITIONS, text_config.max_position_embeddings)
-        model = cls(config, Decoder(path, text_config.max_position_embeddings), Stem(Path(folder) / STEM))
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-        model.generation_config.use_cache = False  # `forward` is given all tokens each time and keeps what it knows
-        return model
+        model = cls(config, Decoder(path, text_config.max_position_embeddings), Stem(folder / STEM))
+        return model.with_settings_of(folder)
 
 
 class Decoder:

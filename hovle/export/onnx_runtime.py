@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from ..files.checkpoint_files import HOVLE_CONFIG
 from ..model.configuration_hovle import HoVLEConfig
-from .engine import EngineForConditionalGeneration, Known
+from .engine import EngineForConditionalGeneration, Known, check_exported
 from .needs import need
 
 STEM, WORDS, DECODER = (
@@ -47,20 +46,14 @@ class OnnxForConditionalGeneration(EngineForConditionalGeneration):
         """
         need("The engine onnx", "hovle[onnx]", "onnxruntime")
         folder = Path(folder)
-        for needed in (STEM, WORDS, DECODER, HOVLE_CONFIG):
-            if not (folder / needed).is_file():
-                raise ValueError(
-                    f"{needed} is not in {folder}: ONNX Runtime runs what `hovle export MODEL DST --to onnx` writes."
-                )
+        check_exported(folder, (STEM, WORDS, DECODER, HOVLE_CONFIG), cls.engine, "onnx")
         stem = Graph(folder / STEM)
         model = cls(
             HoVLEConfig.from_json_file(folder / HOVLE_CONFIG),
             Decoder(folder),
             lambda tiles: stem({"pixel_values": tiles})["image_features"].numpy(),
         )
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-        model.generation_config.use_cache = False  # `forward` is given all tokens each time and keeps what it knows
-        return model
+        return model.with_settings_of(folder)
 
 
 class Graph:

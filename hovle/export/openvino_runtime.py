@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
 from ..files.checkpoint_files import HOVLE_CONFIG
 from ..model.configuration_hovle import HoVLEConfig
-from .engine import EngineForConditionalGeneration, Known
+from .engine import EngineForConditionalGeneration, Known, check_exported
 from .needs import need
 
 if TYPE_CHECKING:
@@ -43,11 +42,7 @@ class OpenVinoForConditionalGeneration(EngineForConditionalGeneration):
         """
         need("The engine openvino", "hovle[openvino]", "openvino")
         folder = Path(folder)
-        for needed in (STEM, WORDS, DECODER, HOVLE_CONFIG):
-            if not (folder / needed).is_file():
-                raise ValueError(
-                    f"{needed} is not in {folder}: OpenVINO runs what `hovle export MODEL DST --to openvino` writes."
-                )
+        check_exported(folder, (STEM, WORDS, DECODER, HOVLE_CONFIG), cls.engine, "openvino")
         stem = _compile(folder / STEM)
 
         def embed(tiles: np.ndarray) -> np.ndarray:
@@ -55,9 +50,7 @@ class OpenVinoForConditionalGeneration(EngineForConditionalGeneration):
             return np.concatenate([stem(tile[None])["image_features"] for tile in tiles])
 
         model = cls(HoVLEConfig.from_json_file(folder / HOVLE_CONFIG), Decoder(folder), embed)
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-        model.generation_config.use_cache = False  # `forward` is given all tokens each time and keeps what it knows
-        return model
+        return model.with_settings_of(folder)
 
 
 class Decoder:

@@ -39,9 +39,15 @@ class HeldLanguage(nn.Module):
 
     def counts(self, batch: PackedBatch, image_token_id: int) -> dict[str, torch.Tensor]:
         """Positions each term is summed over."""
-        num_text = batch.language_part(batch.is_sample).sum()
-        num_prompts = prompt_places(batch, image_token_id).sum()
-        return {name: num_prompts if name.startswith("prompt") else num_text for name in self.weights}
+        counts = {kind: places.sum() for kind, places in self._places(batch, image_token_id).items()}
+        return {name: counts[name.partition("_")[0]] for name in self.weights}
+
+    def _places(self, batch: PackedBatch, image_token_id: int) -> dict[str, torch.Tensor]:
+        """Where each kind of text is that is held, shape `(B, T)`; `language_kl` is of text, too."""
+        places = {"text": language_places(batch)}
+        if "prompt_error" in self.weights:
+            places["prompt"] = prompt_places(batch, image_token_id)
+        return {**places, "language": places["text"]}
 
     def terms(
         self,
@@ -60,7 +66,7 @@ class HeldLanguage(nn.Module):
         """
         entering = holistic.language_inputs_embeds
         assert entering is not None
-        places = {"text": language_places(batch), "prompt": prompt_places(batch, model.config.image_token_id)}
+        places = self._places(batch, model.config.image_token_id)
         terms = {}
         for name in self.weights:
             kind, _, what = name.partition("_")
