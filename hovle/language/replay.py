@@ -28,7 +28,7 @@ from typing import Any
 import jinja2
 import torch
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ..assets import resolve_asset
 from ..errors import StopRunError
@@ -48,6 +48,10 @@ MOST_EMPTY_BATCHES = 20
 
 NUM_FIRST_WORDS = 2000
 """Prose goes on from one of the most frequent words: a tokenizer learns those first."""
+
+MOST_LIKELY = 2048
+"""Tokens a word is drawn from at most. Sorting a whole vocabulary and drawing from it takes longer on a CPU than the
+model does; of SmolLM2-135M's, 95 % of the probability lie in fewer in all but rare places."""
 
 MARK = "HOVLE-USER-TURN"
 """Stands for a user's turn when a chat template is looked at."""
@@ -231,19 +235,40 @@ class Writer:
         mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts])
         device = self.model.device
         self.model.generation_config = GenerationConfig(
-            do_sample=True,
-            temperature=self.settings.temperature,
-            top_p=self.settings.top_p,
-            top_k=0,
-            max_new_tokens=length,
-            eos_token_id=self.ends,
-            pad_token_id=padding,
-            suppress_tokens=self.unwanted or None,
+            do_sample=False, max_new_tokens=length, eos_token_id=self.ends, pad_token_id=padding
         )
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(self.settings.seed * 15_485_863 + draw)
-            found = self.model.generate(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+        generator = torch.Generator(device).manual_seed(self.settings.seed * 15_485_863 + draw)
+        found = self.model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            logits_processor=LogitsProcessorList([Draw(self.settings, self.unwanted, generator)]),
+        )
         return [until_end(ids, self.ends) for ids in found[:, width:].tolist()]
+
+
+class Draw(LogitsProcessor):
+    """Leaves of each row's logits `(B, V)` one alone, drawn from the likeliest `top_p`: greedy decoding takes it.
+
+    Args:
+        settings: Temperature and `top_p`.
+        unwanted: Tokens that are never drawn.
+        generator: Draws.
+    """
+
+    def __init__(self, settings: ReplaySettings, unwanted: list[int], generator: torch.Generator):
+        self.temperature, self.top_p = settings.temperature, settings.top_p
+        self.unwanted, self.generator = unwanted, generator
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Draw for each row."""
+        logits = scores.float() / self.temperature
+        logits[:, self.unwanted] = -torch.inf
+        log_total = logits.logsumexp(dim=-1, keepdim=True)
+        likeliest, tokens = logits.topk(min(MOST_LIKELY, logits.shape[-1]), dim=-1)
+        shares = (likeliest - log_total).exp()
+        before = shares.cumsum(dim=-1) - shares
+        drawn = torch.multinomial(shares * (before < self.top_p), 1, generator=self.generator)
+        return torch.full_like(scores, -torch.inf).scatter_(1, tokens.gather(1, drawn), 0.0)
 
 
 def until_end(ids: list[int], ends: Sequence[int]) -> list[int]:
@@ -396,7 +421,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="JSON lines")
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (0)")
     parser.add_argument("--chats", type=float, default=0.5, metavar="R", help="share of the tokens, else prose (0.5)")
-    parser.add_argument("--batch", type=positive, default=32, metavar="N", help="documents written together (32)")
+    parser.add_argument("--batch", type=positive, default=96, metavar="N", help="documents written together (96)")
     parser.add_argument("--length", type=positive, default=256, metavar="N", help="tokens of a text or reply (256)")
     parser.add_argument("--temperature", type=float, default=1.0, help="below 1 the likelier is preferred (1.0)")
     parser.add_argument("--top-p", type=float, default=0.95, help="draw from the likeliest so much (0.95)")

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TopPLogitsWarper
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
 from hovle.errors import StopRunError
 from hovle.language import replay
-from hovle.language.replay import ChatTurns, ReplaySettings, Writer, load_bare_model, runs_in_circles, write_replay
+from hovle.language.replay import (
+    ChatTurns,
+    Draw,
+    ReplaySettings,
+    Writer,
+    load_bare_model,
+    runs_in_circles,
+    write_replay,
+)
 
 SETTINGS = ReplaySettings(
     model="tiny", seed=0, chats=0.5, batch_size=4, length=12, temperature=1.0, top_p=0.95, dtype="float32"
@@ -233,3 +241,16 @@ def test_of_a_hovle_its_bare_language_model_writes(folder, parts, tmp_path):
 def test_a_model_that_is_nowhere_is_refused(tmp_path, capsys):
     assert cli.main(["data", "replay", str(tmp_path / "no"), "--tokens", "1", "--out", str(tmp_path / "a")]) == 1
     assert "No model in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 0.95), (0.5, 0.6), (1.3, 1.0)])
+def test_words_are_drawn_as_the_library_draws_them(temperature, top_p):
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(0))
+    settings = dataclasses.replace(SETTINGS, temperature=temperature, top_p=top_p)
+    draw = Draw(settings, [3, 7], torch.Generator().manual_seed(1))
+    drawn = draw(torch.zeros(20_000, 1), logits.expand(20_000, -1)).argmax(dim=-1)
+    logits[[3, 7]] = -torch.inf
+    expected = TopPLogitsWarper(top_p)(torch.zeros(1, 1), logits[None] / temperature).softmax(dim=-1)[0]
+    found = drawn.bincount(minlength=40) / 20_000
+    assert not found[expected == 0].any()
+    torch.testing.assert_close(found, expected, atol=0.015, rtol=0)

@@ -17,7 +17,8 @@ class LanguageConfig(Section):
 
     source: str
     """UTF-8 text file; JSON lines of `{"messages": [...]}` or `{"text": "..."}`, as `hovle data replay` writes them; a
-    folder or file that `datasets` reads, with a column `text` or `messages`; or `python_docs`."""
+    folder or file that `datasets` reads, with a column `text` or `messages`; `python_docs`; or `smollm2_replay`, which
+    ships: 120,000 tokens that SmolLM2-135M-Instruct wrote by itself."""
     share: Annotated[Number, Field(gt=0, le=0.5)] = 0.1
     """Its tokens over all of a batch, as near as whole rows allow where it takes more than one. They are taken from
     the batch's own rows: raise `rows_per_batch` where as many pictures as before shall be seen in a step."""
