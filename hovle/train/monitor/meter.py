@@ -90,7 +90,7 @@ class Meter:
             "teacher_ratio": round(teacher_seconds / seconds, 4),
             "data_wait_ratio": round(self._data_seconds / seconds, 4),
             "padding_ratio": round(1 - self._num_tokens / self._num_slots, 4),
-            "elapsed_seconds": round(seconds, 1),
+            "elapsed_seconds": round(seconds, 3),
         }
         self.start()
         return rates
