@@ -89,6 +89,7 @@ def test_every_recipe_holds_data_out_that_it_does_not_learn_from(folder, stage):
     ]
     assert read[-1] not in read[:-1]
     assert config.image_ablation
+    assert config.language is not None  # every shipped recipe keeps the language
     assert (config.retention is not None) == (folder != "demo")  # there it would cost more than a validation
     assert folder == "demo" or config.validate_every == config.checkpoint_every  # the demo validates at its ends only
 

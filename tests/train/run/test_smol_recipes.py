@@ -8,7 +8,9 @@ import pytest
 from drawn_packages import write_drawings, write_words_and_fonts
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
+from hovle.assets import resolve_asset
 from hovle.cli import main
 from hovle.synthesis.registry import SKILLS
 from hovle.train.config import StageConfig, load_stage
@@ -100,3 +102,18 @@ def test_the_plan_counts_what_the_recipes_say():
     assert model.image_seq_length == 16
     for before, stage in ((first, second), (second, third)):
         assert stage.model.checkpoint == f"{before.output}/model"
+
+
+def test_chats_are_the_language_models_own_but_for_its_system_turn():
+    folder = str(resolve_asset("asset:smollm2-135m-instruct"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = load_stage("smol/distillation").model.chat_template
+    turns = [("system", "Be brief."), ("user", "Hi\n"), ("assistant", "Yes."), ("user", "And?")]
+    chat = [{"role": role, "content": content} for role, content in turns]
+    for messages in (chat, chat[:3]):
+        for opens in (True, False):
+            options = {"tokenize": False, "add_generation_prompt": opens}
+            own = tokenizer.apply_chat_template(messages, **options)
+            assert tokenizer.apply_chat_template(messages, chat_template=template, **options) == own
+    alone = tokenizer.apply_chat_template(chat[1:2], chat_template=template, tokenize=False)
+    assert alone == "<|im_start|>user\nHi\n<|im_end|>\n"
