@@ -10,8 +10,8 @@ from ..model.processing_hovle import HoVLEProcessor
 from .text_perplexity import read_text
 
 SHIPPED = {name: Path(__file__).with_name(f"{name}.jsonl") for name in ("smollm2_replay", "smollm2_replay_held_out")}
-"""Name -> what SmolLM2-135M-Instruct wrote by itself (`hovle data replay`): 120,000 tokens of seed 0, and 16,000 of seed 1 (`--batch 32`),
-on which nothing that ships is trained."""
+"""Name -> what SmolLM2-135M-Instruct wrote by itself (`hovle data replay`): 120,000 tokens of seed 0, and 16,000 of
+seed 1 (`--batch 32`), on which nothing that ships is trained."""
 
 
 def read_text_documents(source: str, processor: HoVLEProcessor, field: str) -> Iterator[list[int]]:

@@ -2,7 +2,7 @@
 
 examples:
   hovle eval retention runs/demo/{distillation,alignment,instruction_tuning}/model \\
-      --language-model asset:smollm2-135m-instruct --replay replay_seed1.jsonl
+      --language-model asset:smollm2-135m-instruct --replay smollm2_replay_held_out
   hovle eval retention MODEL --language-model FOLDER --text my.txt --parts text,tasks --output kept
 
 Parts: `text` (perplexity of Python's language reference, as in `hovle train`'s retention, or of --text), `prose` (of
