@@ -11,10 +11,11 @@ import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import Cache
 
 from ..model.backbones import CACHE
@@ -131,7 +132,7 @@ class PrefixCache:
         if any(getattr(own, name, None) not in (None, 1) for name in NOT_FOR_PREFIXES):
             self.num_reused = 0  # the model's own settings want what cannot be shared
             return self.model.generate(**{**inputs, **options})
-        begun = self.begin(inputs, int(given("max_new_tokens") or own.max_new_tokens or 0))
+        begun = self.begin(inputs, _num_new(given, own, inputs["input_ids"].shape[1]))
         generated = self.model.generate(**begun.inputs, **options)
         self.num_reused = begun.num_reused
         self.keep(begun, generated[0], begun.cache)
@@ -266,6 +267,16 @@ def _as_asked(options: Mapping[str, Any]) -> Callable[[str], Any]:
     """What a call of `generate` says of an option, by itself or in its `generation_config`; None where nothing."""
     config = options.get("generation_config")
     return lambda name: options[name] if name in options else getattr(config, name, None)
+
+
+def _num_new(given: Callable[[str], Any], own: GenerationConfig, num_prompt: int) -> int:
+    """Tokens an answer may take, by what a call says of them or of its whole length, else by the model's settings."""
+    for says in (given, partial(getattr, own)):
+        if says("max_new_tokens") is not None:
+            return int(says("max_new_tokens"))
+        if says("max_length") is not None:
+            return int(says("max_length")) - num_prompt
+    return 0
 
 
 def sign(input_ids: torch.Tensor, is_image: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:

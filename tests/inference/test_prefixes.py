@@ -258,17 +258,19 @@ def test_nothing_is_reused_where_positions_turn(tiny_config, rope):
         assert torch.equal(found, model.generate(ids, max_new_tokens=4, do_sample=False))
 
 
+@pytest.mark.parametrize("says", ["max_new_tokens", "max_length"])
 @pytest.mark.parametrize("says_how_many", ["option", "generation config", "model"])
-def test_an_answer_that_fills_the_room_before_positions_turn_reuses(tiny_config, says_how_many):
+def test_an_answer_that_fills_the_room_before_positions_turn_reuses(tiny_config, says_how_many, says):
     model = shake(HoVLEForConditionalGeneration(tiny_config(text_config={"rope_parameters": LONGROPE}))).eval()
     prefixes, ids = PrefixCache(model), torch.arange(10, 30)[None]
 
     def generate(num_new: int) -> torch.Tensor:
+        asked = {says: num_new if says == "max_new_tokens" else ids.shape[1] + num_new}
         if says_how_many == "option":
-            return prefixes.generate({"input_ids": ids}, max_new_tokens=num_new, do_sample=False)
+            return prefixes.generate({"input_ids": ids}, do_sample=False, **asked)
         config = GenerationConfig(do_sample=False)
         holder = config if says_how_many == "generation config" else model.generation_config
-        holder.max_new_tokens = num_new
+        holder.update(**asked)
         return prefixes.generate({"input_ids": ids}, generation_config=config)
 
     model.generation_config.eos_token_id = None
@@ -304,3 +306,15 @@ def test_a_session_answers_as_the_model_alone(model, processor):
         found = session.ask(text, max_new_tokens=NUM_NEW, do_sample=False)
         assert found == processor.decode(expected, skip_special_tokens=True).strip()
     assert session.prefixes.num_reused > 0
+
+
+@pytest.mark.parametrize("asked", [{"max_new_tokens": 30}, {"max_length": 50}])
+def test_an_answer_in_which_positions_turn_reuses_nothing(tiny_config, asked):
+    text = {"rope_parameters": DYNAMIC, "max_position_embeddings": 40}
+    model = shake(HoVLEForConditionalGeneration(tiny_config(text_config=text))).eval()
+    model.generation_config.eos_token_id = None
+    prefixes, ids = PrefixCache(model), torch.arange(10, 30)[None]
+    prefixes.generate({"input_ids": ids}, max_new_tokens=4, do_sample=False)
+    found = prefixes.generate({"input_ids": ids}, do_sample=False, **asked)
+    assert prefixes.num_reused == 0
+    assert torch.equal(found, model.generate(ids, do_sample=False, **asked))
