@@ -7,6 +7,7 @@ answer must be that of the uncompiled model. The result is JSON, its figures als
   prompts       TTFT and tokens a second by tile size, number of tiles and rows, eager and (--compile) compiled
   costs         FLOPs of a prompt and bytes of its keys and values, beside what the cost model says
   bandwidth     share of the read bandwidth, measured in the same run, at which weights are read for a token
+  long          decoding behind 4,096 words, compiled beside eager (--compile)
   question      TTFT of a second question about the same picture, beside the first
   int8          decoding with int8 weights beside the float ones, both compiled (--compile, hovle[quant])
   pictures      seven tiles from a decoded picture as bytes, beside the way over Pillow
@@ -45,6 +46,9 @@ from .generate_models import FAMILIES, build, expected_costs, prompt
 
 NUM_WORDS = 256
 NUM_NEW = 120
+
+NUM_LONG = 4096
+"""Words of a long prompt; 64 of the smallest models."""
 
 CASES = {
     "released": [(224, 1, 1), (336, 1, 1), (448, 1, 1), (448, 7, 1), (448, 1, 8)],
@@ -97,6 +101,27 @@ def bench_costs(args: argparse.Namespace, models: dict[str, Any]) -> list[dict]:
                 }
             rows.append(row)
     return rows
+
+
+def bench_long(args: argparse.Namespace, eager: Any, fast: Any) -> dict:
+    """Time decoding behind a long prompt: a cache that grows beside one whose memory was taken once."""
+    num_words = 64 if args.family == "tiny" else NUM_LONG
+    inputs = prompt(eager, FAMILIES[args.family]["base"], 0, 0, num_words)
+    found = measure_in_turns({"eager": (eager, inputs), "compiled": (fast, inputs)}, args.new_tokens, args.rounds)
+    return {
+        "part": "long",
+        "words": num_words,
+        **{f"{name}_seconds_per_token": figures["seconds_per_token"] for name, figures in found.items()},
+        "speedup": found["eager"]["seconds_per_token"] / found["compiled"]["seconds_per_token"],
+        "same_tokens": found["eager"]["tokens"] == found["compiled"]["tokens"],
+    }
+
+
+def compile_peer(model: Any) -> Any:
+    """Compile the parts of transformers' InternVL in which the time goes; what it is given may have any length."""
+    for part in (model.model.vision_tower, model.model.language_model):
+        part.compile(dynamic=True)
+    return model
 
 
 def bench_int8(args: argparse.Namespace, model: Any, inputs: dict, device: torch.device) -> dict:
@@ -167,11 +192,15 @@ def bench_generate(args: argparse.Namespace) -> dict:
     rows.append(bench_pictures(args.rounds, side))
     if args.compile:
         eager = {_case(row): row["tokens"] for row in rows if row["part"] == "prompts"}
-        fast = {name: optimize(model) for name, model in models.items() if name in ("base", "hd")}
+        uncompiled = build(variants["base"], args.layers, device, dtype)
+        ways = {"base": optimize, "hd": optimize, "internvl2": compile_peer}
+        fast = {name: ways[name](model) for name, model in models.items() if name in ways}
         compiled = bench_prompts(args, fast, True)
         for row in compiled:
             row["same_tokens"] = row["tokens"] == eager[_case(row)]
         rows += compiled
+        rows.append(bench_long(args, uncompiled, fast["base"]))
+        del uncompiled
         for name in [name for name in models if name != "base"]:
             models.pop(name)
             fast.pop(name, None)

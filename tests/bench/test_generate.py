@@ -25,13 +25,13 @@ def test_every_part_is_measured_and_tokens_stand_beside_speeds(tmp_path, capsys,
     printed = capsys.readouterr()
     assert result == json.loads(printed.out)
     rows = result["rows"]
-    assert {row["part"] for row in rows} == {"prompts", "costs", "question", "int8", "pictures"}
+    assert {row["part"] for row in rows} == {"prompts", "costs", "question", "long", "int8", "pictures"}
     timed = [row for row in rows if row["part"] == "prompts"]
     assert {row["model"] for row in timed if not row["compiled"]} == {"base", "hd", "internvl2"}
-    assert {row["model"] for row in timed if row["compiled"]} == {"base", "hd"}
+    assert {row["model"] for row in timed if row["compiled"]} == {"base", "hd", "internvl2"}
     assert all(len(row["tokens"]) == row["rows"] and len(row["tokens"][0]) == 3 for row in timed)
     checked = [row for row in rows if "same_tokens" in row]
-    assert len(checked) == 4 + 2
+    assert len(checked) == 6 + 3
     assert all(row["same_tokens"] for row in checked)
     assert result["environment"]["dtype"] == "float32"
     assert "bandwidth_ratio" in printed.err
