@@ -16,11 +16,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .assets import easy_vqa
-from .assets.vqa_questions import Question, draw_questions
-from .charts import load_pyplot
-from .eval.vqa import exact_match, score_model
-from .files.documents import load_yaml, parse_json
+from ..assets import easy_vqa
+from ..assets.vqa_questions import draw_questions
+from ..charts import load_pyplot
+from ..eval.vqa import exact_match, score_model
+from ..files.documents import load_yaml, parse_json
+from .answers import Answer, draw_answers
 
 STAGES = ("distillation", "alignment", "instruction_tuning")
 """Recipes `demo/<stage>` in their order."""
@@ -63,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train the stages, score them, draw the picture."""
-    from .train.config import load_stage
+    from ..train.config import load_stage
 
     # All that can be wrong is found before the first of thirty minutes.
     configs = {stage: load_stage(f"demo/{stage}", stage_settings(stage, args)) for stage in STAGES}
@@ -91,10 +92,12 @@ def run(args: argparse.Namespace) -> int:
     report["num_questions"] = args.questions
     report["scoring_seconds"] = round(time.perf_counter() - started_at, 1)
     (args.output / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    shown = answers[:NUM_SHOWN]
-    for question, answer in shown:
-        mark = "right" if exact_match([answer], [question]) else f"wrong, it is {question.answer}"
-        _say(f"{Path(question.picture).name:>10}  {question.text:<45} -> {answer:<12} {mark}")
+    shown = [
+        Answer(question.picture, question.text, text, question.answer, bool(exact_match([text], [question])))
+        for question, text in answers[:NUM_SHOWN]
+    ]
+    for answer in shown:
+        _say(f"{Path(answer.picture).name:>10}  {answer.question:<45} -> {answer.said:<12} {answer.mark}")
     _say(summary(report))
     draw_report(pyplot, args.picture, shown, report)
     _say(f"Pictures, questions and answers: {args.picture}; figures: {args.output / 'report.json'}")
@@ -130,7 +133,7 @@ def check_kept_stages(output: Path, configs: dict, overrides: Sequence[str] = ()
     Returns:
         The configs, a kept stage's with its own number of steps, unless the user asks for one.
     """
-    from .train.run.checkpoint import changed_fields
+    from ..train.run.checkpoint import changed_fields
 
     to_train: list[str] = []
     found = dict(configs)
@@ -170,8 +173,8 @@ class Pace:
     """
 
     def __init__(self, output: Path, configs: dict):
-        from .train.parallel import make_accelerator
-        from .train.run.benchmark_step import estimate_seconds
+        from ..train.parallel import make_accelerator
+        from ..train.run.benchmark_step import estimate_seconds
 
         self.output = output
         self.wanted = {stage: config.num_steps for stage, config in configs.items()}
@@ -266,7 +269,7 @@ def step_share(wanted_seconds: float, seconds: float) -> float:
 
 def train_stage(stage: str, folder: Path, config) -> None:
     """Run one stage, go on with it where it was interrupted, or keep it if it is finished."""
-    from .train import run_stage
+    from ..train import run_stage
 
     if is_finished(folder):
         _say(f"{stage}: already trained, see {folder} (--fresh trains again)")
@@ -321,34 +324,14 @@ def summary(report: dict) -> str:
     return "\n".join(lines)
 
 
-def draw_report(pyplot, path: Path, shown: list[tuple[Question, str]], report: dict) -> None:
-    """Draw pictures, questions and answers, right ones green and wrong ones red."""
-    from .model.pictures import load_picture
-
-    columns = 6
-    rows = -(-len(shown) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(2.3 * columns, 2.7 * rows + 0.8))
-    for axis, (question, answer) in zip(axes.flat, shown, strict=False):
-        is_right = bool(exact_match([answer], [question]))
-        axis.imshow(load_picture(question.picture))
-        axis.set_title(question.text, fontsize=8, wrap=True)
-        verdict = f"{answer}" if is_right else f"{answer}  (is: {question.answer})"
-        axis.set_xlabel(verdict, fontsize=10, color="#1a7f37" if is_right else "#cf222e", weight="bold")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        for spine in axis.spines.values():
-            spine.set_color("#1a7f37" if is_right else "#cf222e")
-    for axis in axes.flat[len(shown) :]:
-        axis.set_axis_off()
+def draw_report(pyplot, path: Path, answers: Sequence[Answer], report: dict) -> None:
+    """Draw questions about test pictures and their answers, below the scores of all."""
     final = report["stages"][STAGES[-1]]
-    figure.suptitle(
+    title = (
         f"HoVLE in miniature: {final['accuracy']:.1%} of the answers are right "
-        f"({final['blank_pictures']:.1%} with blank, {final['shuffled_pictures']:.1%} with shuffled pictures)",
-        fontsize=12,
+        f"({final['blank_pictures']:.1%} with blank, {final['shuffled_pictures']:.1%} with shuffled pictures)"
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    draw_answers(pyplot, path, answers, title)
 
 
 def _say(text: str) -> None:

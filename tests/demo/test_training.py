@@ -8,9 +8,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from hovle import cli, demo
+from hovle import cli
 from hovle.assets import easy_vqa
 from hovle.assets.vqa_questions import Question, draw_questions
+from hovle.charts import load_pyplot
+from hovle.demo import training as demo
+from hovle.demo.answers import Answer
 from hovle.train.config import load_stage
 
 SCORES = {
@@ -40,8 +43,11 @@ def test_the_summary_tells_times_cosines_and_all_eight_scores():
 
 
 def test_the_picture_shows_every_question(tmp_path):
-    shown = [(Question(f"what is {index}?", "red", Image.new("RGB", (64, 64), "red")), "red") for index in range(7)]
-    demo.draw_report(demo.load_pyplot(), tmp_path / "demo.png", shown, REPORT)
+    shown = [
+        Answer(Image.new("RGB", (64, 64), "red"), f"what is {index}?", "red", "red", is_right=True)
+        for index in range(7)
+    ]
+    demo.draw_report(load_pyplot(), tmp_path / "demo.png", shown, REPORT)
     with Image.open(tmp_path / "demo.png") as picture:
         assert picture.width > 1000
 

@@ -1,0 +1,1 @@
+"""A miniature learns to see on this machine, and its answers are drawn."""
