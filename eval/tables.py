@@ -14,10 +14,12 @@ from pathlib import Path
 from hovle.assets import load_manifest
 from hovle.assets.cache import megabytes
 from hovle.assets.manifest import DEFAULT_GROUP, find_assets
+from hovle.demo.questions import FOLDER, QUESTIONS
 from hovle.eval.analyses import retention_report
 from hovle.eval.benchmarks.report import notes, published_text, results_table
 from hovle.eval.benchmarks.suites import load_suites
 from hovle.eval.results import read_results
+from hovle.files.documents import load_json
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "eval/README.md", "hovle/assets/README.md", "model_cards/demo.md")
@@ -165,8 +167,8 @@ def assets_table(_: Path) -> str:
 
 
 def notice() -> str:
-    """The file NOTICE: whose work `hovle fetch` brings."""
-    parts = [NOTICE_HEAD]
+    """The file NOTICE: whose work pictures of the package show, and whose work `hovle fetch` brings."""
+    parts = [NOTICE_HEAD, *map(picture_notice, load_json(FOLDER / QUESTIONS)["pictures"]), NOTICE_FETCHED]
     for asset in load_manifest().values():
         archive = asset.archive
         lines = [f"{asset.name}: {asset.description}", asset.attribution, f"Licence: {asset.licence}"]
@@ -178,12 +180,23 @@ def notice() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def picture_notice(row: dict) -> str:
+    """Whose work a picture of `hovle demo` shows."""
+    lines = [f"hovle/demo/pictures/{row['file']}"]
+    for source in row["sources"]:
+        lines += [source["attribution"], f"Licence: {source['license']}", source["homepage"]]
+    return "\n  ".join(lines if row["sources"] else [*lines, "drawn by hovle alone"])
+
+
 NOTICE_HEAD = """hovle
 Licensed under the Apache License, Version 2.0 (see LICENSE).
 
-None of the works below is part of this package. `hovle fetch` downloads them from package registries, each in the
-version and with the hash that hovle/assets/manifest.json pins; their licences lie beside the unpacked files. This list
-is made from the manifest (`make tables`)."""
+Pictures of this package show works of others, scaled, turned, colored, lit or put on a ground. What their licences say
+lies beside them (hovle/demo/pictures/LICENSES). These lists are made by `make tables`."""
+
+NOTICE_FETCHED = """None of the works below is part of this package. `hovle fetch` downloads them from package
+registries, each in the version and with the hash that hovle/assets/manifest.json pins; their licences lie beside the
+unpacked files."""
 
 GENERATED: dict[str, Callable[[], str]] = {"NOTICE": notice}
 """Files that are written as a whole."""
