@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo tables test check bench-gpu setup
+.PHONY: demo demo-train tables test check bench-gpu setup
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" && $(PYTHON) -c '$(FITS)' || \
@@ -18,10 +18,13 @@ $(READY): pyproject.toml constraints.txt
 
 setup: $(READY)
 
+# The training, until weights ship that `hovle demo` can show.
+demo: demo-train
+
 # Train a small model on this machine in three stages and let it answer questions about unseen pictures.
-demo: $(READY)
+demo-train: $(READY)
 	$(BIN)/hovle fetch
-	$(BIN)/hovle demo
+	$(BIN)/hovle demo train
 
 # Write the measured figures from eval/results into README, model cards and eval/README.md.
 tables: $(READY)

@@ -1,7 +1,7 @@
 """Score a model on easy-VQA by free generation: `python eval/easy_vqa.py MODEL [--questions 1000]`.
 
 Prints one JSON object with exact match on balanced questions for the true, blank and shuffled pictures and on evenly
-drawn questions, the same way `hovle demo` measures. `--wording`, without a model, says how much the questions tell.
+drawn questions, the same way `hovle demo train` measures. `--wording`, without a model, says how much questions tell.
 """
 
 import argparse

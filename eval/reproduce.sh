@@ -2,7 +2,7 @@
 # Measure every figure the documents show, and write it into them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-hovle demo --fresh
+hovle demo train --fresh
 mkdir -p eval/results/demo
 cp runs/demo/report.json eval/results/demo/report.json
 python eval/easy_vqa.py --wording > eval/results/demo/questions.json

@@ -28,7 +28,10 @@ COMMANDS = {
     "merge": ("hovle.eval.merge", "mix two models part by part, and measure the mixtures"),
     "bench": ("hovle.bench", "measure how fast a part of hovle is on this machine"),
     "doctor": ("hovle.machine.doctor", "say what works on this machine and what to install for more"),
-    "demo": ("hovle.demo.training", "train a small model on this machine and let it answer questions"),
+    "demo": (
+        "hovle.demo.command",
+        "show what a model answers about twelve pictures, or train a small one on this machine",
+    ),
 }
 """Subcommand -> (module, one line of help). A module offers `add_arguments(parser)` and `run(args) -> exit code`;
 its docstring is the subcommand's help text. `ACTIONS` of a module are subcommands of its own: name -> module."""

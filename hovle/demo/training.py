@@ -47,7 +47,7 @@ NUM_SHOWN = 24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of `hovle demo`."""
+    """Declare the options of `hovle demo train`."""
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder of the three runs")
     parser.add_argument("--picture", type=Path, default=Path("demo.png"), help="where to draw questions and answers")
     parser.add_argument("--questions", type=int, default=NUM_QUESTIONS, help="test questions to score")

@@ -1,4 +1,4 @@
-"""`hovle demo`, without its half hour: report, picture and what a second call keeps."""
+"""`hovle demo train`, without its half hour: report, picture and what a second call keeps."""
 
 import argparse
 import json
@@ -224,6 +224,6 @@ def test_fresh_deletes_runs_and_nothing_else(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["--questions", "0"], ["num_stepz=3"], ["--questions", "100000"]])
 def test_mistakes_are_found_before_training(tmp_path, capsys, arguments):
-    assert cli.main(["demo", "--output", str(tmp_path), *arguments]) == 1
-    assert capsys.readouterr().err.startswith("hovle demo: ")
+    assert cli.main(["demo", "train", "--output", str(tmp_path), *arguments]) == 1
+    assert capsys.readouterr().err.startswith("hovle demo train: ")
     assert not list(tmp_path.iterdir())
