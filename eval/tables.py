@@ -119,6 +119,21 @@ def retention_answers_table(root: Path) -> str:
 RETENTION = "eval/results/analyses/retention/retention.json"
 
 
+def kept_language(root: Path) -> str:
+    """The worst of the last stage's perplexities over the bare language model's."""
+    last = _read(root, RETENTION)["models"][-1]
+    return f"{max(text['ratio'] for text in last['texts'].values()):.3f}"
+
+
+def language_price_table(root: Path) -> str:
+    """What a step takes that holds the language and one that does not."""
+    rows = [
+        [stage, f"{took['free']:.2f} s", f"{took['held']:.2f} s", f"{took['ratio']:.2f}"]
+        for stage, took in _read(root, "eval/results/demo/language_price.json").items()
+    ]
+    return markdown(["stage", "a step on pictures alone", "with the language held", "ratio"], rows)
+
+
 def _read(root: Path, name: str) -> dict:
     try:
         return json.loads((root / name).read_text(encoding="utf-8"))
@@ -209,6 +224,7 @@ TABLES = {
     "steps": step_table,
     "retention": retention_table,
     "retention_answers": retention_answers_table,
+    "language_price": language_price_table,
     "benchmarks": benchmarks_table,
     "paper_suite": paper_suite_table,
 }
@@ -235,6 +251,7 @@ def demo_processor(root: Path) -> str:
 VALUES: dict[str, Callable[[Path], str]] = {
     "demo_minutes": demo_minutes,
     "demo_processor": demo_processor,
+    "kept_language": kept_language,
     "yes_no_share": lambda root: f"{_of_questions('yes_no_share')(root):.0%}",
     "guessed_share": lambda root: f"{_of_questions('guessed_share')(root):.0%}",
     **{
