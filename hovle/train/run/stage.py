@@ -29,11 +29,11 @@ from .loop import train
 from .random_numbers import continue_random_numbers
 from .run_folder import check_resumable, check_unused, claim_output, end_at_taught_replies, find_standing
 from .stage_data import StageData, with_counted_steps
-from .start import agree_on_dtype, check_start, load_start, load_state
+from .start import Adapt, agree_on_dtype, check_start, load_start, load_state
 from .writer import Writer
 
 
-def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = False) -> Path:
+def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = False, adapt: Adapt | None = None) -> Path:
     """Run one training stage.
 
     Args:
@@ -41,6 +41,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
         resume: Continue the newest checkpoint in `config.output`, or start where there is none yet; refused when
             recipe or data changed. A finished run is left as it is.
         dry_run: Set everything up, take no step, write nothing, and print what would be trained on what.
+        adapt: Changes the model that training starts from, in place; hooks are not written with it. For experiments.
 
     Returns:
         Folder of the trained model, `config.output/model`.
@@ -80,7 +81,7 @@ def run_stage(config: StageConfig, *, resume: bool = False, dry_run: bool = Fals
     first_step = state["step"] if state else 0
 
     # The model it starts from, what of it learns, and towards what.
-    model, processor, handoff = load_start(config)
+    model, processor, handoff = load_start(config, adapt)
     if config.objective.name == "next_token" and not end_at_taught_replies(model, processor):
         accelerator.print("The chat template ends replies with no special token: generation cannot tell their end.")
     dtype = agree_on_dtype(config, state, accelerator)

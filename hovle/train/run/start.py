@@ -1,5 +1,6 @@
 """Where a run starts: from the model the recipe names and, where it is resumed, from its newest checkpoint."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,9 @@ from ..model.start import check_checkpoint, start_model, start_processor
 from .checkpoint import check_same_run, find_checkpoint, load_training_state
 from .handoff import check_handoff
 from .random_numbers import seed_everything
+
+Adapt = Callable[[HoVLEForConditionalGeneration], object]
+"""What an experiment does to a model, in place."""
 
 
 def check_start(config: StageConfig, dry_run: bool = False) -> None:
@@ -66,8 +70,14 @@ def _check_folder(field: str, name: str, may_be_quantized: bool = False) -> None
         )
 
 
-def load_start(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor, float | None]:
+def load_start(
+    config: StageConfig, adapt: Adapt | None = None
+) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor, float | None]:
     """Load the model a stage starts from, in float32, with its processor, and check what it was handed on with.
+
+    Args:
+        config: The stage.
+        adapt: Changes the model once it is checked, if anything does.
 
     Returns:
         Model, processor, and how far the model's answers are from those its stage ended with (`check_handoff`).
@@ -78,6 +88,8 @@ def load_start(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVL
     if config.model.checkpoint is not None:
         handoff = check_handoff(model, Path(config.model.checkpoint))
     check_hd(config, model)
+    if adapt is not None:
+        adapt(model)
     return model, processor, handoff
 
 
