@@ -14,7 +14,8 @@ hovle eval attention $demo/instruction_tuning/model $picture "what shape is in t
     --compare $demo/distillation/model --output $analyses/attention
 hovle eval embeddings $demo/instruction_tuning/model $picture --language-model $llm --output $analyses/embeddings
 hovle eval retention $demo/{distillation,alignment,instruction_tuning}/model --language-model $llm \
-    --output $analyses/retention
+    --replay smollm2_replay_held_out --output $analyses/retention
+python dev/language_price.py demo --out eval/results/demo/language_price.json
 hovle bench data --out eval/results/speed/data.json
 hovle bench train
 python eval/tables.py
