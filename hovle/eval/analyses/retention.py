@@ -20,12 +20,13 @@ is refused: figures on ids a model never learned would say nothing.
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from ...assets import resolve_asset
 from ...charts import load_pyplot
@@ -76,6 +77,11 @@ class Material:
     prompts: list[list[int]]
     """Of the questions; none where answers are not asked for."""
 
+    @property
+    def num_measures(self) -> int:
+        """What is measured of one model: texts, tasks and answers."""
+        return len(self.texts) + len(self.items) + bool(self.prompts)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command line of `hovle eval retention`."""
@@ -124,6 +130,7 @@ def run(args: argparse.Namespace) -> int:
         _check_ids(args, bare_name, own, path, material)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fastest_dtype(device)
+    bar = tqdm(total=(1 + len(args.models)) * material.num_measures, unit="measure")
     result: dict = {
         "format": FORMAT,
         "dtype": dtype_name(dtype),
@@ -141,13 +148,16 @@ def run(args: argparse.Namespace) -> int:
         if path is None:
             _check_vocabulary(model, material, args.language_model)
             if material.prompts:
+                bar.set_description("answers of the bare model")
                 key = digest([hash_model(bare_name), material.prompts, MAX_NEW_TOKENS, result["dtype"]])
                 result |= _own_answers(model, own, material, key, args.output)
         name = f"bare {short_name(args.language_model.removeprefix('asset:'))}" if path is None else short_name(path)
-        row = {"name": name, "model": path or args.language_model, **measure(model, own, material, result)}
+        bar.set_description(name)
+        row = {"name": name, "model": path or args.language_model, **measure(model, own, material, result, bar.update)}
         result["models"].append(row)
-        print(f"{name}: {_in_words(row)}", flush=True)  # noqa: T201 - this is the command's output
+        bar.write(f"{name}: {_in_words(row)}")
         del model
+    bar.close()
     _write(args.output, result, pyplot)
     print(f"\n{table(result)}\n")  # noqa: T201
     for part in PARTS:
@@ -288,7 +298,13 @@ def _kept_answers(path: Path, key: str) -> list[list[int]] | None:
     return [entry["ids"] for entry in kept["answers"]] if kept.get("key") == key else None
 
 
-def measure(model: nn.Module, own: HoVLEProcessor, material: Material, result: dict) -> dict:
+def measure(
+    model: nn.Module,
+    own: HoVLEProcessor,
+    material: Material,
+    result: dict,
+    done: Callable[[], object] = lambda: None,
+) -> dict:
     """What the result says of one model.
 
     Args:
@@ -296,6 +312,7 @@ def measure(model: nn.Module, own: HoVLEProcessor, material: Material, result: d
         own: The bare model's processor.
         material: What the model reads.
         result: What is known so far: the bare model's answers, and its row unless this is the bare model.
+        done: Called after each of `material.num_measures`.
     """
     started_at = time.perf_counter()
     bare = result["models"][0] if result["models"] else None
@@ -306,9 +323,12 @@ def measure(model: nn.Module, own: HoVLEProcessor, material: Material, result: d
             "perplexity": found,
             "ratio": found / (bare["texts"][name]["perplexity"] if bare else found),
         }
+        done()
     if material.items:
-        scores = {task: score_items(model, own._encode_text, drawn) for task, drawn in material.items.items()}
-        row["tasks"] = {task: _entry(score) for task, score in scores.items()}
+        row["tasks"] = {}
+        for task, drawn in material.items.items():
+            row["tasks"][task] = _entry(score_items(model, own._encode_text, drawn))
+            done()
     if material.prompts:
         kept = result["own_answers"]["answers"]
         rows = answer_rows(material.prompts, [entry["ids"] for entry in kept])
@@ -317,6 +337,7 @@ def measure(model: nn.Module, own: HoVLEProcessor, material: Material, result: d
         row["answers"] = (
             [entry["answer"] for entry in kept[:NUM_SHOWN]] if bare is None else _shown(model, own, material)
         )
+        done()
     return {**row, "seconds": round(time.perf_counter() - started_at, 1)}
 
 
