@@ -37,8 +37,9 @@ def check_quantized(model: nn.Module) -> None:
     """Raise ValueError for a model whose answers would be wrong, or whose layers were silently left as they are.
 
     Args:
-        model: Loaded, with a quantization config of torchao; others pass.
+        model: Loaded, with a quantization config of torchao or bitsandbytes; others pass.
     """
+    _check_four_bits(model)
     config = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     kind = type(getattr(config, "quant_type", None)).__name__
     if config is None or kind == "NoneType":
@@ -63,3 +64,22 @@ def check_quantized(model: nn.Module) -> None:
             f"{kind} left {len(left)} matrices as they are, among them {left[0]} with {inputs} inputs: its group_size "
             f"({getattr(config.quant_type, 'group_size', 'unknown')}) must divide their inputs."
         )
+
+
+def _check_four_bits(model: nn.Module) -> None:
+    """Raise ValueError for 4-bit matrices that bitsandbytes cannot lay out for a processor with AVX-512 bfloat16.
+
+    There it packs them anew at the first forward pass, 32 outputs and a block of inputs at a time.
+    """
+    for name, module in model.named_modules():
+        weight: Any = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if state is None or weight.device.type != "cpu" or not getattr(module, "support_avx512bf16_for_cpu", False):
+            continue
+        num_outputs, num_inputs = state.shape
+        if num_inputs % state.blocksize or num_outputs % 32:
+            raise ValueError(
+                f"{name} has {num_inputs} inputs and {num_outputs} outputs, but on this processor bitsandbytes takes "
+                f"4-bit matrices of multiples of {state.blocksize} and 32 only: take TorchAoConfig("
+                f"Int8WeightOnlyConfig()), or name it in llm_int8_skip_modules."
+            )

@@ -407,6 +407,7 @@ def test_the_paper_s_first_stage_trains_around_it(released, tmp_path, folder, ca
         f"output={tmp_path / 'run'}",
         *["rows_per_batch=1", "row_length=400", "packing_window=4", "gradient_accumulation_steps=1"],
         *["num_workers=0", "dtype=float32", "compile=off", "num_steps=2", "log_every=1"],
+        "language.source=python_docs",
     ]
     assert main(["train", *recipe, "--dry-run"]) == 0
     assert "trains          stem, holistic_layers, text_embeddings" in capsys.readouterr().out

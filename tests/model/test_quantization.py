@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from tiny_models import IMAGE, TEXT, shake
 from torch import nn
 from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig
@@ -25,7 +26,7 @@ CONFIGS = {
 @pytest.fixture(scope="module", params=["pre", "post"])
 def folder(request, tmp_path_factory):
     torch.manual_seed(0)
-    text = LlamaConfig(**{**TEXT, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2})
+    text = LlamaConfig(**{**TEXT, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2})
     config = HoVLEConfig(
         text_config=text,
         num_embedding_layers=1,
@@ -93,3 +94,17 @@ def test_matrices_that_torchao_silently_leaves_alone_are_an_error(folder):
     model.hf_quantizer = types.SimpleNamespace(quantization_config=config)
     with pytest.raises(ValueError, match=r"left 14 matrices .* with 64 inputs: its group_size \(64\) must divide"):
         check_quantized(model)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 64), (64, 48)])
+def test_four_bits_that_a_processor_cannot_lay_out_are_refused(inputs, outputs):
+    """bitsandbytes packs them where the processor multiplies bfloat16 in AVX-512, and fails at the first token."""
+    layer = Linear4bit(inputs, outputs, bias=False, quant_type="nf4").to("cpu")  # which quantizes
+    model = nn.ModuleDict({"layer": layer})
+    layer.support_avx512bf16_for_cpu = True
+    with pytest.raises(
+        ValueError, match=f"layer has {inputs} inputs and {outputs} outputs, .* multiples of 64 and 32"
+    ):
+        check_quantized(model)
+    layer.support_avx512bf16_for_cpu = False
+    check_quantized(model)

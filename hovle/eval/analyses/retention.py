@@ -130,7 +130,6 @@ def run(args: argparse.Namespace) -> int:
         _check_ids(args, bare_name, own, path, material)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = fastest_dtype(device)
-    bar = tqdm(total=(1 + len(args.models)) * material.num_measures, unit="measure")
     result: dict = {
         "format": FORMAT,
         "dtype": dtype_name(dtype),
@@ -142,22 +141,28 @@ def run(args: argparse.Namespace) -> int:
         },
         "models": [],
     }
-    for path in [None, *args.models]:
-        model = load_bare_model(bare_name, dtype) if path is None else load_model(path, dtype=dtype)
-        model.to(device).eval()
-        if path is None:
-            _check_vocabulary(model, material, args.language_model)
-            if material.prompts:
-                bar.set_description("answers of the bare model")
-                key = digest([hash_model(bare_name), material.prompts, MAX_NEW_TOKENS, result["dtype"]])
-                result |= _own_answers(model, own, material, key, args.output)
-        name = f"bare {short_name(args.language_model.removeprefix('asset:'))}" if path is None else short_name(path)
-        bar.set_description(name)
-        row = {"name": name, "model": path or args.language_model, **measure(model, own, material, result, bar.update)}
-        result["models"].append(row)
-        bar.write(f"{name}: {_in_words(row)}")
-        del model
-    bar.close()
+    with tqdm(total=(1 + len(args.models)) * material.num_measures, unit="measure") as bar:
+        for path in [None, *args.models]:
+            model = load_bare_model(bare_name, dtype) if path is None else load_model(path, dtype=dtype)
+            model.to(device).eval()
+            if path is None:
+                _check_vocabulary(model, material, args.language_model)
+                if material.prompts:
+                    bar.set_description("answers of the bare model")
+                    key = digest([hash_model(bare_name), material.prompts, MAX_NEW_TOKENS, result["dtype"]])
+                    result |= _own_answers(model, own, material, key, args.output)
+            name = (
+                f"bare {short_name(args.language_model.removeprefix('asset:'))}" if path is None else short_name(path)
+            )
+            bar.set_description(name)
+            row = {
+                "name": name,
+                "model": path or args.language_model,
+                **measure(model, own, material, result, bar.update),
+            }
+            result["models"].append(row)
+            bar.write(f"{name}: {_in_words(row)}")
+            del model
     _write(args.output, result, pyplot)
     print(f"\n{table(result)}\n")  # noqa: T201
     for part in PARTS:
