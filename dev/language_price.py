@@ -45,10 +45,15 @@ def main() -> None:
 
 
 def without_language(config: StageConfig) -> StageConfig:
-    """The same stage on its rows of pictures alone."""
-    assert config.language is not None, "The recipe holds no language."
+    """The same stage on its rows of pictures alone; ValueError where text shares a row with them, or there is none."""
+    if config.language is None:
+        raise ValueError(f"The recipe of {config.output} has no language block whose price could be measured.")
     num_text, length = config.language.layout(config.rows_per_batch, config.row_length)
-    assert length == config.row_length, "Text fills whole rows only where the kinds are to see the same pictures."
+    if length != config.row_length:
+        raise ValueError(
+            f"A share of {config.language.share} puts {length} tokens of text into a row of {config.row_length} in "
+            f"{config.output}, so both kinds would not see the same pictures: give it whole rows."
+        )
     return dataclasses.replace(
         config, language=None, stop_when_forgetting=None, rows_per_batch=config.rows_per_batch - num_text
     )

@@ -241,6 +241,13 @@ def demo_minutes(root: Path) -> str:
     return f"{seconds / 60:.0f}"
 
 
+def demo_minutes_alone(root: Path) -> str:
+    """What the demo's steps take where nothing else runs, as they were timed for the price of holding the language."""
+    stages = _read(root, "eval/results/demo/report.json")["stages"]
+    price = _read(root, "eval/results/demo/language_price.json")
+    return f"{sum(facts['steps'] * price[stage]['held'] for stage, facts in stages.items()) / 60:.0f}"
+
+
 def demo_processor(root: Path) -> str:
     """What the demo ran on."""
     stages = _read(root, "eval/results/demo/report.json")["stages"].values()
@@ -250,6 +257,7 @@ def demo_processor(root: Path) -> str:
 
 VALUES: dict[str, Callable[[Path], str]] = {
     "demo_minutes": demo_minutes,
+    "demo_minutes_alone": demo_minutes_alone,
     "demo_processor": demo_processor,
     "kept_language": kept_language,
     "yes_no_share": lambda root: f"{_of_questions('yes_no_share')(root):.0%}",
