@@ -50,6 +50,7 @@ from ..files.model_folder import short_name
 from ..loading import load_model, load_processor
 from ..machine.facts import environment
 from ..machine.memory import peak_resident_bytes
+from ..machine.processes import end_with_parent
 from ..options import positive
 from .data import generate_photograph
 
@@ -241,6 +242,7 @@ _HERE: dict[str, Any] = {}
 
 
 def _load(name: str, folder: Path, prompts: list[dict], num_threads: int) -> None:
+    end_with_parent()
     torch.set_num_threads(num_threads)
     engine = ENGINES[name]
     if engine.loader is None:

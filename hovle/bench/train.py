@@ -38,6 +38,7 @@ from tqdm.auto import tqdm
 
 from ..charts import load_pyplot
 from ..machine.memory import keep_freed_memory
+from ..machine.processes import end_with_parent
 from ..machine.speed import fastest_dtype
 from ..model.modeling_hovle import IGNORE_INDEX
 from ..model.pictures import load_picture
@@ -228,7 +229,7 @@ def compare(
 
 def in_own_process(function: Callable[..., Measured], *args) -> Measured:
     """Call a function in a new process: how memory is kept, and what is compiled, stays with a process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), initializer=end_with_parent) as pool:
         return pool.submit(function, *args).result()
 
 

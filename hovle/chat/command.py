@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="torch",
         help="llama.cpp runs what `hovle export --to gguf` wrote, openvino and onnx what `--to` of their name did",
     )
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="f16", help="which file llama.cpp reads")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="which file llama.cpp reads (default: f16)")
     parser.add_argument(
         "--compile", action="store_true", help="compile the model: the first answer takes minutes, the others less"
     )

@@ -35,7 +35,7 @@ class Conversation:
         temperature: 0 for the likeliest token each time, above it for a random choice by probability.
         engine: What runs the model: "torch"; "llama.cpp" for a folder that `hovle export --to gguf` wrote; "openvino"
             or "onnx" for one of that format.
-        quantization: Which file llama.cpp reads, one of `hovle.export.gguf.QUANTIZATIONS`.
+        quantization: Which file llama.cpp reads, one of `hovle.export.gguf.QUANTIZATIONS`; None: f16.
         compiled: Whether torch runs the model compiled, as `hovle.optimize` makes it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Conversation:
         system: str | None = None,
         temperature: float = 0.0,
         engine: str = "torch",
-        quantization: str = "f16",
+        quantization: str | None = None,
         compiled: bool = False,
     ):
         if not 0 <= temperature < math.inf:

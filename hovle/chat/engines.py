@@ -5,28 +5,24 @@ from typing import Any
 
 import torch
 
-from ..export.llama_cpp import LlamaCppForConditionalGeneration
-from ..export.onnx_runtime import OnnxForConditionalGeneration
-from ..export.openvino_runtime import OpenVinoForConditionalGeneration
+from ..export.engines import ENGINES as OTHERS
+from ..export.engines import check_quantization, load_exported
 from ..inference import optimize
 from ..loading import load_model
 
-ENGINES = ("torch", "llama.cpp", "openvino", "onnx")
+ENGINES = ("torch", *OTHERS)
 """What can run the model of a conversation."""
 
 
-def load_in_engine(model: str | os.PathLike, engine: str, quantization: str, compiled: bool) -> Any:
+def load_in_engine(model: str | os.PathLike, engine: str, quantization: str | None, compiled: bool) -> Any:
     """What has `generate`, `config` and `generation_config` of a HoVLE, in the engine that is asked for."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r:.40}.")
     if engine != "torch" and compiled:
         raise ValueError(f"{engine} is compiled already: --compile is for --engine torch.")
-    if engine == "llama.cpp":
-        return LlamaCppForConditionalGeneration.load(model, quantization)
-    if engine == "openvino":
-        return OpenVinoForConditionalGeneration.load(model)
-    if engine == "onnx":
-        return OnnxForConditionalGeneration.load(model)
     if engine != "torch":
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r:.40}.")
+        return load_exported(model, engine, quantization)
+    check_quantization(engine, quantization)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     loaded = load_model(model).to(device).eval()
     return optimize(loaded) if compiled else loaded

@@ -28,7 +28,10 @@ def answer_questions(
     max_new_tokens: int = 8,
     description: str = "answering",
 ) -> list[str]:
-    """Answer questions greedily, in order; the same words about the same picture are answered once.
+    """Answer questions greedily; the same words about the same picture are answered once.
+
+    Prompts of like length are answered together, the longest first: little is padded, and what memory or time is
+    needed shows early.
 
     Args:
         model: In evaluation mode; its dtype decides the number format.
@@ -40,6 +43,8 @@ def answer_questions(
         description: Shown on the progress bar.
     """
     distinct = {(question.text, _identity(question.picture)): question for question in questions}
+    lengths = {key: _length(question, processor) for key, question in distinct.items()}
+    distinct = {key: distinct[key] for key in sorted(distinct, key=lengths.__getitem__, reverse=True)}
     answers: list[str] = []
     for start in tqdm(range(0, len(distinct), batch_size), desc=description, unit="batch"):
         chats = [
@@ -59,6 +64,19 @@ def answer_questions(
         answers.extend(text.strip() for text in texts)
     answer_of = dict(zip(distinct, answers, strict=True))
     return [answer_of[question.text, _identity(question.picture)] for question in questions]
+
+
+CHARACTERS_PER_TOKEN = 4
+"""Of English, roughly."""
+
+
+def _length(question: Question, processor: HoVLEProcessor) -> float:
+    """Tokens of a prompt, roughly, by the size of its picture."""
+    num_tiles = 0
+    if question.picture is not None:
+        width, height = _size(question.picture)
+        num_tiles = processor.image_processor.get_number_of_image_patches(height, width)
+    return num_tiles * processor.image_seq_length + len(question.text) / CHARACTERS_PER_TOKEN
 
 
 def _identity(picture: Any) -> Any:
@@ -91,7 +109,7 @@ def with_blank_pictures(questions: Sequence[Question]) -> list[Question]:
 
 def _size(picture: Any) -> tuple[int, int]:
     """Width and height of an upright picture, from the header of its file where it is one."""
-    if isinstance(picture, Path):
+    if isinstance(picture, (Path, bytes)):
         height, width = picture_size(picture)
         return width, height
     return load_picture(picture).size

@@ -26,33 +26,21 @@ picture it cannot read with a bare status 500.
 
 import argparse
 import os
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers.utils.import_utils import is_serve_available
 
+from ..export.engines import ENGINES, check_quantization, load_exported
 from ..export.gguf import QUANTIZATIONS
-from ..export.llama_cpp import LlamaCppForConditionalGeneration
 from ..export.needs import need
-from ..export.onnx_runtime import OnnxForConditionalGeneration
 from ..loading import check_chat_template, check_statistics_agree, load_processor, reading
 from ..model.processing_hovle import HoVLEProcessor
 from ..options import add_picture_arguments, port, positive
 from .limits import MAX_REQUESTS, BatchLimits
 
-EXPORTED: dict[str, Callable[[argparse.Namespace], Any]] = {
-    "llama.cpp": lambda args: LlamaCppForConditionalGeneration.load(args.model, args.quantization),
-    "onnx": lambda args: OnnxForConditionalGeneration.load(args.model),
-}
-"""Engines that run what `hovle export` wrote -> how they load it."""
-
 SERVERS_OF_THEIR_OWN = {
     "vllm": "vLLM brings its own server with the same API: vllm serve {model} --trust-remote-code.",
-    "openvino": (
-        "OpenVINO Model Server answers with what `hovle export {model} DST --to openvino` writes, in the same API "
-        "under /v3."
-    ),
 }
 """Engines that batch, count and stream by themselves -> how they are used."""
 
@@ -123,11 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--engine",
-        choices=("torch", *EXPORTED, *SERVERS_OF_THEIR_OWN),
+        choices=("torch", *ENGINES, *SERVERS_OF_THEIR_OWN),
         default="torch",
-        help="llama.cpp and onnx give one answer after another; a message names the servers of vllm and openvino",
+        help="llama.cpp, openvino and onnx give one answer after another; vllm has a server of its own",
     )
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, default="f16", help="which file llama.cpp reads")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="which file llama.cpp reads (default: f16)")
     add_picture_arguments(parser)
 
 
@@ -169,6 +157,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _load_torch(args: argparse.Namespace) -> tuple[Any, HoVLEProcessor]:
+    check_quantization(args.engine, args.quantization)
     from transformers.cli.serving.model_manager import ModelManager
 
     with reading(args.model):
@@ -195,7 +184,7 @@ def _load_exported(args: argparse.Namespace) -> tuple[Any, HoVLEProcessor]:
     for name, value in usual.items():
         if getattr(args, name) != value:
             raise ValueError(f"--{name.replace('_', '-')} is of no use with --engine {args.engine}; leave it out.")
-    return EXPORTED[args.engine](args), load_processor(args.model)
+    return load_exported(args.model, args.engine, args.quantization), load_processor(args.model)
 
 
 def _bytes_of_gib(text: str) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..machine.processes import end_with_parent
 from .registry import open_skill
 from .samples import SPLITS
 from .shards import Shard, read_header, read_rows, remove_unfinished, to_row, write_shard
@@ -169,7 +170,7 @@ def _draw_all(shards: Sequence[Shard], build: Build, num_workers: int) -> Iterat
     context = multiprocessing.get_context("spawn" if os.name == "nt" else "forkserver")
     if sys.platform != "win32":
         context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(num_workers, context) as pool:
+    with ProcessPoolExecutor(num_workers, context, initializer=end_with_parent) as pool:
         waiting: set[Future[Pace]] = {pool.submit(draw_shard, shard, build) for shard in shards}
         try:
             while waiting:

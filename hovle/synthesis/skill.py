@@ -66,6 +66,7 @@ class AssetFolders:
 
     def __init__(self, root: Path | None, replay: Path | None = None):
         self.root, self.replay = root, replay
+        self._fetched: dict[str, Path] = {}
 
     def __getitem__(self, name: str) -> Path:
         if name == "replay":
@@ -76,7 +77,9 @@ class AssetFolders:
                 )
             return self.replay
         if self.root is None:
-            return assets.fetch(name)
+            if name not in self._fetched:  # once: what is in the cache is looked through, thousands of files
+                self._fetched[name] = assets.fetch(name)
+            return self._fetched[name]
         folder = self.root / name
         if not folder.is_dir():
             raise ValueError(f"{self.root} has no folder {name}; unpack the package there, or leave out --assets.")

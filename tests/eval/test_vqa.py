@@ -63,6 +63,22 @@ def test_answers_do_not_depend_on_the_batch(answerer):
     assert len(set(together)) > 1  # random weights still tell the prompts apart
 
 
+def test_prompts_of_like_length_share_a_batch(answerer, monkeypatch):
+    model, processor = answerer
+    sizes = [(8, 8), (24, 8), (8, 8), (24, 8)]
+    questions = [Question("?", "yes", Image.new("RGB", size, (50 * n, 9, 9))) for n, size in enumerate(sizes)]
+    widths = []
+    generate = model.generate
+    monkeypatch.setattr(
+        model, "generate", lambda **inputs: widths.append(inputs["input_ids"].shape) or generate(**inputs)
+    )
+    answers = answer_questions(model, processor, questions, batch_size=2, max_new_tokens=2)
+    assert [rows for rows, _ in widths] == [2, 2]
+    assert widths[0][1] > widths[1][1]
+    monkeypatch.undo()
+    assert answers == [answer_questions(model, processor, [item], max_new_tokens=2)[0] for item in questions]
+
+
 def test_the_wording_is_learned_from_training_questions_only():
     train = [Question("round?", "yes", 1), Question("round?", "yes", 2), Question("round?", "no", 2)]
     train += [Question("colour?", "red", 1)]

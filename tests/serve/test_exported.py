@@ -1,4 +1,4 @@
-"""`hovle serve --engine llama.cpp` and `onnx`: what `hovle export` wrote, behind the same front."""
+"""`hovle serve --engine llama.cpp`, `openvino` and `onnx`: what `hovle export` wrote, behind the same front."""
 
 import base64
 import io
@@ -12,8 +12,7 @@ from tiny_models import shake
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.export.command import export
-from hovle.export.llama_cpp import LlamaCppForConditionalGeneration
-from hovle.export.onnx_runtime import OnnxForConditionalGeneration
+from hovle.export.engines import load_exported
 from hovle.serve.app import ServerOptions, build_app
 
 
@@ -29,17 +28,15 @@ def url(image: Image.Image) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("to", "load"), [("gguf", LlamaCppForConditionalGeneration.load), ("onnx", OnnxForConditionalGeneration.load)]
-)
-def test_answers_equal_those_of_the_engine_itself(tmp_path, make_tokenizer, tiny_config, to, load):
+@pytest.mark.parametrize(("to", "engine"), [("gguf", "llama.cpp"), ("openvino", "openvino"), ("onnx", "onnx")])
+def test_answers_equal_those_of_the_engine_itself(tmp_path, make_tokenizer, tiny_config, to, engine):
     torch.manual_seed(0)
     config = tiny_config(text_config={"vocab_size": 416})
     processor = HoVLEProcessor.from_language_model(make_tokenizer(), config, max_tiles=4)
     shake(HoVLEForConditionalGeneration(config)).save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "exported", to)
-    model = load(tmp_path / "exported")
+    model = load_exported(tmp_path / "exported", engine)
     expected = []
     for seed in range(3):
         content = [{"type": "image", "image": picture(seed)}, {"type": "text", "text": "What is it?"}]

@@ -469,7 +469,9 @@ def test_without_prometheus_the_message_names_the_extra(saved, monkeypatch, caps
     ("options", "reason"),
     [
         (["--engine", "vllm"], "--engine vllm: vLLM brings its own server with the same API: vllm serve"),
-        (["--engine", "openvino"], "--engine openvino: OpenVINO Model Server answers with what `hovle export"),
+        (["--engine", "openvino"], "openvino"),
+        (["--quantization", "q8_0"], "--quantization is for --engine llama.cpp, not for torch"),
+        (["--engine", "onnx", "--quantization", "q8_0"], "--quantization is for --engine llama.cpp, not for onnx"),
         (["--engine", "llama.cpp", "--max-batch", "4"], "--max-batch is of no use with --engine llama.cpp"),
         (["--engine", "llama.cpp", "--dtype", "bfloat16"], "--dtype is of no use with --engine llama.cpp"),
         (["--engine", "llama.cpp"], "llama.cpp"),  # no files of it there, or the package is missing

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from places import ROOT
 
+from hovle import assets
 from hovle.assets import load_manifest
 from hovle.cli import main
 from hovle.synthesis import building, registry, shards
@@ -122,6 +123,14 @@ def test_some_questions_are_asked_without_their_picture(built):
     assert all(user["content"] in asked and "picture" in reply["content"] for user, reply in chats)
     records = load_records(ChatData(path=str(built / "no-picture.jsonl")))
     assert [len(records[number].messages) for number in range(2)] == [2, 2]
+
+
+def test_an_asset_is_looked_through_once_not_for_each_picture(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(assets, "fetch", lambda name: asked.append(name) or tmp_path / name)
+    folders = AssetFolders(None)
+    assert [folders["font-a"], folders["font-a"], folders["font-b"]] == [tmp_path / f"font-{x}" for x in "aab"]
+    assert asked == ["font-a", "font-b"]
 
 
 def test_what_is_built_is_not_drawn_again(built, crafted_assets, monkeypatch, capsys):

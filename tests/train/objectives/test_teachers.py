@@ -527,14 +527,15 @@ def test_teachers_side_by_side_give_what_each_gives_standardised_by_itself(pair)
     assert side_by_side(alone[:1]) is alone[0]
 
 
-def test_a_run_has_several_teachers_and_caches_give_the_same_bits(distillation_config, pair, tmp_path):
+def test_a_run_has_several_teachers_and_caches_give_the_same_but_for_rounding(distillation_config, pair, tmp_path):
     outputs = [tmp_path / "live", tmp_path / "cached", tmp_path / "mixed"]
     caches = [(None, None), (str(tmp_path / "cache"), str(tmp_path / "cache")), (None, str(tmp_path / "cache"))]
     for output, folders in zip(outputs, caches, strict=True):
         teachers = [{**fields, "cache": folder} for fields, folder in zip(pair, folders, strict=True)]
         run_stage(distillation_config(f"teacher={json.dumps(teachers)}", f"output={output}", "num_steps=2"))
     weights = [load_file(output / "model" / "model.safetensors") for output in outputs]
-    assert all(torch.equal(weights[0][name], item[name]) for item in weights[1:] for name in weights[0])
+    differences = [(name, (weights[0][name] - item[name]).norm()) for item in weights[1:] for name in weights[0]]
+    assert all(difference <= 1e-4 * weights[0][name].norm() for name, difference in differences)
     assert len(list((tmp_path / "cache").iterdir())) == 2  # a folder for each
 
 
