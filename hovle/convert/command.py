@@ -5,7 +5,7 @@
 
 Only safetensors and JSON are read: no code of the checkpoint runs and nothing is unpickled. DST appears when it is
 complete. What the flat decoder has no place for (the language model's own text table, the class slot of the position
-embedding) lies beside the model in released_extra.safetensors, the original config.json in released_config.json; no
+embedding) lies beside the model in released_extra.tensors, the original config.json in released_config.json; no
 inference loads them, `--to released` needs them. The other way, hovle_config.json keeps the hovle config.
 """
 
@@ -61,7 +61,7 @@ from .released_layout import (
 )
 from .sentencepiece_tokenizer import CHAT_TEMPLATES, END_OF_TURN, fast_tokenizer
 
-RELEASED_CONFIG, RELEASED_EXTRA = "released_config.json", "released_extra.safetensors"
+RELEASED_CONFIG, RELEASED_EXTRA = "released_config.json", "released_extra.tensors"
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",

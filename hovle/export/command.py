@@ -7,8 +7,8 @@
 
 Where holistic layers and language model share their rope and nothing happens between them, a HoVLE is one stock
 decoder of N + M layers on embeddings of words and images. Others are refused, with the reason and what remains
-possible. DST appears when it is complete; but for onnx, stem.py in it turns a picture into embeddings with numpy and
-Pillow.
+possible. DST appears when it is complete; but for onnx, stem/stem.py in it turns a picture into embeddings with
+numpy and Pillow.
 """
 
 import argparse

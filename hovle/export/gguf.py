@@ -97,7 +97,7 @@ def _refuse_unless_known(config: PreTrainedConfig) -> None:
     if reasons:
         raise ValueError(
             f"GGUF is not written for {'; '.join(reasons)}. `--to llama` writes a folder of transformers; llama.cpp's "
-            "own conversion may know such decoders, and stem.py there makes the embeddings of pictures."
+            "own conversion may know such decoders, and stem/stem.py there makes the embeddings of pictures."
         )
 
 

@@ -11,7 +11,8 @@ from ..files.checkpoint_files import Output, check_finite, write_tensors
 from . import stem as reader
 from .flat import FlatModel
 
-STEM = "stem.safetensors"
+STEM = Path("stem", "stem.safetensors")
+"""In a folder of its own: engines such as vLLM take every such file beside the decoder for weights of it."""
 
 
 SAME_FEATURES = {torch.float32: 1e-5}
@@ -19,13 +20,14 @@ SAME_FEATURES = {torch.float32: 1e-5}
 
 
 def write_stem(flat: FlatModel, folder: Path) -> None:
-    """Write `stem.safetensors` and its reader `stem.py`; ValueError where that would not give the model's features."""
+    """Write the folder `stem`, weights and their reader; ValueError where that would not give the model's features."""
     outputs = []
     for name, tensor in stem_tensors(flat).items():
         check_finite(name, tensor)
         outputs.append(Output(name, tuple(tensor.shape), torch.float32, partial(tensor.float)))
+    (folder / STEM).parent.mkdir()
     write_tensors(folder / STEM, outputs, {"hovle_stem": json.dumps(stem_settings(flat))})
-    shutil.copyfile(reader.__file__, folder / "stem.py")
+    shutil.copyfile(reader.__file__, (folder / STEM).with_name("stem.py"))
     _check_same_features(flat, reader.Stem(folder / STEM))
 
 

@@ -446,7 +446,7 @@ def test_a_model_of_ours_goes_to_the_released_layout_and_back_bit_equal(tmp_path
 def test_the_two_tables_and_the_class_slot_are_kept_beside_the_model(golden):
     source, _, folder = golden
     _, tensors = read_released(source)
-    extra = load_file(folder / "released_extra.safetensors")
+    extra = load_file(folder / "released_extra.tensors")
     table = "embedding_model.vision_embeddings.position_embedding"
     assert_same_bits(
         extra,
@@ -851,8 +851,8 @@ def test_documents_of_another_model_are_refused(golden, tmp_path):
     assert_refused(changed, "released_config.json describes .* another model .*rope_parameters", to="released")
 
     changed = Path(shutil.copytree(folder, tmp_path / "extra" / "hovle"))
-    (changed / "released_extra.safetensors").unlink()
-    assert_refused(changed, "has released_config.json but lacks released_extra.safetensors", to="released")
+    (changed / "released_extra.tensors").unlink()
+    assert_refused(changed, "has released_config.json but lacks released_extra.tensors", to="released")
 
     convert(folder, tmp_path / "back" / "released", to="released")
     config = json.loads((tmp_path / "back" / "released" / "config.json").read_text())
@@ -1042,7 +1042,7 @@ def test_values_that_cannot_work_are_refused_by_the_field_s_name_at_once(release
 def test_a_hovle_config_of_more_layers_than_tensors_is_refused_before_a_model_is_built(golden, tmp_path, monkeypatch):
     _, _, folder = golden
     changed = Path(shutil.copytree(folder, tmp_path / "hovle"))
-    for name in ("released_config.json", "released_extra.safetensors"):
+    for name in ("released_config.json", "released_extra.tensors"):
         (changed / name).unlink()
     config = json.loads((changed / "config.json").read_text())
     config["text_config"]["num_hidden_layers"] = 700

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
 from hovle.convert.merge import PARTS, Merger, Weights
+from hovle.train.run.handoff import HANDOFF_PROBE
 
 SIZES = {
     "vocab_size": 512,
@@ -39,7 +40,7 @@ def models(request, tmp_path_factory, make_tokenizer) -> dict[str, Path]:
                 parameter.add_(0.1 * torch.randn_like(parameter))
         model.save_pretrained(folders[name])
         HoVLEProcessor.from_language_model(folders["bare"], model.config).save_pretrained(folders[name])
-    (folders["a"] / "handoff_probe.safetensors").write_bytes(b"of these weights")
+    (folders["a"] / HANDOFF_PROBE).write_bytes(b"of these weights")
     (folders["a"] / "training_state.pt").write_bytes(b"of an optimizer")
     return folders
 
@@ -98,7 +99,7 @@ def test_the_mixture_is_a_model_folder_without_what_belongs_to_the_first_ones_we
     Merger(models["a"], models["b"]).write(tmp_path / "mixed", Weights(0.5, 0.5, 0.5))
     assert HoVLEProcessor.from_pretrained(tmp_path / "mixed").chat_template
     found = {path.name for path in (tmp_path / "mixed").iterdir()}
-    assert {path.name for path in models["a"].iterdir()} - found == {"handoff_probe.safetensors", "training_state.pt"}
+    assert {path.name for path in models["a"].iterdir()} - found == {HANDOFF_PROBE, "training_state.pt"}
 
 
 def test_models_of_other_shapes_are_refused_by_name(models, tmp_path):

@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
 from hovle.export.command import export
 from hovle.export.flat import stock_decoder
 from hovle.export.stem import Stem, gelu
+from hovle.export.write_stem import STEM
 from hovle.files import atomic
 
 QUESTION = "What is in the picture?"
@@ -28,7 +30,7 @@ class Absent:
             raise ImportError(name + " is not installed here")
 
 sys.meta_path.insert(0, Absent())
-sys.path.insert(0, sys.argv[1])
+sys.path.insert(0, sys.argv[1] + "/stem")
 """
 
 WITHOUT_HOVLE = (
@@ -41,7 +43,7 @@ from stem import Stem
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
-stem = Stem(sys.argv[1] + "/stem.safetensors")
+stem = Stem(sys.argv[1] + "/stem/stem.safetensors")
 features = stem(Image.open(sys.argv[2]))
 chat = [{"role": "user", "content": stem.prompt(len(features)) + sys.argv[3]}]
 ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=False)
@@ -58,7 +60,7 @@ NUMPY_AND_PILLOW = (
 from PIL import Image
 from stem import Stem
 
-print(float(Stem(sys.argv[1] + "/stem.safetensors")(Image.open(sys.argv[2])).sum()))
+print(float(Stem(sys.argv[1] + "/stem/stem.safetensors")(Image.open(sys.argv[2])).sum()))
 """
 )
 
@@ -97,7 +99,7 @@ def test_a_stock_decoder_answers_as_the_model(family, tmp_path, save_model, pict
     assert type(decoder).__module__.startswith("transformers.models")
     assert decoder.config.num_hidden_layers == 4
     processor = HoVLEProcessor.from_pretrained(tmp_path / "model")
-    stem = Stem(tmp_path / "exported" / "stem.safetensors")
+    stem = Stem(tmp_path / "exported" / STEM)
     inputs = encode(processor, pictures[0])
     embeds = decoder.get_input_embeddings()(inputs["input_ids"]).detach()
     embeds[inputs["input_ids"] == stem.image_token_id] = torch.from_numpy(stem(pictures[0]))
@@ -109,6 +111,12 @@ def test_a_stock_decoder_answers_as_the_model(family, tmp_path, save_model, pict
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     answer = decoder.generate(inputs_embeds=embeds, max_new_tokens=8, do_sample=False)
     assert answer[0].tolist() == tokens.tolist()
+
+
+def test_engines_that_take_every_file_of_tensors_find_the_decoders_weights_only(exported):
+    """As vLLM's loader does, which ended in "no module or parameter named 'patch_embedding' in LlamaForCausalLM"."""
+    names = {name for path in exported.glob("*.safetensors") for name in load_file(path)}
+    assert names <= set(AutoModelForCausalLM.from_pretrained(exported).state_dict())
 
 
 def test_the_folder_answers_where_hovle_is_not_installed(exported, model_folder, pictures, tmp_path):
@@ -125,11 +133,11 @@ def test_the_folder_answers_where_hovle_is_not_installed(exported, model_folder,
 def test_the_stem_needs_numpy_and_pillow_only(exported, pictures, tmp_path):
     pictures[1].save(tmp_path / "picture.png")
     found = float(run(NUMPY_AND_PILLOW, str(exported), str(tmp_path / "picture.png")))
-    assert found == pytest.approx(float(Stem(exported / "stem.safetensors")(pictures[1]).sum()), rel=1e-5)
+    assert found == pytest.approx(float(Stem(exported / STEM)(pictures[1]).sum()), rel=1e-5)
 
 
 def test_the_stem_cuts_pictures_as_the_processor_does(exported, model_folder, pictures):
-    stem, processor = Stem(exported / "stem.safetensors"), HoVLEProcessor.from_pretrained(model_folder)
+    stem, processor = Stem(exported / STEM), HoVLEProcessor.from_pretrained(model_folder)
     counts = set()
     for picture in pictures:
         expected = processor.image_processor(picture, return_tensors="np")["pixel_values"]
@@ -141,7 +149,7 @@ def test_the_stem_cuts_pictures_as_the_processor_does(exported, model_folder, pi
 
 @pytest.mark.parametrize("most", [1, 2, 5, 12])
 def test_the_stem_chooses_grids_as_the_processor_does(exported, model_folder, most):
-    stem, processor = Stem(exported / "stem.safetensors"), HoVLEProcessor.from_pretrained(model_folder)
+    stem, processor = Stem(exported / STEM), HoVLEProcessor.from_pretrained(model_folder)
     stem.max_tiles = most
     for height in range(10, 400, 37):
         for width in range(10, 400, 41):
@@ -158,7 +166,7 @@ def test_every_flat_stem_is_exported(fields, tmp_path, save_model):
     pixels = torch.randn(2, 3, 56, 56)
     with torch.no_grad():
         expected = model.get_image_features(pixels).pooler_output.numpy()
-    found = Stem(tmp_path / "exported" / "stem.safetensors").embed(pixels.numpy())
+    found = Stem(tmp_path / "exported" / STEM).embed(pixels.numpy())
     np.testing.assert_allclose(found, expected, atol=1e-5, rtol=0)
 
 
@@ -171,7 +179,7 @@ def test_positions_are_those_of_the_tiles_that_the_processor_cuts(tmp_path, save
         pixels = processor.image_processor(pictures[0], return_tensors="pt")["pixel_values"]
         expected = model.get_image_features(pixels).pooler_output.flatten(0, 1).numpy()
     assert pixels.shape[-1] == 84
-    np.testing.assert_allclose(Stem(tmp_path / "exported" / "stem.safetensors")(pictures[0]), expected, atol=1e-5)
+    np.testing.assert_allclose(Stem(tmp_path / "exported" / STEM)(pictures[0]), expected, atol=1e-5)
 
 
 def test_gelu_is_the_exact_one():
@@ -213,7 +221,7 @@ def test_a_model_without_a_tokenizer_exports_weights_and_says_so(tmp_path, save_
     assert "no tokenizer" in capsys.readouterr().out
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "exported").config.num_hidden_layers == 4
     with pytest.raises(ValueError, match="without a tokenizer"):
-        Stem(tmp_path / "exported" / "stem.safetensors").prompt(4)
+        Stem(tmp_path / "exported" / STEM).prompt(4)
 
 
 def test_tokenizer_and_template_are_the_processors(exported, model_folder):

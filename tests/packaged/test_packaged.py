@@ -17,6 +17,7 @@ from hovle.packaged.packing import pack
 from hovle.packaged.storage import restore, store
 from hovle.train import load_stage
 from hovle.train.model.start import with_shipped_model
+from hovle.train.run.handoff import HANDOFF_PROBE
 
 RANK = 2
 
@@ -53,7 +54,7 @@ def trained(tmp_path_factory, language_model) -> Path:
     processor = HoVLEProcessor.from_language_model(str(language_model), model.config, max_tiles=5)
     processor.chat_template = processor.chat_template.replace("assistant", "answer")
     processor.save_pretrained(folder)
-    save_file({"logits": torch.zeros(1)}, folder / "handoff_probe.safetensors")  # no part of a shipped model
+    save_file({"logits": torch.zeros(1)}, folder / HANDOFF_PROBE)  # no part of a shipped model
     return folder
 
 

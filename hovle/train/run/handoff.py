@@ -9,7 +9,8 @@ from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ..data.batch import PackedBatch
 from ..data.tiles import PixelNormalization
 
-HANDOFF_PROBE = "handoff_probe.safetensors"
+HANDOFF_PROBE = "handoff_probe.tensors"
+"""A safetensors file by another name: engines such as vLLM take whatever ends in `.safetensors` for weights."""
 
 
 @torch.no_grad()

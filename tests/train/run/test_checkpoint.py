@@ -218,6 +218,12 @@ def test_a_folder_without_a_probe_is_not_checked(checkpoints_copy):
     assert handoff.check_handoff(load(checkpoints_copy), checkpoints_copy) is None
 
 
+def test_engines_that_take_every_file_of_tensors_find_weights_only(handed_over):
+    """As vLLM's loader does, which ended in "no module or parameter named 'input_ids'" at a trained model."""
+    names = {name for path in handed_over.glob("*.safetensors") for name in load_file(path)}
+    assert names <= set(load(handed_over).state_dict())
+
+
 def test_the_probe_holds_a_picture_and_no_padding(handed_over, parts):
     probe = load_file(handed_over / handoff.HANDOFF_PROBE)
     image_token_id = parts[0].config.image_token_id
