@@ -84,7 +84,7 @@ ENGINES = {
     **{
         f"llama.cpp {name}": Engine(
             "gguf",
-            (file_name(name), STEM),
+            (file_name(name), STEM.as_posix()),
             name,
             LlamaCppForConditionalGeneration,
             (name,),
