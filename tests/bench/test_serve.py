@@ -67,6 +67,14 @@ def test_requests_without_an_answer_are_lost(start, tmp_path):
     assert found["lost"]["RateLimitError"] > 0
 
 
+def test_a_server_that_answers_nothing_is_no_result(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "NUM_PICTURES", 1)
+    options = ["--url", "http://127.0.0.1:9/v1", "--clients", "1", "--seconds", "1", "--out", str(tmp_path / "a.json")]
+    assert cli.main(["bench", "serve", "tiny", *options]) == 1
+    assert "http://127.0.0.1:9/v1 answered none of the requests (" in capsys.readouterr().err
+    assert not (tmp_path / "a.json").exists()
+
+
 def test_other_answers_to_the_same_request_are_counted():
     rounds = [bench.Round(1, answers={0: "a", 1: "b"}), bench.Round(9, answers={0: "a", 1: "c", 2: "d"})]
     assert bench.compare(rounds) == {"compared": 2, "different": 1}

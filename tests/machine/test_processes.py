@@ -41,7 +41,8 @@ def test_the_workers_of_a_killed_process_end(start, tmp_path):
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    worker = int(keeper.stdout.readline())
+    with keeper.stdout:
+        worker = int(keeper.stdout.readline())
     assert is_alive(worker)
     keeper.send_signal(signal.SIGKILL)
     keeper.wait()
