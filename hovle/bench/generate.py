@@ -72,8 +72,10 @@ def bench_prompts(args: argparse.Namespace, models: dict[str, Any], are_compiled
             variant, own = FAMILIES[args.family][name], peers_case(args.family, name, side)
             shown[name] = (model, prompt(model, variant, num_tiles, own, args.words, batch_size))
         case = {"part": "prompts", "side": side, "tiles": num_tiles, "rows": batch_size, "compiled": are_compiled}
-        for name, figures in measure_in_turns(shown, args.new_tokens, args.rounds).items():
-            rows.append({**case, "model": name, **figures})
+        description = f"{side} px, {num_tiles} tiles, {batch_size} rows{', compiled' if are_compiled else ''}"
+        found = measure_in_turns(shown, args.new_tokens, args.rounds, description)
+        rows += [{**case, "model": name, **figures} for name, figures in found.items()]
+        sys.stderr.write(table(rows[-len(found) :]) + "\n")  # so much is known if the rest takes too long
     return rows
 
 
@@ -107,7 +109,8 @@ def bench_long(args: argparse.Namespace, eager: Any, fast: Any) -> dict:
     """Time decoding behind a long prompt: a cache that grows beside one whose memory was taken once."""
     num_words = 64 if args.family == "tiny" else NUM_LONG
     inputs = prompt(eager, FAMILIES[args.family]["base"], 0, 0, num_words)
-    found = measure_in_turns({"eager": (eager, inputs), "compiled": (fast, inputs)}, args.new_tokens, args.rounds)
+    shown = {"eager": (eager, inputs), "compiled": (fast, inputs)}
+    found = measure_in_turns(shown, args.new_tokens, args.rounds, f"{num_words:,} words")
     return {
         "part": "long",
         "words": num_words,
@@ -134,7 +137,7 @@ def bench_int8(args: argparse.Namespace, model: Any, inputs: dict, device: torch
     quantize_(eager.model.language_model.layers, Int8WeightOnlyConfig())
     expected = answer(eager, inputs, args.new_tokens)
     shown = {"float": (model, inputs), "int8": (optimize(eager), inputs)}
-    found = measure_in_turns(shown, args.new_tokens, args.rounds)
+    found = measure_in_turns(shown, args.new_tokens, args.rounds, "int8")
     tokens = {name: torch.tensor(figures.pop("tokens")) for name, figures in found.items()}
     return {
         "part": "int8",
@@ -239,10 +242,10 @@ def _questions(prompts: list[dict]) -> tuple[dict, dict]:
     return first, {**second, "pixel_values": first["pixel_values"]}
 
 
-def table(result: dict) -> str:
-    """The figures of a result that one compares, a line each."""
+def table(rows: list[dict]) -> str:
+    """The figures of parts that one compares, a line each."""
     lines = []
-    for row in result["rows"]:
+    for row in rows:
         shown = {key: value for key, value in row.items() if key not in ("part", "tokens")}
         text = ", ".join(
             f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
@@ -277,7 +280,7 @@ def run(args: argparse.Namespace) -> int:
     result = bench_generate(args)
     text = json.dumps(result, indent=1)
     print(text)  # noqa: T201 - this is the command's output
-    sys.stderr.write(table(result) + "\n")
+    sys.stderr.write(table(result["rows"]) + "\n")
     if args.out:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         Path(args.out).write_text(text + "\n", encoding="utf-8")

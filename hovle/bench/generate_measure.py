@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from ..inference import PrefixCache
 from ..model.backbones import CACHE
@@ -34,13 +35,16 @@ def answer(model: Any, inputs: dict, num_new: int) -> torch.Tensor:
     return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
 
 
-def measure_in_turns(models: dict[str, tuple[Any, dict]], num_new: int, num_rounds: int) -> dict[str, dict]:
+def measure_in_turns(
+    models: dict[str, tuple[Any, dict]], num_new: int, num_rounds: int, description: str
+) -> dict[str, dict]:
     """Time all models in turns, so that what else the machine does hurts all alike; the median counts.
 
     Args:
         models: By name, a model and its prompt.
         num_new: Tokens of an answer, two at least.
         num_rounds: Rounds that count, after one that warms up and compiles.
+        description: Shown on the progress bar.
 
     Returns:
         By name: seconds to the first token, seconds for each further one, tokens a second of all rows, the tokens.
@@ -48,7 +52,7 @@ def measure_in_turns(models: dict[str, tuple[Any, dict]], num_new: int, num_roun
     first: dict[str, list[float]] = {name: [] for name in models}
     whole: dict[str, list[float]] = {name: [] for name in models}
     tokens = {}
-    for number in range(num_rounds + 1):
+    for number in tqdm(range(num_rounds + 1), desc=description, unit="round"):
         for name, (model, inputs) in models.items():
             seconds = clock(model.device, lambda: answer(model, inputs, 1))  # noqa: B023 - called at once
             both = clock(model.device, lambda: tokens.update({name: answer(model, inputs, num_new)}))  # noqa: B023

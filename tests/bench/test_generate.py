@@ -35,6 +35,7 @@ def test_every_part_is_measured_and_tokens_stand_beside_speeds(tmp_path, capsys,
     assert all(row["same_tokens"] for row in checked)
     assert result["environment"]["dtype"] == "float32"
     assert "bandwidth_ratio" in printed.err
+    assert "56 px, 3 tiles, 2 rows, compiled: 100%" in printed.err
 
 
 @pytest.mark.parametrize("name", ["base", "hd"])
