@@ -1,6 +1,7 @@
 """The configurations in `serve/` name what exists: options, fields, paths."""
 
 import argparse
+import importlib.util
 import inspect
 from typing import Any
 
@@ -92,7 +93,27 @@ def test_kubernetes_sends_clients_to_what_it_starts(deployment, container):
 
 def test_vllm_knows_its_options():
     (options,) = read("vllm.yaml")
-    assert options.keys() <= VLLM_OPTIONS
+    assert options.keys() <= VLLM_OPTIONS | {"chat-template"}  # the last one is the server's, not the engine's
+
+
+@pytest.mark.parametrize("after", ["", "\n"])
+def test_vllms_template_says_what_the_processor_says(make_tokenizer, after):
+    spec = importlib.util.spec_from_file_location("vllm_template", FOLDER / "vllm_template.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    processor = HoVLEProcessor.from_language_model(make_tokenizer(), image_size=56, text_after_image=after)
+    items = [{"type": "image"}, {"type": "text", "text": "What?"}, {"type": "image"}, {"type": "image"}]
+    more = [{"type": "image"}, {"type": "text", "text": "\nAnd?"}]
+    chat = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": items},
+        {"role": "assistant", "content": "x"},
+        {"role": "user", "content": more},
+    ]
+    template = module.flattening(processor.chat_template, processor.image_token, after)
+    found = processor.tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False)
+    assert found == processor.apply_chat_template(chat, tokenize=False)
+    assert found.count(processor.image_token) == 4
 
 
 def test_ray_knows_its_fields():
