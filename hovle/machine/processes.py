@@ -3,18 +3,20 @@
 import multiprocessing
 import os
 import threading
+from multiprocessing.process import BaseProcess
 
 
 def end_with_parent() -> None:
     """As a pool's `initializer`: end this process when the one it works for is gone, killed for instance.
 
-    A worker of a `ProcessPoolExecutor` holds both ends of its queue, so it would wait for work for ever.
+    A worker of a `ProcessPoolExecutor` holds both ends of its queue, so it would wait for work for ever. A process
+    that works for none stays.
     """
-    threading.Thread(target=_wait_and_end, daemon=True).start()
-
-
-def _wait_and_end() -> None:
     parent = multiprocessing.parent_process()
-    assert parent is not None  # a pool's workers have one
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
     parent.join()
     os._exit(1)
