@@ -180,8 +180,8 @@ def bench_serve(args: argparse.Namespace) -> dict:
         running = contextlib.nullcontext(args.url) if args.url else server(args.model, shlex.split(args.serve))
         with running as url:
             rounds.append(asyncio.run(ask_for(args.seconds, num_clients, url, requests)))
-        if not rounds[-1].answers:
-            lost = ", ".join(f"{count:,} {kind}" for kind, count in rounds[-1].lost.items())
+        if not rounds[0].answers:  # there is nothing to compare the others with
+            lost = ", ".join(f"{count:,} {kind}" for kind, count in rounds[0].lost.items())
             raise ValueError(f"{url} answered none of the requests ({lost}): see what the server says.")
     figures = [found.figures() for found in rounds]
     first = figures[0]["requests_per_second"]

@@ -62,6 +62,8 @@ from .released_layout import (
 from .sentencepiece_tokenizer import CHAT_TEMPLATES, END_OF_TURN, fast_tokenizer
 
 RELEASED_CONFIG, RELEASED_EXTRA = "released_config.json", "released_extra.tensors"
+"""Beside a converted model; the second is a safetensors file that engines must not take for weights."""
+
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
