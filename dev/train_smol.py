@@ -1,4 +1,4 @@
-"""Build the mix and train hovle-smol's three stages on this machine in the minutes there are; nothing is fetched.
+"""Build the mix and train hovle-smol's stages on this machine in the minutes there are; nothing is fetched.
 
     python dev/train_smol.py OUT --cache CACHE --replay replay.jsonl --minutes 12
 
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pieces import cut
 
-STAGES = {"distillation": 0.35, "alignment": 0.45, "instruction_tuning": 0.2}
+STAGES = {"letters": 0.15, "distillation": 0.3, "alignment": 0.4, "instruction_tuning": 0.15}
 """Stage -> its share of the minutes for training, as far as those before it keep to theirs."""
 
 PROBE = (
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="[STAGE:]key=value", help="fields of all recipes or of one")
     parser.add_argument("--cache", type=Path, required=True, help="filled by `hovle fetch` beforehand")
     parser.add_argument("--replay", type=Path, required=True, help="what `hovle data replay` wrote")
-    parser.add_argument("--minutes", type=float, required=True, help="for all three stages; the mix comes on top")
+    parser.add_argument("--minutes", type=float, required=True, help="for all stages; the mix comes on top")
     parser.add_argument("--size", default="small", help="of the mix: small, full or pictures of each skill (small)")
     parser.add_argument("--skills", nargs="+", help="only these of the mix")
     parser.add_argument("--assets", type=Path, help="folder of unpacked assets to draw from instead of the cache")

@@ -374,8 +374,9 @@ def _check_positions(model) -> None:
     hook = model.model.embedding_rotary_emb.register_forward_hook(watch)
     with torch.enable_grad():
         states = model.get_holistic_embeddings(_some_token_ids(model)).last_hidden_state
+        gradients = torch.autograd.grad(states.sum(), tables, allow_unused=True)
     hook.remove()
-    if all(gradient is None for gradient in torch.autograd.grad(states.sum(), tables, allow_unused=True)):
+    if all(gradient is None for gradient in gradients):
         raise ValueError(
             f"{type(model.model.language_model).__name__} cannot be the backbone of HoVLE: new layers of it would not "
             "know the order of words and patches, because they use no rotary positions."

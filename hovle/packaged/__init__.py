@@ -20,8 +20,8 @@ NAMES = ("smol",)
 """Names that stand for shipped models, whether or not this version ships them."""
 
 MAKE_ONE = (
-    "train one (`hovle train smol/distillation`, then smol/alignment and smol/instruction_tuning) and name its "
-    "folder, such as runs/smol/instruction_tuning/model"
+    "train one (`hovle train smol/letters`, then smol/distillation, smol/alignment and smol/instruction_tuning) and "
+    "name its folder, such as runs/smol/instruction_tuning/model"
 )
 """Advice where a name has no weights yet."""
 

@@ -9,6 +9,7 @@ from .skill import AssetFolders, Skill
 
 SKILLS: Mapping[str, str] = MappingProxyType(
     {
+        "letters": "letters:Letters",
         "reading": "reading:Reading",
         "pictograms": "pictograms:Pictograms",
         "icons": "icons:Icons",

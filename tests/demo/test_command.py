@@ -96,7 +96,7 @@ def test_without_shipped_weights_the_advice_is_how_to_make_them(tmp_path, monkey
     assert cli.main(["demo"]) == 1
     said = capsys.readouterr().err
     assert said.startswith("hovle demo: smol: no trained weights are in this package yet")
-    assert "hovle train smol/distillation" in said
+    assert "hovle train smol/letters" in said
     assert not list(tmp_path.iterdir())
 
 

@@ -55,6 +55,12 @@ def build(bare: PreTrainedModel | str, num_embedding_layers: int = 2, **fields) 
     return HoVLEForConditionalGeneration.from_language_model(bare, num_embedding_layers, **{**STEM, **fields})
 
 
+def test_a_model_is_built_where_gradients_are_off():
+    with torch.no_grad():
+        model = build(bare_language_model())
+    assert model.config.num_embedding_layers == 2
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_language_model_of_a_vision_language_model_becomes_the_backbone(tied, tmp_path, caplog):
     """As `AutoModelForCausalLM` gives them for every Gemma 3 above 1B; the inner config always says tied."""

@@ -258,7 +258,7 @@ def test_the_skills_are_listed(capsys):
     ("options", "message"),
     [
         (("--out", "x", "--size", "huge"), "--size is 'huge'"),
-        (("--out", "x", "--skills", "dancing"), "no skill named 'dancing'; there are reading"),
+        (("--out", "x", "--skills", "dancing"), "no skill named 'dancing'; there are letters, reading"),
         (("--out", "x", "--workers", "0"), "--workers is 0"),
         (("--size", "small"), "--out DIR"),
         (("--out", "x", "--assets", "nowhere", "--size", "3", "--workers", "1"), "nowhere has no folder"),

@@ -13,7 +13,8 @@ from hovle.synthesis.lettering import Block, letter_crop, letter_page, wrap
 from hovle.synthesis.looks import draw_looks
 from hovle.synthesis.samples import SPLITS
 from hovle.synthesis.skill import AssetFolders
-from hovle.synthesis.skills.reading import ABSENT, FIXED_WORDS, Reading, paint
+from hovle.synthesis.skills.letters import Letters
+from hovle.synthesis.skills.reading import ABSENT, FIXED_WORDS, ORDINALS, Reading, paint
 from hovle.synthesis.skills.replay import Replay
 from hovle.synthesis.words import WordNet, draw_of_split, split_of, words_of
 
@@ -196,6 +197,32 @@ def test_answers_are_those_of_the_text(samples):
                 assert "number" in question.text or any(thing in question.text for thing in ABSENT)
                 assert "no" in question.answer.split()
     assert kinds | {"line"} == {"read", "yes/no", "count", "line", "word", "caption", "color", "absent"}  # it is rare
+
+
+@pytest.mark.parametrize("num_lines", [1, 2, 8, 9, 24])
+def test_each_line_that_has_a_name_can_be_asked_for(reading, num_lines):
+    lines = [f"line {number}" for number in range(num_lines)]
+    rng = random.Random(0)
+    questions = [reading._part(lines, "train", rng) for _ in range(300)]
+    parts = lines[: len(ORDINALS)] if num_lines > 1 else lines[0].split()
+    assert {question.answer for question in questions} == set(parts)
+    for question in questions:
+        place = lines.index(question.answer) if num_lines > 1 else parts.index(question.answer)
+        assert ORDINALS[place] in question.text or (" last " in question.text and question.answer == parts[-1])
+
+
+def test_pages_of_letters_are_full_and_have_no_word_of_a_test(crafted_assets, wordnet):
+    letters = Letters(AssetFolders(crafted_assets))
+    drawn = {split: [letters.draw(index, split, 0) for index in range(40)] for split in ("train", "test")}
+    words = {split: set().union(*(words_of(question.answer) for sample in samples for question in sample.questions))
+             for split, samples in drawn.items()}  # fmt: skip
+    assert words["train"].isdisjoint(wordnet.held_out)
+    assert words["test"] & wordnet.held_out
+    for sample in (*drawn["train"], *drawn["test"]):
+        sample.check()
+        assert sample.questions[0].answer == "\n".join(region.text for region in sample.regions)
+    tiles = sum(sample.size[0] * sample.size[1] // 112**2 for sample in drawn["train"])
+    assert sum(len(region.text) for sample in drawn["train"] for region in sample.regions) / tiles > 12
 
 
 def test_yes_and_no_are_equally_right(reading):

@@ -167,6 +167,7 @@ def test_values_that_cannot_work_are_refused(load, changes, message):
     [
         ({"learning_rates": {"language_model": 1e-5}}, "names language_model, which this stage does not train; it tr"),
         ({"learning_rates": {"lora": 1e-5}}, "names lora, which this stage does not train; it trains stem"),
+        ({"learning_rates": {"words": 1e-3}}, "names words, which this stage does not train; it trains"),
         ({"learning_rates": {"stem": -1}}, "learning_rates.stem: must be greater than or equal to 0, got -1"),
         ({"learning_rates": {"stems": 1}}, "learning_rates.stems.*: must be 'stem', "),
         ({"schedule": "step"}, "schedule: must be 'cosine', 'linear' or 'constant', got 'step'"),

@@ -71,6 +71,7 @@ ABSENT = ("dog", "car", "person", "tree", "house", "cat", "flower", "bird", "clo
 """What a picture of text never shows."""
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+"""Lines and words are asked for by these; a notice may have more."""
 
 _DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 _FIXED = """
@@ -338,7 +339,7 @@ class Reading(Skill):
         parts, what = (list(lines), "line") if len(lines) > 1 else (lines[0].split(), "word")
         if len(parts) < 2:
             return None
-        place = rng.randrange(len(parts))
+        place = rng.randrange(min(len(parts), len(ORDINALS)))
         ordinal = "last" if place == len(parts) - 1 and rng.random() < 0.5 else ORDINALS[place]
         if what == "line":
             wording = rng.choice(

@@ -42,6 +42,9 @@ class ModelConfig(Architecture):
     """HoVLE folder or Hub id, usually the `model` folder of the previous stage's output."""
     language_model: str | None = None
     """Hub id or folder of a causal language model to build a new HoVLE around; `asset:NAME` is fetched."""
+    lower_layers: str | None = None
+    """HoVLE whose stem and holistic layers become the lowest of the new model's; those above start as the identity. So
+    a shallow one, which costs less to train, grows."""
     max_tiles: Annotated[int, Field(ge=1, le=MOST_TILES)] = 12
     """Most tiles a picture is cut into."""
     chat_template: str | None = None
@@ -50,6 +53,8 @@ class ModelConfig(Architecture):
     def __post_init__(self):
         if (self.checkpoint is None) == (self.language_model is None):
             raise ValueError("needs exactly one of checkpoint (an existing HoVLE) and language_model (a new one).")
+        if self.lower_layers is not None and self.language_model is None:
+            raise ValueError("lower_layers are put into a new model: name its language_model, and no checkpoint.")
 
     def part(self, cls: type[Geometry]) -> dict[str, Any]:
         """The fields of `Geometry` or `Architecture`, as arguments of what builds a model or processor."""

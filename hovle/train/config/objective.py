@@ -28,6 +28,9 @@ class CharactersConfig(Section):
     """Holistic layer it reads, counted as in Python lists: two below the top, whose output is the words' own."""
     per_token: Count = 3
     """Characters told of each token, those furthest left first."""
+    none_weight: Positive = 0.1
+    """Weight of a place without a character beside that of one with: most are empty, and at 1 the head says so of all
+    of them for thousands of lines."""
     alphabet: Annotated[str, Field(min_length=1)] = PRINTABLE
     """Characters it tells apart; all others count as one more."""
 

@@ -31,7 +31,7 @@ LearningRate = Annotated[Number, Field(ge=0, le=10)]
 
 ParameterGroup = Literal["stem", "holistic_layers", "text_embeddings", "language_model"]
 
-Part = Literal["stem", "holistic_layers", "text_embeddings", "language_model", "lora", "projections"]
+Part = Literal["stem", "holistic_layers", "text_embeddings", "language_model", "lora", "projections", "words"]
 """What learns with a learning rate of its own: parameter groups, adapters, and distillation's maps."""
 
 PARAMETER_GROUPS: tuple[str, ...] = get_args(ParameterGroup)
@@ -121,8 +121,8 @@ class StageConfig(Section):
     learning_rate: LearningRate
     """Peak learning rate."""
     learning_rates: dict[Part, LearningRate] = dataclasses.field(default_factory=dict)
-    """Peak learning rates of parts that shall have another one: trainable groups, `lora`, and `projections`, the maps
-    to a teacher's width."""
+    """Peak learning rates of parts that shall have another one: trainable groups, `lora`, `projections`, the maps to a
+    teacher's width, and `words`, the head that tells characters."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""
     final_learning_rate_ratio: Share = 0.1
@@ -185,7 +185,9 @@ class StageConfig(Section):
             )
         if self.stop_when_forgetting is not None and self.language is None:
             raise ValueError("stop_when_forgetting needs a language block, whose held-out text it measures.")
-        learning = {*self.trainable, *(["lora"] if self.lora else []), *(["projections"] if self.teacher else [])}
+        words = getattr(self.objective, "words", None)
+        others = {"lora": self.lora, "projections": self.teacher, "words": words and words.characters}
+        learning = {*self.trainable, *(part for part, learns in others.items() if learns)}
         if idle := [part for part in self.learning_rates if part not in learning]:
             raise ValueError(
                 f"learning_rates names {', '.join(idle)}, which this stage does not train; it trains "

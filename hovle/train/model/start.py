@@ -6,6 +6,7 @@ import os
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
 from ...assets import resolve_asset
@@ -22,11 +23,13 @@ from ..config import Architecture, Geometry, ModelConfig, StageConfig
 
 def with_shipped_model(config: StageConfig) -> StageConfig:
     """The stage with the folder of a shipped model, where it starts from one by its name."""
-    named = config.model.checkpoint
-    found = None if named is None else os.fspath(resolve_model(named))
-    if found == named:
+    start = config.model
+    named = (start.checkpoint, start.lower_layers)
+    found = [None if name is None else os.fspath(resolve_model(name)) for name in named]
+    if found == [*named]:
         return config
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, checkpoint=found))
+    model = dataclasses.replace(start, checkpoint=found[0], lower_layers=found[1])
+    return dataclasses.replace(config, model=model)
 
 
 def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
@@ -44,7 +47,48 @@ def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoV
         model = HoVLEForConditionalGeneration.from_language_model(
             name, dtype=torch.float32, **start.part(Architecture)
         )
+    if start.lower_layers is not None:
+        check_checkpoint(start.lower_layers, "lower_layers")
+        grow(model, load_model(start.lower_layers, dtype=torch.float32), start.lower_layers)
     return model, _new_processor(name, start, config=model.config)
+
+
+@torch.no_grad()
+def grow(model: HoVLEForConditionalGeneration, lower: HoVLEForConditionalGeneration, name: str) -> None:
+    """Take stem and lowest holistic layers of a new model from another one with the same number of them or fewer.
+
+    Args:
+        model: The new model, its holistic layers the identity; changed in place.
+        lower: What it grows from.
+        name: Of the latter, for errors.
+
+    Raises:
+        ValueError: Where one does not fit into the other.
+    """
+    count, most = lower.config.num_embedding_layers, model.config.num_embedding_layers
+    if count > most:
+        raise ValueError(
+            f"model.lower_layers: {name} has {count} holistic layers, but the new model only {most}; raise "
+            "model.num_embedding_layers."
+        )
+    try:
+        _below(model, count).load_state_dict(_below(lower, count).state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"model.lower_layers: {name} does not fit below the new model; expected one around the same language "
+            f"model with the same model.image_size, patch_size, pixel_shuffle_loc and untie_text_embeddings. {error}"
+        ) from None
+
+
+def _below(model: HoVLEForConditionalGeneration, num_layers: int) -> nn.ModuleDict:
+    """What lies below a holistic layer: the stem, the layers, the text table where they have one of their own."""
+    base = model.model
+    parts = {"patch_embedding": base.patch_embedding, "layers": nn.ModuleList(base.embedding_layers[:num_layers])}
+    if base.projector is not None:
+        parts["projector"] = base.projector
+    if not model.config.tie_word_embeddings:
+        parts["text_embeddings"] = model.get_input_embeddings()
+    return nn.ModuleDict(parts)
 
 
 def start_processor(start: ModelConfig) -> HoVLEProcessor:
@@ -99,12 +143,14 @@ def _new_processor(name: str, start: ModelConfig, **geometry) -> HoVLEProcessor:
     return processor
 
 
-def check_checkpoint(name: str, advice: str = "Where a stage writes it, run that one first.") -> None:
+def check_checkpoint(
+    name: str, field: str = "checkpoint", advice: str = "Where a stage writes it, run that one first."
+) -> None:
     """Raise where neither a model folder nor a Hub id is named, with advice for who expects one to come."""
     try:
         refuse_missing_folder(name)
     except ValueError as error:
-        raise ValueError(f"model.checkpoint: {error} {advice}") from None
+        raise ValueError(f"model.{field}: {error} {advice}") from None
 
 
 def check_stated_fields(start: ModelConfig, model: HoVLEForConditionalGeneration, processor: HoVLEProcessor) -> None:

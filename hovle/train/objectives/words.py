@@ -57,7 +57,7 @@ class WordTerms(nn.Module):
         counts["word_pieces_left_out"] = batch.num_pieces[:, 0].sum()
         if self.character_head is not None:
             assert batch.character_ids is not None
-            counts["character_cross_entropy"] = (batch.character_ids != NO_WORD).sum()
+            counts["character_cross_entropy"] = self._character_weights(batch.character_ids).sum()
             counts["character_accuracy"] = (batch.character_ids > 0).sum()
         return counts
 
@@ -108,14 +108,20 @@ class WordTerms(nn.Module):
         own = torch.searchsorted(candidates, piece_ids)
         return nn.functional.cross_entropy(logits.float(), own, reduction="sum")
 
+    def _character_weights(self, character_ids: torch.Tensor) -> torch.Tensor:
+        """Weights of the slots: 1 where a character stands, less where none does, 0 where none is asked for."""
+        assert self.config.characters is not None
+        return (character_ids > 0).float() + self.config.characters.none_weight * (character_ids == 0)
+
     def _character_terms(self, below: torch.Tensor, character_ids: torch.Tensor) -> dict[str, torch.Tensor]:
         assert self.character_head is not None
         is_asked = (character_ids != NO_WORD).any(dim=-1)
         logits, wanted = self.character_head(below[is_asked]).float(), character_ids[is_asked]  # (K, slots, classes)
         return {
-            "character_cross_entropy": nn.functional.cross_entropy(
-                logits.flatten(0, 1), wanted.flatten(), reduction="sum"
-            ),
+            "character_cross_entropy": (
+                self._character_weights(wanted)
+                * nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
+            ).sum(),
             "character_accuracy": ((logits.argmax(dim=-1) == wanted) & (wanted > 0)).sum(),
         }
 

@@ -109,7 +109,7 @@ def model_config(stage: StageConfig, others: Iterable[StageConfig] = ()) -> HoVL
             return model_config(other, [item for item in others if item is not other])
     check_checkpoint(
         start.checkpoint,
-        "Name the recipe that writes it as well, before this one: hovle plan FIRST.yaml SECOND.yaml.",
+        advice="Name the recipe that writes it as well, before this one: hovle plan FIRST.yaml SECOND.yaml.",
     )
     return load_config(start.checkpoint)
 

@@ -41,7 +41,11 @@ def check_start(config: StageConfig, dry_run: bool = False) -> None:
         package, extra = needed[field]
         if installed_version(package) is None:
             raise ValueError(f"{field} needs {package}: pip install 'hovle[{extra}]' brings it.")
-    named = {"model.checkpoint": config.model.checkpoint, "model.language_model": config.model.language_model}
+    named = {
+        "model.checkpoint": config.model.checkpoint,
+        "model.lower_layers": config.model.lower_layers,
+        "model.language_model": config.model.language_model,
+    }
     for field, name in named.items():
         if name is not None:
             _check_folder(field, resolve_asset(name))
@@ -56,8 +60,8 @@ def check_start(config: StageConfig, dry_run: bool = False) -> None:
 
 def _check_folder(field: str, name: str, may_be_quantized: bool = False) -> None:
     """Raise ValueError for a damaged model folder, and for weights that were stored in few bits."""
-    if field == "model.checkpoint":
-        check_checkpoint(name)
+    if field in ("model.checkpoint", "model.lower_layers"):
+        check_checkpoint(name, field.removeprefix("model."))
     with reading(name):
         content, _ = PreTrainedConfig.get_config_dict(name)
     quantization = content.get("quantization_config") or (content.get("text_config") or {}).get("quantization_config")

@@ -17,7 +17,7 @@ from hovle.train.data.transforms import make_transform
 from hovle.train.model import layers
 from hovle.train.model.layers import checkpoint_activations, compile_layers
 from hovle.train.model.parameters import parameter_groups, select_trainable, store_parameters
-from hovle.train.model.start import check_stated_fields, positions_of, start_model
+from hovle.train.model.start import check_stated_fields, grow, positions_of, start_model
 from hovle.train.objectives.next_token import NextTokenObjective
 from hovle.train.step.optimizer import make_optimizer, set_learning_rate
 
@@ -45,6 +45,52 @@ def test_a_checkpoint_is_loaded_in_float32(next_token_config, checkpoints):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, expected.state_dict()[name])
     assert processor.image_processor.max_patches == 2
+
+
+def test_a_shallow_model_grows_by_layers_that_change_nothing(distillation_config, checkpoints):
+    lower, (model, _) = load(checkpoints["tied"]), start_model(distillation_config("model.num_embedding_layers=4"))
+    with torch.no_grad():  # those of the checkpoint may be the identity themselves
+        for parameter in lower.model.embedding_layers.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+        pixels, ids = torch.rand(1, 3, 56, 56), torch.tensor([[7, *[lower.config.image_token_id] * 4, 9]])
+        expected = lower.get_holistic_embeddings(ids, pixels).last_hidden_state
+        grow(model, lower, "shallow")
+        found = model.get_holistic_embeddings(ids, pixels).last_hidden_state
+    assert model.config.num_embedding_layers == 4
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_the_recipe_names_what_a_new_model_grows_from(distillation_config, checkpoints):
+    overrides = ("model.num_embedding_layers=3", f"model.lower_layers={checkpoints['tied']}")
+    model, expected = start_model(distillation_config(*overrides))[0], load(checkpoints["tied"])
+    assert torch.equal(model.model.patch_embedding.projection.weight, expected.model.patch_embedding.projection.weight)
+    name = "mlp.up_proj.weight"
+    for layer, same in ((0, True), (1, True), (2, False)):
+        other = expected.model.language_model.layers[layer].get_parameter(name)
+        assert torch.equal(model.model.embedding_layers[layer].get_parameter(name), other) == same
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_embedding_layers=1"], r"has 2 holistic layers, but the new model only 1; raise model.num_emb"),
+        (
+            ["model.image_size=84"],
+            r"does not fit below the new model; expected one around the same(.|\n)*position_emb",
+        ),
+        (["model.pixel_shuffle_loc=none"], r"does not fit below the new model(.|\n)*projector"),
+        (["model.untie_text_embeddings=true"], r"does not fit below the new model(.|\n)*text_embeddings"),
+        (["model.lower_layers=nowhere"], r"model.lower_layers: (.|\n)*nowhere"),
+    ],
+)
+def test_a_model_grows_only_from_what_fits(distillation_config, checkpoints, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        start_model(distillation_config(f"model.lower_layers={checkpoints['tied']}", *overrides))
+
+
+def test_only_a_new_model_grows(next_token_config):
+    with pytest.raises(ValueError, match="lower_layers are put into a new model: name its language_model"):
+        next_token_config("model.lower_layers=runs/letters/model")
 
 
 @pytest.mark.parametrize(

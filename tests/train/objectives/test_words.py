@@ -113,6 +113,29 @@ def test_terms_are_those_of_tokens_with_words_taken_one_by_one(parts, batches):
     assert set(output.terms) == {*distillation.weights, "word_accuracy"}
 
 
+def test_places_without_a_character_count_less(parts, batches):
+    model, _ = parts
+    batch = batches(WORDS)
+    numbers = batch.character_ids.flatten()
+    asked = numbers[numbers != NO_WORD]
+    assert 0 < (asked == 0).sum() < len(asked)
+    inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
+    for weight in (0.1, 1.0):
+        words = dataclasses.replace(WORDS, characters=dataclasses.replace(WORDS.characters, none_weight=weight))
+        distillation = objective(model, words).eval()
+        output = distillation(batch)
+        image = model.get_holistic_embeddings(
+            pixel_values=distillation.normalize(batch.pixel_values), output_hidden_states=True, **inputs
+        )
+        is_image = batch.input_ids == model.config.image_token_id
+        logits = distillation.words.character_head(image.hidden_states[-2][is_image]).flatten(0, 1)
+        classes = torch.ones(logits.shape[-1])
+        classes[0] = weight
+        mean = nn.functional.cross_entropy(logits, numbers, classes, ignore_index=NO_WORD)
+        found = output.terms["character_cross_entropy"] / output.counts["character_cross_entropy"]
+        torch.testing.assert_close(found, mean, rtol=1e-4, atol=0)
+
+
 def test_a_piece_is_found_among_the_pieces_of_the_batch_and_so_many_others(parts, batches):
     model, _ = parts
     batch = batches(WORDS)
@@ -258,7 +281,8 @@ def test_packed_samples_give_the_terms_they_give_alone(parts, batches, attention
         if name not in ("word_cross_entropy", "word_pieces_left_out"):
             total = sum(float(output.terms[name]) for output in alone)
             assert float(term) == pytest.approx(total, rel=1e-4, abs=1e-4), name
-            assert int(together.counts[name]) == sum(int(output.counts[name]) for output in alone), name
+            counted = sum(float(output.counts[name]) for output in alone)
+            assert float(together.counts[name]) == pytest.approx(counted), name
 
 
 def one_by_one(batch: PackedBatch, model: HoVLEForConditionalGeneration) -> list[PackedBatch]:
