@@ -117,6 +117,7 @@ def test_chats_are_the_language_models_own_but_for_its_system_turn():
     folder = str(resolve_asset("asset:smollm2-135m-instruct"))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     template = load_stage("smol/distillation").model.chat_template
+    assert load_stage("smol/letters").model.chat_template == template
     turns = [("system", "Be brief."), ("user", "Hi\n"), ("assistant", "Yes."), ("user", "And?")]
     chat = [{"role": role, "content": content} for role, content in turns]
     for messages in (chat, chat[:3]):
