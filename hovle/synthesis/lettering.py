@@ -75,6 +75,11 @@ class Lettering:
             lines.append(Line(line.text, mask, edges))
         return Lettering(tuple(lines))
 
+    def turn_some(self, rng: random.Random) -> "Lettering":
+        """Some of them turned a little on their canvas, unless that cuts ink off."""
+        turned = self.rotate(rng.uniform(-2.5, 2.5), expand=False) if rng.random() < 0.3 else self
+        return self if turned.is_cut else turned
+
     def resize(self, size: tuple[int, int]) -> "Lettering":
         """Stretched to another size."""
         across, down = size[0] / self.size[0], size[1] / self.size[1]
@@ -187,5 +192,4 @@ def letter_page(block: Block, rng: random.Random, most_rows: int) -> Lettering |
     left = rng.randint(margin, canvas[0] - block.width - margin)
     top = rng.randint(margin, canvas[1] - block.height - margin)
     straight = block.draw(canvas, left, top)
-    turned = straight.rotate(rng.uniform(-2.5, 2.5), expand=False) if rng.random() < 0.3 else straight
-    return straight if turned.is_cut else turned
+    return straight.turn_some(rng)

@@ -72,9 +72,7 @@ class Letters(Reading):
         if not lines or not font.can_write("".join(lines)) or block.width > width or block.height > height:
             return None
         left, top = _MARGIN + rng.randint(0, width - block.width), _MARGIN + rng.randint(0, height - block.height)
-        straight = block.draw(size, left, top)
-        turned = straight.rotate(rng.uniform(-2.5, 2.5), expand=False) if rng.random() < 0.3 else straight
-        return straight if turned.is_cut else turned
+        return block.draw(size, left, top).turn_some(rng)
 
     def _line(self, face: ImageFont.FreeTypeFont, width: int, writer: Writer) -> str:
         """Words and numbers, or arbitrary characters, cut off where the page ends; no word of another part."""
