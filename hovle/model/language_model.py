@@ -26,6 +26,7 @@ from .backbones import (
 )
 from .config_values import check_decoder_values
 from .configuration_hovle import HoVLEConfig
+from .first_filters import start_stem
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +134,7 @@ class FromLanguageModelMixin:
             ).to(language_model.device)
         model.eval()  # dropout would hide what the checks below look for
         _copy_language_model(model, language_model)
+        start_stem(model.model)
         _begin_as_language_model(model, language_model)
         model.generation_config = copy.deepcopy(language_model.generation_config)
         suppressed = model.generation_config.suppress_tokens or []

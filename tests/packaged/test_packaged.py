@@ -167,6 +167,16 @@ def test_loaders_commands_and_recipes_take_the_name(shipped, tmp_path, monkeypat
     assert with_shipped_model(load_stage("smol/alignment")) == load_stage("smol/alignment")
 
 
+def test_shipped_layers_are_there_to_grow_from_and_are_no_model_to_ask(shipped, trained, language_model, monkeypatch):
+    pack(trained, language_model, "tiny", "smol-letters", shipped.with_name("smol-letters"), rank=0)
+    assert packaged.shipped_names() == ["smol", "smol-letters"]
+    config = with_shipped_model(load_stage("smol/distillation", ["model.lower_layers=smol-letters"]))
+    assert config.model.lower_layers == str(hovle.pretrained("smol-letters"))
+    assert packaged.resolve_model("smol-letters") == "smol-letters"
+    named_as_a_model = load_stage("smol/distillation", ["model.lower_layers=smol"])
+    assert with_shipped_model(named_as_a_model).model.lower_layers == "smol"
+
+
 def test_clients_name_a_served_model_as_the_command_does(shipped, monkeypatch):
     served = []
     monkeypatch.setattr("hovle.serve.command.run", lambda args: served.append(args.served_model_name) or 0)

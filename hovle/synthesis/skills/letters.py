@@ -14,9 +14,12 @@ from ..lettering import Block, Lettering
 from ..looks import draw_looks
 from ..samples import TILE, Question, Sample
 from ..words import words_of
-from .reading import READ_NOTICE, SMALLEST, Reading, Writer, paint, wear
+from .reading import READ_NOTICE, Reading, Writer, paint, wear
 
-_LARGEST = 56
+_SMALLEST, _LARGEST = 20, 56
+"""Sizes of letters in pixels. Of smaller ones a token of 28 pixels holds parts of two lines, and more characters than
+are told of it."""
+
 _MARGIN = 3
 _OTHERS = "!?$%&()+-.,:;'\"#*/=@"
 _CHARACTERS = string.ascii_letters + string.digits + _OTHERS
@@ -26,8 +29,8 @@ class Letters(Reading):
     """Pages full of text."""
 
     name = "letters"
-    description = f"Pages full of words and arbitrary characters, {SMALLEST} to {_LARGEST} px, for the lowest layers."
-    revision = 1
+    description = f"Pages full of words and arbitrary characters, {_SMALLEST} to {_LARGEST} px, for the lowest layers."
+    revision = 2
     sizes = MappingProxyType(
         {
             "small": MappingProxyType({"train": 300, "validation": 30, "test": 60}),
@@ -37,13 +40,14 @@ class Letters(Reading):
     held_out = ("font", "word")
 
     def draw(self, index: int, split: str, seed: int) -> Sample:
-        """Draw a page of two to six tiles."""
+        """Draw a page of twelve tiles: what a picture costs beside them, thumbnail and turns, is then a fifth."""
         rng = self.rng(index, split, seed)
-        size = (rng.randint(2, 3) * TILE, rng.randint(1, 2) * TILE)
+        columns, rows = rng.choice(((4, 3), (3, 4)))
+        size = (columns * TILE, rows * TILE)
         lettering = None
         while lettering is None:
             font = rng.choice(rng.choice(self.fonts[split]))
-            letter_size = rng.randint(SMALLEST, _LARGEST)
+            letter_size = rng.randint(_SMALLEST, _LARGEST)
             writer = Writer(self.wordnet, split, rng)
             lettering = self._fill(size, font, font.at(letter_size), writer)
         image = paint(lettering, draw_looks(rng), rng, may_frame=False)

@@ -33,6 +33,9 @@ class CharactersConfig(Section):
     of them for thousands of lines."""
     alphabet: Annotated[str, Field(min_length=1)] = PRINTABLE
     """Characters it tells apart; all others count as one more."""
+    guide_weight: PositiveOrZero = 0.0
+    """Weight of the squared error to what a small convolutional net sees in the same tiles, which learns the same
+    characters beside the student and sooner: the lowest layer reproduces its edges, `layer` its letters. 0: none."""
 
     def __post_init__(self):
         if len(set(self.alphabet)) < len(self.alphabet) or any(character.isspace() for character in self.alphabet):

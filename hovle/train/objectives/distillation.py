@@ -94,9 +94,10 @@ class DistillationObjective(Objective):
 
     def forward(self, batch: PackedBatch) -> ObjectiveOutput:
         """Summed terms of a packed batch."""
+        pixel_values = self.normalize(batch.pixel_values)
         outputs = self.model.get_holistic_embeddings(
             input_ids=batch.input_ids,
-            pixel_values=self.normalize(batch.pixel_values),
+            pixel_values=pixel_values,
             position_ids=batch.position_ids,
             output_hidden_states=self._needs_layers,
         )
@@ -119,9 +120,8 @@ class DistillationObjective(Objective):
             entering, input_ids = map(batch.language_part, (outputs.language_inputs_embeds, batch.input_ids))
             terms["text_error"] = embedding_error(entering, nn.functional.embedding(input_ids, self.text_table))
         if self.words is not None:
-            layer = self.words.character_layer
-            below = None if layer is None else self._image_part(outputs, layer, is_image)
-            terms |= self.words(image, below, self.text_table, batch)
+            below = [self._image_part(outputs, layer, is_image) for layer in self.words.layers]
+            terms |= self.words(image, below, self.text_table, batch, pixel_values)
         return ObjectiveOutput(terms, self.counts(batch))
 
     def bare_logits(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
@@ -165,8 +165,7 @@ class DistillationObjective(Objective):
     @property
     def _needs_layers(self) -> bool:
         """Whether a term looks at another layer than the last."""
-        looks_at_characters = self.words is not None and self.words.character_layer is not None
-        return looks_at_characters or set(self.student_layers) != {LAST}
+        return bool(self.words and self.words.layers) or set(self.student_layers) != {LAST}
 
     @staticmethod
     def _image_part(outputs: HolisticEmbeddingOutput, layer: int, is_image: torch.Tensor) -> torch.Tensor:

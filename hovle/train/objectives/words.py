@@ -1,7 +1,9 @@
 """Words by distillation: image tokens say, as embeddings of the language model, the words for what they show.
 
-`data.words` tells which tokens and which words. The head that tells characters is used in training only.
+`data.words` tells which tokens and which words. The head that tells characters and its guide are for training only.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -10,9 +12,13 @@ from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ..config import CharactersConfig, WordsConfig
 from ..data.batch import PackedBatch
 from ..data.words import NO_WORD
+from .letter_guide import LetterGuide
 
 TOKENS_AT_ONCE = 256
 """Tokens compared with the whole vocabulary at a time."""
+
+LOWEST = 0
+"""The holistic layer above the stem."""
 
 
 class WordTerms(nn.Module):
@@ -36,16 +42,30 @@ class WordTerms(nn.Module):
             "filler_cosine": -config.filler_weight,
             "word_pieces_left_out": 0.0,
         }
-        self.character_layer: int | None = None
+        self.layers: tuple[int, ...] = ()
+        """Layers below the last that it looks at: the one that tells characters; with a guide, the lowest."""
         self.character_head: nn.Module | None = None
+        self.guide: LetterGuide | None = None
         if config.characters is not None:
-            self.character_layer = check_character_layer(config.characters.layer, model)
-            self.character_head = CharacterHead(
-                model.config.text_config.hidden_size,
-                config.characters.per_token,
-                num_character_classes(config.characters),
+            self._prepare_characters(config.characters, model)
+
+    def _prepare_characters(self, config: CharactersConfig, model: HoVLEForConditionalGeneration) -> None:
+        hidden_size, num_classes = model.config.text_config.hidden_size, num_character_classes(config)
+        self.layers = (check_character_layer(config.layer, model),)
+        self.character_head = CharacterHead(hidden_size, config.per_token, num_classes)
+        self.weights |= {"character_cross_entropy": config.weight, "character_accuracy": 0.0}
+        if config.guide_weight:
+            self.layers = (*self.layers, LOWEST)
+            self.guide = LetterGuide(model.config, config.per_token, num_classes)
+            self.to_guide = nn.ModuleList(
+                nn.Sequential(nn.RMSNorm(hidden_size), nn.Linear(hidden_size, width)) for width in self.guide.widths
             )
-            self.weights |= {"character_cross_entropy": config.characters.weight, "character_accuracy": 0.0}
+            self.weights |= {
+                "guide_cross_entropy": config.weight,
+                "guide_accuracy": 0.0,
+                "guide_edges": config.guide_weight,
+                "guide_letters": config.guide_weight,
+            }
 
     def counts(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
         """Positions each term is summed over; `word_accuracy` besides."""
@@ -59,18 +79,33 @@ class WordTerms(nn.Module):
             assert batch.character_ids is not None
             counts["character_cross_entropy"] = self._character_weights(batch.character_ids).sum()
             counts["character_accuracy"] = (batch.character_ids > 0).sum()
+        if self.guide is not None:
+            assert batch.character_ids is not None
+            num_guided = has_lines(batch.character_ids).sum() * batch.character_ids.shape[1]
+            counts |= {
+                "guide_cross_entropy": counts["character_cross_entropy"],
+                "guide_accuracy": counts["character_accuracy"],
+                "guide_edges": num_guided,
+                "guide_letters": num_guided,
+            }
         return counts
 
     def forward(
-        self, outputs: torch.Tensor, below: torch.Tensor | None, text_table: torch.Tensor, batch: PackedBatch
+        self,
+        outputs: torch.Tensor,
+        below: Sequence[torch.Tensor],
+        text_table: torch.Tensor,
+        batch: PackedBatch,
+        pixel_values: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """Summed terms of a packed batch; out of training `word_accuracy` too.
 
         Args:
             outputs: What enters the language model at image tokens, shape `(N, S, D)`.
-            below: The same of the layer that tells characters, None without.
+            below: The same of each of `layers`.
             text_table: Text embeddings, shape `(V, D)`.
             batch: The words.
+            pixel_values: Its tiles, normalised, shape `(N, C, s, s)`.
         """
         has_word, is_piece, _ = kinds_of_tokens(batch)
         assert batch.word_ids is not None  # as `kinds_of_tokens` has seen
@@ -90,9 +125,13 @@ class WordTerms(nn.Module):
         if not self.training:
             terms["word_accuracy"] = (nearest_words(pieces, text_table) == piece_ids).sum()
         if self.character_head is not None:
-            assert below is not None  # whoever has a head asks for its layer
             assert batch.character_ids is not None
-            terms |= self._character_terms(below, batch.character_ids)
+            is_asked = (batch.character_ids != NO_WORD).any(dim=-1)
+            logits = self.character_head(below[0][is_asked])
+            terms |= self._told("character", logits, batch.character_ids[is_asked])
+        if self.guide is not None:
+            assert batch.character_ids is not None
+            terms |= self._guided(below, batch.character_ids, pixel_values)
         return terms
 
     def _found_among_others(self, pieces: torch.Tensor, piece_ids: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -113,17 +152,34 @@ class WordTerms(nn.Module):
         assert self.config.characters is not None
         return (character_ids > 0).float() + self.config.characters.none_weight * (character_ids == 0)
 
-    def _character_terms(self, below: torch.Tensor, character_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-        assert self.character_head is not None
-        is_asked = (character_ids != NO_WORD).any(dim=-1)
-        logits, wanted = self.character_head(below[is_asked]).float(), character_ids[is_asked]  # (K, slots, classes)
+    def _told(self, name: str, logits: torch.Tensor, wanted: torch.Tensor) -> dict[str, torch.Tensor]:
+        """How well logits `(K, slots, classes)` tell characters of classes `(K, slots)`."""
+        logits = logits.float()
+        entropies = nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
         return {
-            "character_cross_entropy": (
-                self._character_weights(wanted)
-                * nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none").view_as(wanted)
-            ).sum(),
-            "character_accuracy": ((logits.argmax(dim=-1) == wanted) & (wanted > 0)).sum(),
+            f"{name}_cross_entropy": (self._character_weights(wanted) * entropies.view_as(wanted)).sum(),
+            f"{name}_accuracy": ((logits.argmax(dim=-1) == wanted) & (wanted > 0)).sum(),
         }
+
+    def _guided(
+        self, below: Sequence[torch.Tensor], character_ids: torch.Tensor, pixel_values: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """What the guide tells of tiles with lines, and how much of what it sees there the layers reproduce."""
+        assert self.guide is not None
+        is_guided = has_lines(character_ids)
+        seen = self.guide(pixel_values[is_guided])
+        is_asked = (character_ids != NO_WORD).any(dim=-1)
+        terms = self._told("guide", seen.logits[is_asked[is_guided]], character_ids[is_asked])
+        edges, letters = (
+            (reproduce(layer[is_guided].float()) - features.detach()).square().mean(dim=-1).sum()
+            for reproduce, layer, features in zip(self.to_guide, reversed(below), seen[:2], strict=True)
+        )
+        return {**terms, "guide_edges": edges, "guide_letters": letters}
+
+
+def has_lines(character_ids: torch.Tensor) -> torch.Tensor:
+    """Which tiles have characters to tell, bool, shape `(N,)`, of their classes `(N, S, slots)`."""
+    return (character_ids != NO_WORD).any(dim=-1).any(dim=-1)
 
 
 class CharacterHead(nn.Module):

@@ -18,8 +18,8 @@ Memory counts tensors; `memory.py` finds what autograd keeps. What settings chan
 - `teacher.cache`: a step has no teacher; what filling the cache costs is not in it.
 - `language`: text takes places in the rows; the bare language model passes over it, and both heads run there. What of
   the language model learns is there twice.
-- `objective.words`: pieces are found among candidates and characters told by a head, as many as `expected` says. That
-  a teacher need not look at tiles full of words is left out.
+- `objective.words`: pieces are found among candidates and characters told by a head, as many as `expected` says, and
+  looked at by a guide in all tiles. That a teacher need not look at tiles full of words is left out.
 """
 
 import dataclasses
@@ -38,7 +38,7 @@ from ..model.adapters import adapted_maps
 from ..model.parameters import parameter_groups
 from ..objectives.words import kinds_of_tokens, num_character_classes
 from .memory import Activations, measure_activations, tied_table_learns
-from .shapes import teacher_shapes
+from .shapes import guide_shapes, teacher_shapes
 
 ATTENTION_BACKWARD = 2.5
 """Backward over forward products of fused attention: five (it computes the scores again) instead of two."""
@@ -202,6 +202,7 @@ class StageCost:
         self.num_adapters = _num_adapters(self.model, config)
         shapes = [teacher_shapes(teacher) for teacher in config.teacher]
         self._widths = [sum(widths) for widths in zip(*(item.widths for item in shapes), strict=True)]
+        self._guide = guide_shapes(config, model)
         # In its steps: a cache stands for the others.
         self._teachers = [item for item, teacher in zip(shapes, config.teacher, strict=True) if teacher.cache is None]
 
@@ -216,7 +217,7 @@ class StageCost:
     def num_trainable(self) -> int:
         """Parameters that learn, adapters and the training-only projection included."""
         learning = sum(self.groups[name] for name in self.config.trainable)
-        return learning + self.num_adapters + self._num_projection + self._num_character_head
+        return learning + self.num_adapters + self._num_projection + self._num_telling
 
     @property
     def _num_projection(self) -> int:
@@ -224,9 +225,10 @@ class StageCost:
         return sum(width * hidden for width in self._widths if width != hidden)
 
     @property
-    def _num_character_head(self) -> int:
+    def _num_telling(self) -> int:
         hidden, num_logits = self.model_config.text_config.hidden_size, self._character_logits
-        return (hidden * num_logits + num_logits + hidden) * bool(num_logits)  # a map with its bias, and a norm
+        head = (hidden * num_logits + num_logits + hidden) * bool(num_logits)  # a map with its bias, and a norm
+        return head + self._guide.num_parameters
 
     @property
     def _character_logits(self) -> int:
@@ -368,7 +370,13 @@ class StageCost:
         """Pieces found among others, whose embeddings are given; characters told by a head that learns."""
         hidden = self.model_config.text_config.hidden_size
         found = 2 * hidden * work.num_pieces * self._num_candidates(work) * _passes(False, True)
-        return found + 2 * hidden * self._character_logits * work.num_read * _passes(True, True)
+        told = 2 * hidden * self._character_logits * work.num_read * _passes(True, True)
+        return found + told + self._guide.flops_per_tile * self._num_guided(work)
+
+    @staticmethod
+    def _num_guided(work: Workload) -> float:
+        """Tiles with a line of text: all of them, where there is any."""
+        return work.num_tiles * bool(work.num_read)
 
     def _num_candidates(self, work: Workload) -> float:
         """Different entries of the vocabulary among which a piece is found, were pieces as random as the others."""
@@ -398,7 +406,7 @@ class StageCost:
             learns["stem"] + learns["text_embeddings"],
             learns["holistic_layers"],
             learns["language_model"] - head_learns + self.num_adapters,
-            head_learns + self._num_projection + self._num_character_head,
+            head_learns + self._num_projection + self._num_telling,
         )
         tied_gradient = 4 * head if self.learning.language and config.tie_word_embeddings else 0
         activations, working = self._kept_and_working(work)
@@ -470,7 +478,7 @@ class StageCost:
         held = KEPT_OF_DIVERGENCE * config.text_config.vocab_size * num_held
         num_told = work.num_pieces * self._num_candidates(work) + work.num_read * self._character_logits
         loss_working = max(loss_working, WORKING_OF_CHOICE * num_told)
-        held += KEPT_OF_CHOICE * num_told
+        held += KEPT_OF_CHOICE * num_told + 4 * self._guide.kept_per_tile * self._num_guided(work)
         (holistic, holistic_working), (language, language_working) = sections
         return (
             (kept.stem.at(work.num_tiles), holistic, language, kept.loss.at(num_positions) + held),

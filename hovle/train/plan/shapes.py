@@ -16,6 +16,8 @@ from ...model.configuration_hovle import HoVLEConfig
 from ...model.language_model import IMAGE_TOKENS, config_around, load_language_config
 from ..config import Architecture, ModelConfig, StageConfig, TeacherConfig, load_stage
 from ..model.start import check_checkpoint
+from ..objectives.letter_guide import LetterGuide
+from ..objectives.words import num_character_classes
 
 
 def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> LlamaConfig:
@@ -87,6 +89,43 @@ def teacher_shapes(config: TeacherConfig) -> TeacherShapes:
         )
     widths = tuple(maps[layers.index(match.teacher % count)].shape[1] for match in config.layers)
     return TeacherShapes(sum(item.numel() for item in model.parameters()), counter.get_total_flops(), widths)
+
+
+@dataclass(frozen=True)
+class GuideShapes:
+    """What matters of a guide to letters; all zero where a stage has none."""
+
+    num_parameters: int = 0
+    """Of the guide and of what makes the student's outputs its features."""
+    flops_per_tile: float = 0
+    """Of forward and backward pass, in a tile with a line of text."""
+    kept_per_tile: float = 0
+    """Numbers that autograd keeps."""
+
+
+def guide_shapes(stage: StageConfig, model: HoVLEConfig) -> GuideShapes:
+    """Run a stage's guide to letters on the meta device, if it has one."""
+    words = stage.objective.words if stage.objective.name == "distillation" else None
+    characters = None if words is None else words.characters
+    if characters is None or not characters.guide_weight:
+        return GuideShapes()
+    sizes: list[int] = []
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False, depth=1) as counter:
+        guide = LetterGuide(model, characters.per_token, num_character_classes(characters))
+        for layer in (guide.first, guide.second, guide.edges, guide.letters, guide.around):
+            layer.register_forward_hook(lambda _, __, output: sizes.append(output.numel()))
+        tile = torch.empty(1, model.num_channels, model.image_size, model.image_size)
+        guide(tile)
+        forward = counter.get_total_flops()
+        guide.first(tile)
+        first = counter.get_total_flops() - forward
+    hidden, num_features = model.text_config.hidden_size, sum(guide.widths)
+    reproducing = 2 * hidden * num_features * model.image_seq_length
+    return GuideShapes(
+        sum(item.numel() for item in guide.parameters()) + (hidden + 1) * num_features + hidden * len(guide.widths),
+        3 * (forward + reproducing) - first,  # pixels have no gradient
+        2 * sum(sizes[:5]) + 3 * num_features * model.image_seq_length,  # before and after each activation
+    )
 
 
 def model_config(stage: StageConfig, others: Iterable[StageConfig] = ()) -> HoVLEConfig:

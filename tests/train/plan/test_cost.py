@@ -9,6 +9,7 @@ from torch import nn
 
 from hovle.train.config import load_stage
 from hovle.train.model import quantization
+from hovle.train.objectives.letter_guide import LetterGuide
 from hovle.train.plan.command import TOLERANCE, check_stage
 from hovle.train.plan.cost import INT8_ROW_BYTES, QUANTIZED_BYTES, StageCost, Workload
 from hovle.train.plan.random_step import measure_random_step, random_batch
@@ -84,6 +85,24 @@ def test_operations_of_words_are_those_of_torchs_counter(distillation_config, tm
     told = EXPECTED.replace("}", ", word_pieces_per_sample: 5, read_tokens_per_sample: 6}")
     config = distillation_config(told, TAUGHT, "model.image_size=112")
     assert_counted(config, torch.float32, tmp_path, tolerance=0.02)
+
+
+def test_operations_of_a_guide_are_those_of_torchs_counter(distillation_config, tmp_path):
+    told = EXPECTED.replace("}", ", word_pieces_per_sample: 5, read_tokens_per_sample: 6}")
+    guided = TAUGHT.replace("layer: -2", "layer: -2, guide_weight: 1")
+    config = distillation_config(told, guided, "model.image_size=112")
+    assert_counted(config, torch.float32, tmp_path, tolerance=0.02)
+    model = model_config(config)
+    without, cost = (
+        StageCost(item, model, torch.float32)
+        for item in (distillation_config(told, TAUGHT, "model.image_size=112"), config)
+    )
+    guide = LetterGuide(model, 3, 96)
+    learning = sum(item.numel() for item in guide.parameters()) + 2 * 64 + sum(65 * width for width in guide.widths)
+    assert cost.num_trainable - without.num_trainable == learning
+    work = Workload.expected(config, model)
+    more = cost.memory(work).peak - without.memory(work).peak
+    assert more > 16 * learning  # weight, gradient, two moments; and what autograd keeps
 
 
 def test_words_take_operations_memory_and_a_head_that_learns(distillation_config):
