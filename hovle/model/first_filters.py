@@ -108,7 +108,7 @@ def waves_of_a_place(window: int, count: int) -> list[tuple[int, int, int]]:
     frequencies = sorted(itertools.product(range(window), range(window)), key=lambda pair: math.hypot(*pair))
     gray = [(0, row, column) for row, column in frequencies]
     colored = [(color, row, column) for row, column in frequencies for color in (1, 2)]
-    first = gray[: max(1, count - len(COLOR_WAVES))] + [*COLOR_WAVES]
+    first = (*gray[: max(1, count - len(COLOR_WAVES))], *COLOR_WAVES)
     return [*first, *(wave for wave in colored if wave not in COLOR_WAVES)][:count]
 
 

@@ -18,7 +18,7 @@ FOLDER = ROOT / "serve"
 
 VLLM_OPTIONS = {
     *("model", "trust-remote-code", "served-model-name", "host", "port", "max-model-len", "max-num-seqs"),
-    *("gpu-memory-utilization", "limit-mm-per-prompt", "allowed-media-domains"),
+    *("gpu-memory-utilization", "limit-mm-per-prompt", "allowed-media-domains", "chat-template"),
 }
 """Of `vllm serve`, read in vLLM 0.33: `vllm/engine/arg_utils.py` and `vllm/entrypoints/common/cli_args.py`."""
 
@@ -36,7 +36,8 @@ RAY_FIELDS = {
     "engine_kwargs": {name.replace("-", "_") for name in VLLM_OPTIONS},
     "limit_mm_per_prompt": {"image"},
 }
-"""Fields by the one that holds them, read in Ray 2.58: `ray/serve/schema.py`, `ray/serve/config.py` and `ray/llm/`."""
+"""Fields by the one that holds them, read in Ray 2.58: `ray/serve/schema.py`, `ray/serve/config.py` and `ray/llm/`, where
+`engine_kwargs` are those of vLLM's engine and of its front (`vllm_models.py`)."""
 
 
 def read(name: str) -> list[Any]:
@@ -93,7 +94,7 @@ def test_kubernetes_sends_clients_to_what_it_starts(deployment, container):
 
 def test_vllm_knows_its_options():
     (options,) = read("vllm.yaml")
-    assert options.keys() <= VLLM_OPTIONS | {"chat-template"}  # the last one is the server's, not the engine's
+    assert options.keys() <= VLLM_OPTIONS
 
 
 @pytest.mark.parametrize("after", ["", "\n"])
@@ -119,6 +120,8 @@ def test_vllms_template_says_what_the_processor_says(make_tokenizer, after):
 def test_ray_knows_its_fields():
     (found,) = read("ray_serve.yaml")
     assert unknown_fields(found) == []
+    [[engine]] = [[item["engine_kwargs"] for item in app["args"]["llm_configs"]] for app in found["applications"]]
+    assert engine["chat_template"].endswith("template.jinja")  # without it vLLM's chats see no pictures
     assert unknown_fields({"applications": [{"args": {"llm_configs": [{"engine_kwargs": {"modle": 1}}]}}]}) == [
         "engine_kwargs.modle"
     ]
