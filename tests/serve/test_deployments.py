@@ -36,8 +36,8 @@ RAY_FIELDS = {
     "engine_kwargs": {name.replace("-", "_") for name in VLLM_OPTIONS},
     "limit_mm_per_prompt": {"image"},
 }
-"""Fields by the one that holds them, read in Ray 2.58: `ray/serve/schema.py`, `ray/serve/config.py` and `ray/llm/`, where
-`engine_kwargs` are those of vLLM's engine and of its front (`vllm_models.py`)."""
+"""Fields by the one that holds them, read in Ray 2.58: `ray/serve/schema.py`, `ray/serve/config.py` and `ray/llm/`, in
+which `engine_kwargs` are those of vLLM's engine and of its front (`vllm_models.py`)."""
 
 
 def read(name: str) -> list[Any]:
