@@ -16,7 +16,7 @@ from hovle.loading import load_config, load_model
 from hovle.packaged.packing import pack
 from hovle.packaged.storage import restore, store
 from hovle.train import load_stage
-from hovle.train.model.start import with_shipped_model
+from hovle.train.model.start import start_model, with_shipped_model
 from hovle.train.run.handoff import HANDOFF_PROBE
 
 RANK = 2
@@ -175,6 +175,20 @@ def test_shipped_layers_are_there_to_grow_from_and_are_no_model_to_ask(shipped, 
     assert packaged.resolve_model("smol-letters") == "smol-letters"
     named_as_a_model = load_stage("smol/distillation", ["model.lower_layers=smol"])
     assert with_shipped_model(named_as_a_model).model.lower_layers == "smol"
+
+
+def test_the_layers_that_ship_are_whole_and_fit_under_the_recipes_model():
+    folder = packaged.SHIPPED / "smol-letters"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 40e6
+    config = with_shipped_model(load_stage("smol/distillation", ["model.lower_layers=smol-letters"]))
+    model, processor = start_model(config)
+    letters = load_model(config.model.lower_layers, dtype=torch.float32)
+    assert letters.config.num_embedding_layers == 3 < model.config.num_embedding_layers
+    taken = model.model.embedding_layers[2].mlp.down_proj.weight
+    assert torch.equal(taken, letters.model.embedding_layers[2].mlp.down_proj.weight)
+    assert taken.any()
+    assert not model.model.embedding_layers[3].mlp.down_proj.weight.any()
+    assert processor.chat_template == (folder / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def test_clients_name_a_served_model_as_the_command_does(shipped, monkeypatch):
