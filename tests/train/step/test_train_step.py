@@ -84,7 +84,7 @@ def test_splitting_a_batch_does_not_change_the_step(make_parts, batches, source)
     assert len(set(counts)) > 1  # a mean of means would differ
     for whole, cut in zip(results[0][0], results[1][0], strict=True):
         assert cut.loss == pytest.approx(whole.loss, rel=1e-6)
-        assert cut.terms == pytest.approx(whole.terms, rel=1e-6)
+        assert cut.terms == pytest.approx(whole.terms, rel=1e-6, abs=2e-8)  # a mean of cosines about 0
         assert cut.gradient_norm == pytest.approx(whole.gradient_norm, rel=1e-6)
     for whole, cut in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(cut, whole, atol=1e-6, rtol=0)  # worst 1e-7
