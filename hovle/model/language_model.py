@@ -206,7 +206,9 @@ def config_around(
     if untie_text_embeddings:
         text_config.tie_word_embeddings = False
     with _name_in_errors(text_config.model_type, ValueError):
-        text_config = AutoConfig.for_model(**text_config.to_dict())
+        fields = text_config.to_dict()
+        fields.pop("_name_or_path", None)  # a folder of whoever builds the model, which saved ones would tell
+        text_config = AutoConfig.for_model(**fields)
     config = HoVLEConfig(
         text_config=text_config,
         num_embedding_layers=num_embedding_layers,

@@ -92,10 +92,10 @@ def pack(trained: Path, language_model: Path, asset: str, name: str, out: Path, 
 
 
 def changed_documents(trained: Path, language_model: Path, config: HoVLEConfig, max_tiles: int) -> Iterator[Path]:
-    """Small files of the trained folder that differ from what is made of the language model."""
+    """Small files of the trained folder that differ from what is made of the language model; code is never its own."""
     with tempfile.TemporaryDirectory(prefix="hovle-pack-") as temporary:
         write_documents(Path(temporary), language_model, config, max_tiles)
-        made = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.is_file()}
+        made = {path.name: path.read_bytes() for path in Path(temporary).iterdir() if path.suffix != ".py"}
     for path in sorted(trained.iterdir()):
         if path.name in DOCUMENTS or (path.name in made and path.read_bytes() != made[path.name]):
             yield path

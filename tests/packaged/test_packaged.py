@@ -55,6 +55,7 @@ def trained(tmp_path_factory, language_model) -> Path:
     processor.chat_template = processor.chat_template.replace("assistant", "answer")
     processor.save_pretrained(folder)
     save_file({"logits": torch.zeros(1)}, folder / HANDOFF_PROBE)  # no part of a shipped model
+    (folder / "language_model.py").write_text("of an older hovle")  # nor is code
     return folder
 
 
@@ -177,10 +178,17 @@ def test_shipped_layers_are_there_to_grow_from_and_are_no_model_to_ask(shipped, 
     assert with_shipped_model(named_as_a_model).model.lower_layers == "smol"
 
 
+def test_neither_code_nor_the_makers_folders_ship(shipped, language_model):
+    assert not list(shipped.glob("*.py"))
+    assert all(str(language_model.parent) not in path.read_text() for path in shipped.glob("*.json"))
+
+
 def test_the_layers_that_ship_are_whole_and_fit_under_the_recipes_model():
     folder = packaged.SHIPPED / "smol-letters"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 40e6
     config = with_shipped_model(load_stage("smol/distillation", ["model.lower_layers=smol-letters"]))
+    told = [path.read_text(encoding="utf-8") for path in folder.glob("*.json")]
+    assert not any(place in text for text in told for place in ("/root", "/home", "/tmp", ".cache"))
     model, processor = start_model(config)
     letters = load_model(config.model.lower_layers, dtype=torch.float32)
     assert letters.config.num_embedding_layers == 3 < model.config.num_embedding_layers

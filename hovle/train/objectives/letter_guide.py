@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ...model.configuration_hovle import HoVLEConfig
+from ...model.image_tokens import pixel_shuffle
 
 CELL = 4
 """Pixels along a side of what the lower features describe."""
@@ -67,7 +68,8 @@ class LetterGuide(nn.Module):
         letters = self.letters(edges.relu())
         told = (letters.relu() + self.around(letters.relu()).relu()).flatten(2).transpose(1, 2)
         logits = self.head(told).unflatten(-1, self.shape)
-        return Guidance(pixel_cells(edges, self.side), letters.flatten(2).transpose(1, 2), logits)
+        cells = pixel_shuffle(edges.flatten(2).transpose(1, 2), self.cells)
+        return Guidance(cells, letters.flatten(2).transpose(1, 2), logits)
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -81,11 +83,3 @@ def _convolution(
     """Each channel is normalised over its tile alone: contrast does not count, and a batch may be cut anywhere."""
     norm = nn.GroupNorm(outputs, outputs, affine=affine)
     return nn.Sequential(nn.Conv2d(inputs, outputs, side, stride, padding), norm)
-
-
-def pixel_cells(features: torch.Tensor, side: int) -> torch.Tensor:
-    """Features of cells `(N, D, H, H)` by the token they lie in, shape `(N, side ** 2, D * (H / side) ** 2)`."""
-    count, width, height, _ = features.shape
-    cells = height // side
-    blocks = features.view(count, width, side, cells, side, cells).permute(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(count, side**2, width * cells**2)

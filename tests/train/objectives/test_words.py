@@ -18,7 +18,6 @@ from hovle.train.data.regions import Region
 from hovle.train.data.samples import RandomTextSamples
 from hovle.train.data.words import NO_WORD, WordLayout
 from hovle.train.objectives.distillation import DistillationObjective
-from hovle.train.objectives.letter_guide import pixel_cells
 from hovle.train.objectives.teachers import Targets
 from hovle.train.objectives.words import nearest_words
 from hovle.train.step.validation import validate
@@ -166,15 +165,11 @@ def test_the_lowest_layer_and_that_of_the_characters_reproduce_what_the_guide_se
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
-def test_cells_of_a_token_are_those_that_lie_in_it(parts):
+def test_the_guide_describes_every_token_by_its_cells(parts):
     guide = objective(parts[0], GUIDED).words.guide
     seen = guide(torch.randn(3, 3, 56, 56))
     assert seen.edges.shape == (3, 4, 49 * 48)
     assert seen.letters.shape == (3, 4, 192)
-    places = torch.arange(14 * 14.0).view(1, 1, 14, 14)  # of cells in a tile of 2 x 2 tokens
-    cells = pixel_cells(places, 2)
-    assert torch.equal(cells[0, 2].view(7, 7), places[0, 0, 7:, :7])
-    assert cells.flatten().sort().values.tolist() == list(range(196))
 
 
 def test_a_batch_without_lines_has_nothing_for_the_guide(parts, batches):
