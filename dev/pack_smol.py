@@ -1,7 +1,8 @@
 """Write a trained model as it ships in the package, and say its size and what storing it cost.
 
 `python dev/pack_smol.py runs/smol/instruction_tuning/model` writes hovle/packaged/smol: the language model comes by
-`hovle fetch`, what was learnt beside it ships in 8 bits. `--out DIR` writes elsewhere, to look at. The layers that
+`hovle fetch`, what was learnt beside it ships in 8 bits. `--cards data/smol/card.json --assets easy-vqa ...` name what
+it was trained on, for the file ATTRIBUTION.md beside it. `--out DIR` writes elsewhere, to look at. The layers that
 learnt letters ship by `python dev/pack_smol.py runs/smol/letters/model --name smol-letters --rank 0`.
 """
 
@@ -10,11 +11,18 @@ import sys
 from pathlib import Path
 
 from hovle.assets import language_model
+from hovle.files.documents import load_json
 from hovle.packaged import LOWER_LAYERS, NAMES, SHIPPED
 from hovle.packaged.packing import pack
 
 MOST_BYTES = 40e6
 """Of a shipped model."""
+
+
+def trained_on(card: Path) -> list[str]:
+    """Assets that the training part of a build was drawn from."""
+    sources = load_json(card)["sources"].values()
+    return [source["asset"] for source in sources if source.get("asset") and "train" in source["splits"]]
 
 
 def main() -> int:
@@ -25,9 +33,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of hovle/packaged/NAME")
     parser.add_argument("--asset", default="smollm2-135m-instruct", help="language model it was built around")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters it was tuned with; 0: none (16)")
+    parser.add_argument("--cards", type=Path, nargs="*", default=[], help="card.json of builds it was trained on")
+    parser.add_argument("--assets", nargs="*", default=[], metavar="NAME", help="further assets: data, teachers")
     args = parser.parse_args()
+    learnt_from = [*(name for card in args.cards for name in trained_on(card)), *args.assets]
     out = args.out or SHIPPED / args.name
-    told = pack(args.trained, language_model(name=args.asset), args.asset, args.name, out, args.rank)
+    told = pack(args.trained, language_model(name=args.asset), args.asset, args.name, out, args.rank, learnt_from)
     total = sum(file["bytes"] for file in told["files"].values())
     kinds = ", ".join(f"{kind} {size / 1e6:.2f}" for kind, size in told["weights_by_kind"].items())
     loss = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in told["loss"].items())

@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from ..assets.manifest import load_manifest
 from ..files.atomic import appear_when_complete
 from ..model.configuration_hovle import HoVLEConfig
 from ..model.modeling_hovle import HoVLEForConditionalGeneration
@@ -22,6 +23,9 @@ from .storage import Tensors, restore, store
 
 DOCUMENTS = ("config.json", "generation_config.json")
 """Files of a model folder that always ship; of the processor's those that training changed."""
+
+ATTRIBUTION = "ATTRIBUTION.md"
+"""Whose work the weights were trained on; ships with them and lies in the model's folder."""
 
 NUM_POSITIONS = 256
 """Of random text and of pictures, at which logits are compared."""
@@ -39,7 +43,15 @@ class Loss:
     """Of a logit, over the largest logit."""
 
 
-def pack(trained: Path, language_model: Path, asset: str, name: str, out: Path, rank: int = 16) -> dict[str, Any]:
+def pack(
+    trained: Path,
+    language_model: Path,
+    asset: str,
+    name: str,
+    out: Path,
+    rank: int = 16,
+    learnt_from: Collection[str] = (),
+) -> dict[str, Any]:
     """Write a shipped model.
 
     Args:
@@ -49,6 +61,7 @@ def pack(trained: Path, language_model: Path, asset: str, name: str, out: Path, 
         name: Of the shipped model.
         out: Folder that does not exist yet.
         rank: Of the adapters that the language model was trained with; 0: none.
+        learnt_from: What `hovle fetch` calls the data and teachers; who made them is told in `ATTRIBUTION.md`.
 
     Returns:
         What `package.json` says.
@@ -58,6 +71,7 @@ def pack(trained: Path, language_model: Path, asset: str, name: str, out: Path, 
     """
     if out.exists():
         raise ValueError(f"{out} is there already; name a folder that is not, or delete it.")
+    whose = attribution([asset, *learnt_from]) if learnt_from else ""
     config = HoVLEConfig.from_pretrained(trained)
     processor = HoVLEProcessor.from_pretrained(trained)
     model = HoVLEForConditionalGeneration.from_pretrained(trained, dtype=torch.float32).eval()
@@ -74,6 +88,8 @@ def pack(trained: Path, language_model: Path, asset: str, name: str, out: Path, 
         save_file(stored, folder / WEIGHTS)
         for path in changed_documents(trained, language_model, config, processor.image_processor.max_patches):
             shutil.copyfile(path, folder / path.name)
+        if whose:
+            (folder / ATTRIBUTION).write_text(whose, encoding="utf-8")
         files = sorted(path.name for path in folder.iterdir())
         described = {
             "format": FORMAT,
@@ -99,6 +115,21 @@ def changed_documents(trained: Path, language_model: Path, config: HoVLEConfig, 
     for path in sorted(trained.iterdir()):
         if path.name in DOCUMENTS or (path.name in made and path.read_bytes() != made[path.name]):
             yield path
+
+
+def attribution(names: Collection[str]) -> str:
+    """Whose work some assets are, under which licenses and from where."""
+    manifest = load_manifest()
+    unknown = [name for name in names if name not in manifest]
+    if unknown:
+        raise ValueError(f"No asset of `hovle fetch` is called {', '.join(unknown)}.")
+    parts = ["# What these weights were made from"]
+    for asset in (manifest[name] for name in dict.fromkeys(names)):
+        origin = f"{asset.archive.registry} package `{asset.archive.package}` {asset.archive.version}"
+        parts.append(
+            f"- {asset.description}. {asset.attribution}. License: {asset.licence}. {origin}, {asset.homepage}"
+        )
+    return "\n\n".join(parts) + "\n"
 
 
 def bytes_by_kind(stored: Tensors) -> dict[str, int]:

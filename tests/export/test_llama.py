@@ -113,6 +113,26 @@ def test_a_stock_decoder_answers_as_the_model(family, tmp_path, save_model, pict
     assert answer[0].tolist() == tokens.tolist()
 
 
+@pytest.mark.parametrize(
+    "rotary",
+    [
+        {"rope_type": "default", "rope_theta": 5e4},
+        {"rope_type": "linear", "rope_theta": 5e4, "factor": 2.0},
+        {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 64},
+    ],
+)
+def test_engines_that_know_rotary_parameters_by_older_names_find_them(rotary, tmp_path, save_model):
+    """MLX-LM 0.32 took a base of 10,000 without a word."""
+    save_model(tmp_path / "model", "llama", {"rope_parameters": dict(rotary)})
+    export(tmp_path / "model", tmp_path / "exported", "llama")
+    written = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert written["rope_theta"] == rotary["rope_theta"]
+    rest = {name: value for name, value in rotary.items() if name != "rope_theta"}
+    assert written.get("rope_scaling", {"rope_type": "default"}) == rest
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").config.rope_parameters
+    assert {name: found[name] for name in rotary} == rotary
+
+
 def test_engines_that_take_every_file_of_tensors_find_the_decoders_weights_only(exported):
     """As vLLM's loader does, which ended in "no module or parameter named 'patch_embedding' in LlamaForCausalLM"."""
     names = {name for path in exported.glob("*.safetensors") for name in load_file(path)}

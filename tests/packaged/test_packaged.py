@@ -178,6 +178,21 @@ def test_shipped_layers_are_there_to_grow_from_and_are_no_model_to_ask(shipped, 
     assert with_shipped_model(named_as_a_model).model.lower_layers == "smol"
 
 
+def test_whose_work_the_weights_were_made_from_ships_and_lies_in_the_assembled_folder(
+    shipped, trained, language_model, monkeypatch
+):
+    monkeypatch.setattr(assets, "language_model", lambda name: language_model)
+    folder = shipped.with_name("smol-letters")
+    learnt_from = ["easy-vqa", "emoji-datasource-twitter", "easy-vqa"]
+    pack(trained, language_model, "smollm2-135m-instruct", folder.name, folder, RANK, learnt_from)
+    told = (hovle.pretrained(folder.name) / "ATTRIBUTION.md").read_text()
+    assert told.count("Copyright (c) 2019 Victor Zhou. License: MIT. pypi package `easy-vqa` 1.0") == 1
+    assert all(part in told for part in ("SmolLM2 by", "Twemoji by Twitter", "CC-BY-4.0"))
+    with pytest.raises(ValueError, match="No asset of `hovle fetch` is called photographs, paintings"):
+        pack(trained, language_model, "easy-vqa", "smol", shipped.with_name("no"), 0, ["photographs", "paintings"])
+    assert not shipped.with_name("no").exists()
+
+
 def test_neither_code_nor_the_makers_folders_ship(shipped, language_model):
     assert not list(shipped.glob("*.py"))
     assert all(str(language_model.parent) not in path.read_text() for path in shipped.glob("*.json"))
