@@ -20,9 +20,9 @@ MOST_BYTES = 40e6
 
 
 def trained_on(card: Path) -> list[str]:
-    """Assets that the training part of a build was drawn from."""
+    """Assets that the training part of a build was drawn from; what the language model wrote itself is none."""
     sources = load_json(card)["sources"].values()
-    return [source["asset"] for source in sources if source.get("asset") and "train" in source["splits"]]
+    return [source["asset"] for source in sources if source["package"] != "-" and "train" in source["splits"]]
 
 
 def main() -> int:
