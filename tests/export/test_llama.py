@@ -98,6 +98,8 @@ def test_a_stock_decoder_answers_as_the_model(family, tmp_path, save_model, pict
     decoder = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
     assert type(decoder).__module__.startswith("transformers.models")
     assert decoder.config.num_hidden_layers == 4
+    older = json.loads((tmp_path / "exported" / "config.json").read_text())
+    assert older.get("partial_rotary_factor") == {"phi": 0.5}.get(family)
     processor = HoVLEProcessor.from_pretrained(tmp_path / "model")
     stem = Stem(tmp_path / "exported" / STEM)
     inputs = encode(processor, pictures[0])
