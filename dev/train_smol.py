@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pieces import cut
 
-STAGES = {"letters": 0.15, "distillation": 0.3, "alignment": 0.4, "instruction_tuning": 0.15}
+STAGES = {"letters": 0.1, "lines": 0.1, "distillation": 0.3, "alignment": 0.35, "instruction_tuning": 0.15}
 """Stage -> its share of the minutes for training, as far as those before it keep to theirs."""
 
 PROBE = (

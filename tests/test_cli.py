@@ -1,8 +1,12 @@
 """The `hovle` command."""
 
+import ast
 import importlib
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -63,3 +67,21 @@ def test_a_command_says_nothing_that_nobody_asked_for():
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0
     assert result.stderr == ""
+
+
+def options_of(source: str) -> Iterator[str]:
+    """Names under which the options of a module arrive."""
+    for call in ast.walk(ast.parse(source)):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+            given = [keyword.value.value for keyword in call.keywords if keyword.arg == "dest"]
+            names = [name.value for name in call.args if isinstance(name, ast.Constant)]
+            yield from given or [name[2:] for name in names if name.startswith("--")][:1]
+
+
+def test_no_option_is_accepted_and_ignored():
+    sources = [path.read_text(encoding="utf-8") for path in Path(cli.__file__).parent.rglob("*.py")]
+    options = {option.replace("-", "_") for source in sources for option in options_of(source)}
+    assert len(options) > 100
+    asked_for = re.compile("|".join(rf"\.({option})\b|[\"']({option})[\"']" for option in options))
+    found = {name for source in sources for match in asked_for.finditer(source) for name in match.groups()}
+    assert options <= found

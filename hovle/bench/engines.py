@@ -15,8 +15,9 @@ machine was; a first round warms up.
   memory               the most that the engine's process held, Python, torch and the processor included
   size                 of the files it reads: decoder, stem, table of words
 
-torch computes in float32, uncompiled. Engines that are not installed are told, and left out unless --engines names
-them.
+torch computes in float32, uncompiled. Beside them stands a peer, SmolVLM-256M's shapes in OpenVINO with random
+weights: as many words, each picture as the tiles of 512 pixels that cover it and one of the whole. Engines that are
+not installed are told, and left out unless --engines names them.
 """
 
 import argparse
@@ -53,11 +54,15 @@ from ..machine.memory import peak_resident_bytes
 from ..machine.processes import end_with_parent
 from ..options import positive
 from .data import generate_photograph
+from .engines_peer import peer_prompt, write_peer
 
 SHAPES: tuple[tuple[int, int] | None, ...] = ((448, 448), (1200, 600), (300, 700), None)
 """Width and height of the picture of each prompt; None for a prompt without one."""
 
 QUESTION = "Describe what you see, and how many things there are."
+
+PEER = "openvino SmolVLM-256M"
+"""Another model, which `engines_peer.py` makes."""
 
 PACKAGES = ("llama-cpp-python", "openvino", "onnxruntime")
 
@@ -99,6 +104,13 @@ ENGINES = {
         OpenVinoForConditionalGeneration,
         needs=("hovle[openvino]", "openvino", "openvino_tokenizers"),
     ),
+    PEER: Engine(
+        PEER,
+        ("openvino_*model.*",),
+        "its own choice",
+        OpenVinoForConditionalGeneration,
+        needs=("hovle[openvino]", "openvino"),
+    ),
     "onnx": Engine(
         "onnx",
         ("onnx/*",),
@@ -115,12 +127,16 @@ def bench_engines(args: argparse.Namespace) -> dict:
     source = local_folder(args.model)
     processor = load_processor(source)
     prompts = [encode(processor, shape) for shape in SHAPES]
+    num_words = [int((prompt["input_ids"] != processor.image_token_id).sum()) for prompt in prompts]
+    peers_prompts = list(map(peer_prompt, SHAPES, num_words))
     chosen, left_out = choose(args.engines)
     with contextlib.ExitStack() as stack:
         exports = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folders, refused = export_for(chosen, source, exports, is_named=args.engines is not None)
         workers = {
-            name: stack.enter_context(run_apart(name, folder, prompts, args.threads))
+            name: stack.enter_context(
+                run_apart(name, folder, peers_prompts if name == PEER else prompts, args.threads)
+            )
             for name, folder in folders.items()
         }
         rounds = measure(workers, len(prompts), args.tokens, args.rounds)
@@ -129,7 +145,7 @@ def bench_engines(args: argparse.Namespace) -> dict:
             name: {
                 "format": ENGINES[name].number_format,
                 "size_bytes": size_of(ENGINES[name], folders[name]),
-                "parity": None if name == "torch" else parity(worker, expected),
+                "parity": None if name in ("torch", PEER) else parity(worker, expected),
                 **rounds[name],
                 "peak_memory_bytes": worker.submit(peak_resident_bytes).result(),
             }
@@ -201,7 +217,10 @@ def export_for(
         try:
             if not target.exists():
                 assert to is not None
-                export(source, target, to)
+                if name == PEER:
+                    write_peer(target)
+                else:
+                    export(source, target, to)
         except ValueError as error:
             if is_named:
                 raise
@@ -350,7 +369,7 @@ def table(result: dict) -> str:
             name,
             item["format"],
             f"{item['size_bytes'] / 1e6:,.0f} MB",
-            "reference" if item["parity"] is None else f"{item['parity']:.1%}",
+            "another model" if name == PEER else "reference" if item["parity"] is None else f"{item['parity']:.1%}",
             f"{item['tokens_per_second']:.1f}",
             f"{item['seconds_to_first_token']:.2f} s",
             f"{item['peak_memory_bytes'] / 2**30:.2f} GiB",
@@ -368,9 +387,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE", help="also write the result as JSON")
     parser.add_argument(
         "--engines", metavar="NAMES", help=f"with commas between them (default: all installed): {', '.join(ENGINES)}"
-    )
-    parser.add_argument(
-        "--exports", metavar="DIR", help="keep exports there, a folder for each format, and reuse them"
     )
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="rounds that count (default: 5)")
     parser.add_argument(

@@ -161,18 +161,25 @@ def build(variant: Variant, share: float, device: torch.device, dtype: torch.dty
 
 
 def prompt(model: Any, variant: Variant, num_tiles: int, side: int, num_words: int, batch_size: int = 1) -> dict:
-    """A picture and words after it, on the model's device; each row the same."""
+    """As `prompt_inputs`, on the model's device and in its number format."""
+    inputs = prompt_inputs(variant, num_tiles, side, num_words, batch_size)
+    return {
+        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+        for name, value in inputs.items()
+    }
+
+
+def prompt_inputs(
+    variant: Variant, num_tiles: int, side: int, num_words: int, batch_size: int = 1
+) -> dict[str, torch.Tensor]:
+    """A picture and words after it; each row the same."""
     generator = torch.Generator().manual_seed(num_words)
     words = torch.randint(IMAGE + 1, 60, (num_words,), generator=generator)
     ids = torch.cat([torch.full((num_tiles * variant.tokens_per_tile(side),), IMAGE), words])
     tiles = torch.randn(num_tiles, 3, side, side, generator=generator)
     tiles = tiles.repeat(batch_size, *[1] * (3 if variant.joins_rows else 4))
     inputs = {"input_ids": ids.repeat(batch_size, 1), "attention_mask": torch.ones(batch_size, len(ids)).long()}
-    inputs |= {"pixel_values": tiles} if num_tiles else {}
-    return {
-        name: value.to(model.device, model.dtype if value.is_floating_point() else None)
-        for name, value in inputs.items()
-    }
+    return inputs | ({"pixel_values": tiles} if num_tiles else {})
 
 
 def expected_costs(model: HoVLEForConditionalGeneration, num_tiles: int, side: int, num_words: int) -> dict[str, int]:

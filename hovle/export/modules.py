@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
 
 from ..model.backbones import CACHE
 from .flat import FlatModel
@@ -38,9 +39,9 @@ class ImageStem(nn.Module):
 class TokenEmbeddings(nn.Module):
     """Ids to embeddings; what a family does to them in its forward pass, the decoder's graph does."""
 
-    def __init__(self, flat: FlatModel):
+    def __init__(self, decoder: PreTrainedModel):
         super().__init__()
-        self.table = flat.decoder.get_input_embeddings()
+        self.table = decoder.get_input_embeddings()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Map `(B, T)` to `(B, T, D)`."""
@@ -53,9 +54,8 @@ def sample_pixels(flat: FlatModel, num_tiles: int = 2) -> torch.Tensor:
     return torch.zeros(num_tiles, flat.config.num_channels, side, side)
 
 
-def sample_decoder_inputs(flat: FlatModel) -> dict[str, Any]:
-    """What the decoder is traced with: three new tokens in each of two rows, after four that the cache holds."""
-    config = flat.decoder.config
+def sample_decoder_inputs(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a decoder is traced with: three new tokens in each of two rows, after four that the cache holds."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = DynamicCache(config=config)
     for index in range(config.num_hidden_layers):

@@ -111,14 +111,14 @@ def _trace_stem(flat: FlatModel) -> "onnx_ir.Model":
 
 def _trace_words(flat: FlatModel) -> "onnx_ir.Model":
     ids = torch.zeros(2, 3, dtype=torch.long)
-    graph = _trace(TokenEmbeddings(flat), {"input_ids": ids}, {"input_ids": (0, 1)})
+    graph = _trace(TokenEmbeddings(flat.decoder), {"input_ids": ids}, {"input_ids": (0, 1)})
     _name(graph.graph.inputs, {"input_ids": ["B", "T"]})
     _name(graph.graph.outputs, {"inputs_embeds": ["B", "T", flat.decoder.config.hidden_size]})
     return graph
 
 
 def _trace_decoder(flat: FlatModel) -> "onnx_ir.Model":
-    inputs = {**sample_decoder_inputs(flat), "num_logits_to_keep": torch.tensor(1)}
+    inputs = {**sample_decoder_inputs(flat.decoder.config), "num_logits_to_keep": torch.tensor(1)}
     cache = DynamicCache()  # of keys and values alone: layers with a window keep all, which their masks hide
     for index, layer in enumerate(inputs[CACHE].layers):
         cache.update(layer.keys, layer.values, index)

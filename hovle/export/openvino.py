@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
 
 from ..files.checkpoint_files import HOVLE_CONFIG
 from .flat import FlatModel
@@ -47,18 +48,28 @@ def write(flat: FlatModel, folder: Path) -> list[str]:
             "there, or take --to onnx."
         )
     flat.model.float()
-    axis = torch.export.Dim.DYNAMIC
     stem = ImageStem(flat, whole_picture_only=_num_tiles(flat) == 1)
-    graph = _trace(stem, {"pixel_values": sample_pixels(flat)}, {"pixel_values": {0: axis}})
-    _save(graph, folder / STEM, ["image_features"])
-    ids = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
-    graph = _trace(TokenEmbeddings(flat), ids, {"input_ids": {0: axis, 1: axis}})
-    _save(graph, folder / WORDS, ["inputs_embeds"])
-    _save(_trace(flat.decoder, sample_decoder_inputs(flat), None), folder / DECODER, ["logits"])
+    write_stem_graph(stem, sample_pixels(flat), folder)
+    write_decoder(flat.decoder, folder)
     _write_documents(flat, folder)
     _write_tokenizer(flat, folder)
     write_stem(flat, folder)
     return _differences(flat)
+
+
+def write_stem_graph(stem: nn.Module, pixel_values: torch.Tensor, folder: Path) -> None:
+    """Write what makes image tokens of tiles, traced with these `(N, C, s, s)`; any number of them goes."""
+    shapes = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
+    _save(_trace(stem, {"pixel_values": pixel_values}, shapes), folder / STEM, ["image_features"])
+
+
+def write_decoder(decoder: PreTrainedModel, folder: Path) -> None:
+    """Write the table of words and the decoder that keeps its cache."""
+    axis = torch.export.Dim.DYNAMIC
+    ids = {"input_ids": torch.zeros(2, 3, dtype=torch.long)}
+    graph = _trace(TokenEmbeddings(decoder), ids, {"input_ids": {0: axis, 1: axis}})
+    _save(graph, folder / WORDS, ["inputs_embeds"])
+    _save(_trace(decoder, sample_decoder_inputs(decoder.config), None), folder / DECODER, ["logits"])
 
 
 def _num_tiles(flat: FlatModel) -> int:

@@ -24,8 +24,8 @@ LOWER_LAYERS = ("smol-letters",)
 """Names of shipped layers that a new model grows from (`model.lower_layers` of a recipe), no models by themselves."""
 
 MAKE_ONE = (
-    "train one (`hovle train smol/letters`, then smol/distillation, smol/alignment and smol/instruction_tuning) and "
-    "name its folder, such as runs/smol/instruction_tuning/model"
+    "train one (`hovle train smol/letters`, then smol/lines, smol/distillation, smol/alignment and "
+    "smol/instruction_tuning) and name its folder, such as runs/smol/instruction_tuning/model"
 )
 """Advice where a name has no weights yet."""
 

@@ -15,6 +15,8 @@ from transformers import LlamaConfig
 
 from hovle import HoVLEConfig, HoVLEForConditionalGeneration, HoVLEProcessor, cli
 from hovle.bench import engines as bench
+from hovle.bench import engines_peer
+from hovle.bench.generate_models import IMAGE, build
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +139,38 @@ def test_a_format_that_cannot_hold_a_model_is_told_or_refused_where_it_is_named(
     assert refused == {"onnx": "onnx is not for it"}
     with pytest.raises(ValueError, match="onnx is not for it"):
         bench.export_for(["torch", "onnx"], model_folder, tmp_path, is_named=True)
+
+
+# --- the peer -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shape", "count"), [(None, 0), ((448, 448), 1), ((1200, 600), 7), ((300, 700), 3)])
+def test_the_peer_is_shown_as_many_words_and_the_tiles_that_cover_a_picture(shape, count):
+    inputs = engines_peer.peer_prompt(shape, 12)
+    assert inputs["input_ids"].shape == (1, 12 + 64 * count)
+    assert int((inputs["input_ids"] == IMAGE).sum()) == 64 * count
+    assert len(inputs.get("pixel_values", ())) == count
+
+
+def test_the_peers_encoder_makes_what_transformers_makes():
+    model = build(engines_peer.VARIANT, 0.01, torch.device("cpu"), torch.float32)
+    tiles = engines_peer.peer_prompt((700, 300), 1)["pixel_values"]
+    with torch.no_grad():
+        found = engines_peer.VisionEncoder(model)(tiles)
+        expected = model.model.get_image_features(pixel_values=tiles[None]).pooler_output
+    assert found.shape == (3, 64, 576)
+    torch.testing.assert_close(found.flatten(0, 1), torch.cat(list(expected)))
+
+
+@pytest.mark.slow
+def test_the_peer_runs_beside_the_model(model_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "write_peer", lambda folder: engines_peer.write_peer(folder, 0.1))
+    out = tmp_path / "engines.json"
+    assert cli.main(command(model_folder, f"torch,{bench.PEER}", "--out", str(out))) == 0
+    peer = json.loads(out.read_text())["engines"][bench.PEER]
+    assert peer["parity"] is None
+    assert peer["tokens_per_second"] > 0
+    assert "another model" in next(line for line in capsys.readouterr().out.splitlines() if bench.PEER in line)
 
 
 def test_a_single_token_has_no_rate():

@@ -72,7 +72,7 @@ class DistillationObjective(Objective):
         if config.words is not None:
             self.words = WordTerms(config.words, model)
             self.weights |= self.words.weights
-            self.only_validated = ("word_accuracy",)
+            self.only_validated = self.words.only_validated
         self.text_table: torch.Tensor
         self.text_norm: torch.Tensor
         self.register_buffer("text_table", text_table, persistent=False)

@@ -42,6 +42,7 @@ class WordTerms(nn.Module):
             "filler_cosine": -config.filler_weight,
             "word_pieces_left_out": 0.0,
         }
+        self.only_validated: tuple[str, ...] = ("word_accuracy",)
         self.layers: tuple[int, ...] = ()
         """Layers below the last that it looks at: the one that tells characters; with a guide, the lowest."""
         self.character_head: nn.Module | None = None
@@ -53,6 +54,7 @@ class WordTerms(nn.Module):
         hidden_size, num_classes = model.config.text_config.hidden_size, num_character_classes(config)
         self.layers = (check_character_layer(config.layer, model),)
         self.character_head = CharacterHead(hidden_size, config.per_token, num_classes)
+        self.only_validated = ("word_accuracy", "line_accuracy")
         self.weights |= {"character_cross_entropy": config.weight, "character_accuracy": 0.0}
         if config.guide_weight:
             self.layers = (*self.layers, LOWEST)
@@ -68,7 +70,7 @@ class WordTerms(nn.Module):
             }
 
     def counts(self, batch: PackedBatch) -> dict[str, torch.Tensor]:
-        """Positions each term is summed over; `word_accuracy` besides."""
+        """Positions each term is summed over; those of `only_validated` besides."""
         has_word, is_piece, is_filler = kinds_of_tokens(batch)
         num_pieces = is_piece.sum()
         counts = dict.fromkeys(("word_cosine", "word_cross_entropy", "word_accuracy"), num_pieces)
@@ -79,6 +81,7 @@ class WordTerms(nn.Module):
             assert batch.character_ids is not None
             counts["character_cross_entropy"] = self._character_weights(batch.character_ids).sum()
             counts["character_accuracy"] = (batch.character_ids > 0).sum()
+            counts["line_accuracy"] = (is_piece & on_line(batch.character_ids)).sum()
         if self.guide is not None:
             assert batch.character_ids is not None
             num_guided = has_lines(batch.character_ids).sum() * batch.character_ids.shape[1]
@@ -98,7 +101,7 @@ class WordTerms(nn.Module):
         batch: PackedBatch,
         pixel_values: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
-        """Summed terms of a packed batch; out of training `word_accuracy` too.
+        """Summed terms of a packed batch; out of training `only_validated` too.
 
         Args:
             outputs: What enters the language model at image tokens, shape `(N, S, D)`.
@@ -122,13 +125,16 @@ class WordTerms(nn.Module):
             "filler_cosine": cosines[~of_piece].sum(),
             "word_pieces_left_out": batch.num_pieces[:, 1].sum(),
         }
-        if not self.training:
-            terms["word_accuracy"] = (nearest_words(pieces, text_table) == piece_ids).sum()
+        is_found = None if self.training else nearest_words(pieces, text_table) == piece_ids
+        if is_found is not None:
+            terms["word_accuracy"] = is_found.sum()
         if self.character_head is not None:
             assert batch.character_ids is not None
-            is_asked = (batch.character_ids != NO_WORD).any(dim=-1)
-            logits = self.character_head(below[0][is_asked])
-            terms |= self._told("character", logits, batch.character_ids[is_asked])
+            of_line = on_line(batch.character_ids)
+            logits = self.character_head(below[0][of_line])
+            terms |= self._told("character", logits, batch.character_ids[of_line])
+            if is_found is not None:
+                terms["line_accuracy"] = (is_found & of_line[is_piece]).sum()
         if self.guide is not None:
             assert batch.character_ids is not None
             terms |= self._guided(below, batch.character_ids, pixel_values)
@@ -168,8 +174,8 @@ class WordTerms(nn.Module):
         assert self.guide is not None
         is_guided = has_lines(character_ids)
         seen = self.guide(pixel_values[is_guided])
-        is_asked = (character_ids != NO_WORD).any(dim=-1)
-        terms = self._told("guide", seen.logits[is_asked[is_guided]], character_ids[is_asked])
+        of_line = on_line(character_ids)
+        terms = self._told("guide", seen.logits[of_line[is_guided]], character_ids[of_line])
         edges, letters = (
             (reproduce(layer[is_guided].float()) - features.detach()).square().mean(dim=-1).sum()
             for reproduce, layer, features in zip(self.to_guide, reversed(below), seen[:2], strict=True)
@@ -177,9 +183,14 @@ class WordTerms(nn.Module):
         return {**terms, "guide_edges": edges, "guide_letters": letters}
 
 
+def on_line(character_ids: torch.Tensor) -> torch.Tensor:
+    """Which tokens lie on a line, bool, shape `(N, S)`, of the classes of its characters `(N, S, slots)`."""
+    return (character_ids != NO_WORD).any(dim=-1)
+
+
 def has_lines(character_ids: torch.Tensor) -> torch.Tensor:
     """Which tiles have characters to tell, bool, shape `(N,)`, of their classes `(N, S, slots)`."""
-    return (character_ids != NO_WORD).any(dim=-1).any(dim=-1)
+    return on_line(character_ids).any(dim=-1)
 
 
 class CharacterHead(nn.Module):

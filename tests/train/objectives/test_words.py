@@ -93,9 +93,10 @@ def test_terms_are_those_of_tokens_with_words_taken_one_by_one(parts, batches):
     inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids}
     image = model.get_holistic_embeddings(pixel_values=distillation.normalize(batch.pixel_values), **inputs)
     outputs, table = image.image_hidden_states.detach().flatten(0, 1), distillation.text_table
-    expected = dict.fromkeys(("word_cosine", "word_accuracy", "word_scale", "filler_cosine"), 0.0)
+    expected = dict.fromkeys(("word_cosine", "word_accuracy", "line_accuracy", "word_scale", "filler_cosine"), 0.0)
     counts = dict.fromkeys(expected, 0)
-    for vector, word, filler in zip(outputs, batch.word_ids.flatten(), batch.is_filler.flatten(), strict=True):
+    tokens = (batch.word_ids.flatten(), batch.is_filler.flatten(), batch.character_ids.flatten(0, 1))
+    for vector, word, filler, characters in zip(outputs, *tokens, strict=True):
         if word == NO_WORD:
             continue
         cosine = float(nn.functional.cosine_similarity(vector, table[word], dim=0))
@@ -106,12 +107,15 @@ def test_terms_are_those_of_tokens_with_words_taken_one_by_one(parts, batches):
         if not filler:
             similarities = nn.functional.cosine_similarity(vector[None], table, dim=-1)
             expected["word_accuracy"] += float(similarities.argmax() == word)
-    assert counts["word_cosine"] > 10
+            if (characters != NO_WORD).any():
+                counts["line_accuracy"] += 1
+                expected["line_accuracy"] += float(similarities.argmax() == word)
+    assert counts["word_cosine"] > counts["line_accuracy"] > 10
     assert counts["filler_cosine"] > 10
     for name, value in expected.items():
         assert float(output.terms[name]) == pytest.approx(value, rel=1e-4, abs=1e-5), name
         assert int(output.counts[name]) == counts[name], name
-    assert set(output.terms) == {*distillation.weights, "word_accuracy"}
+    assert set(output.terms) == {*distillation.weights, "word_accuracy", "line_accuracy"}
 
 
 def test_places_without_a_character_count_less(parts, batches):
