@@ -1,9 +1,13 @@
-"""Do vLLM or MLX answer as transformers does? Greedy tokens of the same prompts with pictures.
+"""Do other engines answer as transformers does? Greedy tokens of the same prompts with pictures.
 
-Run it where the engine is installed; hovle need not be, the model's folder brings its code:
+Run it where the engine is installed. EXPORTED is what `hovle export MODEL EXPORTED --to FORMAT` wrote:
 
-  python serve/compare.py MODEL --engine vllm
-  python serve/compare.py MODEL --engine mlx --exported EXPORTED     from `hovle export MODEL EXPORTED --to llama`
+  python serve/compare.py MODEL --engine vllm                          hovle need not be there, the folder has its code
+  python serve/compare.py MODEL --engine mlx --exported EXPORTED       of the format llama; nor there
+  python serve/compare.py MODEL --engine llama.cpp --exported EXPORTED gguf, in f16
+  python serve/compare.py MODEL --engine onnx --exported EXPORTED
+  python serve/compare.py MODEL --engine openvino --exported EXPORTED  pictures cut as in training
+  python serve/compare.py MODEL --engine genai --exported EXPORTED     OpenVINO GenAI, which cuts them itself; as text
 """
 
 import argparse
@@ -18,6 +22,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 QUESTIONS = ("What color is it?", "What is in the picture?", "Is there a circle?", "How many shapes are there?")
+EXPORTED = ("llama.cpp", "onnx", "openvino", "genai")
+"""Engines that run what hovle exported for them."""
+
 COLORS = ("red", "green", "blue", "orange", "black", "purple")
 SIDE = 112
 """Pixels of a square; pictures are one to four of them wide, so that they make other numbers of tiles."""
@@ -91,48 +98,93 @@ def with_mlx(folder: str, prompts: list[list[int]], pictures: list[Image.Image],
     return answers
 
 
+def with_export(engine: str, folder: str, prompts: list[dict], num_tokens: int) -> list[list[int]]:
+    """Tokens of each answer in an engine of `hovle chat`; prompts are what the processor made of words and picture."""
+    from hovle.chat.engines import load_in_engine
+
+    model = load_in_engine(folder, engine, "f16" if engine == "llama.cpp" else None, compiled=False)
+    answers = []
+    for inputs in prompts:
+        model.forget()
+        tokens = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+        answers.append(tokens[0, inputs["input_ids"].shape[1] :].tolist())
+    return answers
+
+
+def with_genai(folder: str, questions: list[str], pictures: list[Image.Image], num_tokens: int) -> list[str]:
+    """Each answer, in float32; GenAI makes prompts and tiles."""
+    import openvino
+    from openvino_genai import VLMPipeline
+
+    pipeline = VLMPipeline(folder, "CPU", INFERENCE_PRECISION_HINT="f32")
+    options = {"max_new_tokens": num_tokens, "do_sample": False}
+    answers = []
+    for question, image in zip(questions, pictures, strict=True):
+        pixels = openvino.Tensor(np.asarray(image)[None])
+        answers.append(pipeline.generate(question, images=[pixels], **options).texts[0])
+    return answers
+
+
 def main() -> int:
     """Run the command; returns 1 where answers differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="model folder")
-    parser.add_argument("--engine", choices=("vllm", "mlx"), required=True, help="the other engine")
-    parser.add_argument("--exported", metavar="DIR", help="for MLX: the model as `hovle export --to llama` wrote it")
+    parser.add_argument("--engine", choices=("vllm", "mlx", *EXPORTED), required=True, help="the other engine")
+    parser.add_argument("--exported", metavar="DIR", help="for all but vLLM: the model as `hovle export` wrote it")
     parser.add_argument("--questions", type=int, default=100, metavar="N", help="about as many pictures (100)")
     parser.add_argument("--max-tokens", type=int, default=16, metavar="N", help="longest answer (16)")
     args = parser.parse_args()
-    if (args.engine == "mlx") != (args.exported is not None):
-        parser.error("--engine mlx needs --exported, and no other engine takes it")
+    if (args.engine == "vllm") != (args.exported is None):
+        parser.error("--engine vllm takes no --exported, and all others need it")
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    questions = [QUESTIONS[number % len(QUESTIONS)] for number in range(args.questions)]
     pictures = [picture(seed) for seed in range(args.questions)]
     prompts = [
         processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTIONS[number % 4]}]}],
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
             add_generation_prompt=True,
             tokenize=False,
         )
-        for number in range(args.questions)
+        for question in questions
     ]
     expected = timed(with_transformers, args.model, prompts, pictures, args.max_tokens)
+    found: list
     if args.engine == "vllm":
         found = timed(with_vllm, args.model, prompts, pictures, args.max_tokens)
+    elif args.engine == "genai":
+        found = timed(with_genai, args.exported, questions, pictures, args.max_tokens)
+        expected = [processor.decode(answer, skip_special_tokens=True) for answer in expected]
     else:
         pairs = zip(prompts, pictures, strict=True)
-        ids = [processor(text=prompt, images=image)["input_ids"][0] for prompt, image in pairs]
-        found = timed(with_mlx, args.exported, ids, pictures, args.max_tokens)
+        inputs = [processor(text=prompt, images=image, return_tensors="pt") for prompt, image in pairs]
+        if args.engine == "mlx":
+            ids = [prompt["input_ids"][0].tolist() for prompt in inputs]
+            found = timed(with_mlx, args.exported, ids, pictures, args.max_tokens)
+        else:
+            found = timed(with_export, args.engine, args.exported, inputs, args.max_tokens)
+    return tell(args.engine, expected, found, processor)
+
+
+def tell(engine: str, expected: list, found: list, processor: Any) -> int:
+    """Say how many answers are the same, and which are not; returns 1 where there are such."""
     differing = [number for number, answer in enumerate(expected) if answer != found[number]]
+    what = "text" if engine == "genai" else "tokens"
     sys.stdout.write(
-        f"{len(expected) - len(differing)} of {len(expected)} answers are the same tokens; "
+        f"{len(expected) - len(differing)} of {len(expected)} answers are the same {what}; "
         f"{len(set(map(tuple, expected)))} distinct\n"
     )
     for number in differing:
-        ours, theirs = (processor.decode(answers[number]) for answers in (expected, found))
-        sys.stdout.write(f"{number}: {ours!r} in transformers, {theirs!r} in {args.engine}\n")
+        ours, theirs = (
+            answers[number] if engine == "genai" else processor.decode(answers[number])
+            for answers in (expected, found)
+        )
+        sys.stdout.write(f"{number}: {ours!r} in transformers, {theirs!r} in {engine}\n")
     return int(bool(differing))
 
 
-def timed(engine, *arguments) -> list[list[int]]:
+def timed(engine, *arguments) -> list:
     """Answers of an engine; says how long it took."""
     began = time.perf_counter()
     answers = engine(*arguments)

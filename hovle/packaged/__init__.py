@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .assembling import Assembler
 
-__all__ = ["LOWER_LAYERS", "MAKE_ONE", "NAMES", "SHIPPED", "pretrained", "resolve_model", "shipped_names"]
+__all__ = ["MAKE_ONE", "NAMES", "SHIPPED", "STARTS", "pretrained", "resolve_model", "shipped_names"]
 
 SHIPPED = Path(__file__).parent
 """Folder whose subfolders are the shipped models."""
@@ -20,8 +20,8 @@ SHIPPED = Path(__file__).parent
 NAMES = ("smol",)
 """Names that stand for shipped models, whether or not this version ships them."""
 
-LOWER_LAYERS = ("smol-letters",)
-"""Names of shipped layers that a new model grows from (`model.lower_layers` of a recipe), no models by themselves."""
+STARTS = ("smol-distilled",)
+"""Shipped models that training goes on from (`model.checkpoint`, `model.lower_layers`), not made to be asked."""
 
 MAKE_ONE = (
     "train one (`hovle train smol/letters`, then smol/lines, smol/distillation, smol/alignment and "
@@ -32,7 +32,7 @@ MAKE_ONE = (
 
 def shipped_names() -> list[str]:
     """Names of the models whose weights are in this package."""
-    return [name for name in (*NAMES, *LOWER_LAYERS) if (SHIPPED / name / "package.json").is_file()]
+    return [name for name in (*NAMES, *STARTS) if (SHIPPED / name / "package.json").is_file()]
 
 
 def pretrained(name: str) -> Path:
@@ -42,14 +42,14 @@ def pretrained(name: str) -> Path:
     later ones find the folder there.
 
     Args:
-        name: Of a shipped model: `smol`; or of lower layers for another one: `smol-letters`.
+        name: Of a shipped model: `smol`; or of one that training goes on from: `smol-distilled`.
 
     Raises:
         ValueError: For a name that is none, for a model whose weights are not in this package, and for shipped files
             that are damaged.
     """
-    if name not in (*NAMES, *LOWER_LAYERS):
-        raise ValueError(f"There is no shipped model named {name!r}; there are {', '.join((*NAMES, *LOWER_LAYERS))}.")
+    if name not in (*NAMES, *STARTS):
+        raise ValueError(f"There is no shipped model named {name!r}; there are {', '.join((*NAMES, *STARTS))}.")
     if name not in shipped_names():
         raise ValueError(f"{name}: no trained weights are in this package yet; make one: {MAKE_ONE}.")
     return Assembler(SHIPPED / name).assemble()

@@ -30,7 +30,7 @@ def test_a_stage_gets_the_settings_of_all_and_its_own(script):
         "output=c:/runs",
     ]
     assert script.overrides_of("alignment", given) == ["rows_per_batch=32", "seed=2", "output=c:/runs"]
-    with pytest.raises(ValueError, match="there is no stage 'align'; there are letters, distillation"):
+    with pytest.raises(ValueError, match="there is no stage 'align'; there are letters, lines, distillation"):
         script.overrides_of("distillation", ["align:seed=2"])
 
 

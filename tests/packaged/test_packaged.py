@@ -168,12 +168,14 @@ def test_loaders_commands_and_recipes_take_the_name(shipped, tmp_path, monkeypat
     assert with_shipped_model(load_stage("smol/alignment")) == load_stage("smol/alignment")
 
 
-def test_shipped_layers_are_there_to_grow_from_and_are_no_model_to_ask(shipped, trained, language_model, monkeypatch):
-    pack(trained, language_model, "tiny", "smol-letters", shipped.with_name("smol-letters"), rank=0)
-    assert packaged.shipped_names() == ["smol", "smol-letters"]
-    config = with_shipped_model(load_stage("smol/distillation", ["model.lower_layers=smol-letters"]))
-    assert config.model.lower_layers == str(hovle.pretrained("smol-letters"))
-    assert packaged.resolve_model("smol-letters") == "smol-letters"
+def test_a_shipped_start_is_there_to_train_from_and_is_no_model_to_ask(shipped, trained, language_model, monkeypatch):
+    pack(trained, language_model, "tiny", "smol-distilled", shipped.with_name("smol-distilled"), rank=0)
+    assert packaged.shipped_names() == ["smol", "smol-distilled"]
+    config = with_shipped_model(load_stage("smol/distillation", ["model.lower_layers=smol-distilled"]))
+    assert config.model.lower_layers == str(hovle.pretrained("smol-distilled"))
+    config = with_shipped_model(load_stage("smol/alignment", ["model.checkpoint=smol-distilled"]))
+    assert config.model.checkpoint == str(hovle.pretrained("smol-distilled"))
+    assert packaged.resolve_model("smol-distilled") == "smol-distilled"
     named_as_a_model = load_stage("smol/distillation", ["model.lower_layers=smol"])
     assert with_shipped_model(named_as_a_model).model.lower_layers == "smol"
 
@@ -182,7 +184,7 @@ def test_whose_work_the_weights_were_made_from_ships_and_lies_in_the_assembled_f
     shipped, trained, language_model, monkeypatch
 ):
     monkeypatch.setattr(assets, "language_model", lambda name: language_model)
-    folder = shipped.with_name("smol-letters")
+    folder = shipped.with_name("smol-distilled")
     learnt_from = ["easy-vqa", "emoji-datasource-twitter", "easy-vqa"]
     pack(trained, language_model, "smollm2-135m-instruct", folder.name, folder, RANK, learnt_from)
     told = (hovle.pretrained(folder.name) / "ATTRIBUTION.md").read_text()
@@ -198,19 +200,18 @@ def test_neither_code_nor_the_makers_folders_ship(shipped, language_model):
     assert all(str(language_model.parent) not in path.read_text() for path in shipped.glob("*.json"))
 
 
-def test_the_layers_that_ship_are_whole_and_fit_under_the_recipes_model():
-    folder = packaged.SHIPPED / "smol-letters"
+def test_the_start_that_ships_is_whole_and_is_what_the_recipe_makes():
+    folder = packaged.SHIPPED / "smol-distilled"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 40e6
-    config = with_shipped_model(load_stage("smol/distillation", ["model.lower_layers=smol-letters"]))
     told = [path.read_text(encoding="utf-8") for path in folder.glob("*.json")]
     assert not any(place in text for text in told for place in ("/root", "/home", "/tmp", ".cache"))
-    model, processor = start_model(config)
-    letters = load_model(config.model.lower_layers, dtype=torch.float32)
-    assert letters.config.num_embedding_layers == 3 < model.config.num_embedding_layers
-    taken = model.model.embedding_layers[2].mlp.down_proj.weight
-    assert torch.equal(taken, letters.model.embedding_layers[2].mlp.down_proj.weight)
-    assert taken.any()
-    assert not model.model.embedding_layers[3].mlp.down_proj.weight.any()
+    stage = load_stage("smol/distillation", ["model.lower_layers=smol-distilled"])
+    model, processor = start_model(with_shipped_model(stage))
+    start = load_model(hovle.pretrained("smol-distilled"), dtype=torch.float32)
+    assert start.config.num_embedding_layers == model.config.num_embedding_layers
+    for taken, shipped in zip(model.model.embedding_layers, start.model.embedding_layers, strict=True):
+        assert torch.equal(taken.mlp.down_proj.weight, shipped.mlp.down_proj.weight)
+        assert taken.mlp.down_proj.weight.any()
     assert processor.chat_template == (folder / "chat_template.jinja").read_text(encoding="utf-8")
 
 

@@ -17,15 +17,17 @@ from ...model.language_model import load_language_config
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ...model.rotary import embedding_rope_config, same_rotation
-from ...packaged import LOWER_LAYERS, resolve_model
+from ...packaged import NAMES, STARTS, resolve_model
 from ..config import Architecture, Geometry, ModelConfig, StageConfig
 
 
 def with_shipped_model(config: StageConfig) -> StageConfig:
     """The stage with the folder of a shipped model, where it starts from one by its name."""
     start = config.model
-    checkpoint = None if start.checkpoint is None else os.fspath(resolve_model(start.checkpoint))
-    lower = None if start.lower_layers is None else os.fspath(resolve_model(start.lower_layers, LOWER_LAYERS))
+    checkpoint, lower = (
+        None if name is None else os.fspath(resolve_model(name, names))
+        for name, names in ((start.checkpoint, (*NAMES, *STARTS)), (start.lower_layers, STARTS))
+    )
     if (checkpoint, lower) == (start.checkpoint, start.lower_layers):
         return config
     return dataclasses.replace(config, model=dataclasses.replace(start, checkpoint=checkpoint, lower_layers=lower))
