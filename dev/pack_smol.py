@@ -2,7 +2,8 @@
 
 `python dev/pack_smol.py runs/smol/instruction_tuning/model` writes hovle/packaged/smol: the language model comes by
 `hovle fetch`, what was learnt beside it ships in 8 bits. `--cards data/smol/card.json --assets easy-vqa ...` name what
-it was trained on, for the file ATTRIBUTION.md beside it. `--out DIR` writes elsewhere, to look at.
+it was trained on, for the file ATTRIBUTION.md beside it. `--out DIR` writes elsewhere, to look at. What stage I
+learnt ships by `python dev/pack_smol.py runs/smol/distillation/model --name smol-distilled --rank 0`.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from hovle.assets import language_model
 from hovle.files.documents import load_json
-from hovle.packaged import NAMES, SHIPPED
+from hovle.packaged import NAMES, SHIPPED, STARTS
 from hovle.packaged.packing import pack
 
 MOST_BYTES = 40e6
@@ -28,7 +29,7 @@ def main() -> int:
     """Run the command; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trained", type=Path, help="model folder")
-    parser.add_argument("--name", choices=NAMES, default="smol")
+    parser.add_argument("--name", choices=(*NAMES, *STARTS), default="smol")
     parser.add_argument("--out", type=Path, metavar="DIR", help="instead of hovle/packaged/NAME")
     parser.add_argument("--asset", default="smollm2-135m-instruct", help="language model it was built around")
     parser.add_argument("--rank", type=int, default=16, help="of the adapters it was tuned with; 0: none (16)")

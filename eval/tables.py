@@ -19,19 +19,10 @@ from hovle.eval.analyses import retention_report
 from hovle.eval.benchmarks.report import notes, published_text, results_table
 from hovle.eval.benchmarks.suites import load_suites
 from hovle.eval.results import read_results
-from hovle.eval.skills import report as skills_report
 from hovle.files.documents import load_json
-from hovle.packaged import SHIPPED
-from hovle.train.monitor.report import Run, read_run
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (
-    "README.md",
-    "eval/README.md",
-    "hovle/assets/README.md",
-    "model_cards/demo.md",
-    "model_cards/hovle-smol.md",
-)
+DOCUMENTS = ("README.md", "eval/README.md", "hovle/assets/README.md", "model_cards/demo.md")
 
 SCORES = ("accuracy", "blank_pictures", "shuffled_pictures", "accuracy_unbalanced", "blank_pictures_unbalanced")
 
@@ -150,61 +141,6 @@ def _read(root: Path, name: str) -> dict:
         raise ValueError(f"{name} cannot be read ({error})") from error
 
 
-SMOL = "eval/results/smol"
-
-
-def smol_skills_table(root: Path) -> str:
-    """What the shipped model can do, ability by ability."""
-    return skills_report.table(_read(root, f"{SMOL}/skills.json"))
-
-
-def smol_runs(root: Path) -> list[Run]:
-    """Logs of the runs that made the shipped model, in the order of time."""
-    runs = map(read_run, (root / SMOL / "training").glob("*/"))
-    return sorted(runs, key=lambda run: run.entries[0]["time"])
-
-
-def hours(run: Run) -> float:
-    """What the steps of a run took, in hours."""
-    return sum(entry["elapsed_seconds"] for entry in run.steps) / 3600
-
-
-def smol_training_table(root: Path) -> str:
-    """The runs that made the shipped model."""
-    heads = ["run", "trains", "steps", "samples", "tokens", "hours", "where"]
-    rows = []
-    for run in smol_runs(root):
-        start = run.events("start")[-1]
-        trains = ", ".join(run.recipe["trainable"]).replace("_", " ")
-        if run.recipe["lora"]:
-            trains += f", adapters of rank {run.recipe['lora']['rank']}"
-        tokens = sum(entry["tokens_per_second"] * entry["elapsed_seconds"] for entry in run.steps)
-        samples = sum(entry["samples_per_second"] * entry["elapsed_seconds"] for entry in run.steps)
-        rows.append(
-            [
-                run.folder.name.replace("_", " "),
-                trains,
-                f"{run.steps[-1]['step']:,}",
-                f"{samples:,.0f}",
-                f"{tokens:,.0f}",
-                f"{hours(run):.1f}",
-                f"{start['num_threads']} threads, {start['processor']}, {start['dtype']}",
-            ]
-        )
-    return markdown(heads, rows)
-
-
-def smol_retention_table(root: Path) -> str:
-    """The bare language model and the shipped model on text."""
-    return retention_report.table(_read(root, f"{SMOL}/retention/retention.json"))
-
-
-def smol_megabytes(root: Path) -> str:
-    """Size of the shipped model."""
-    files = _read(SHIPPED, "smol/package.json")["files"].values()
-    return f"{sum(file['bytes'] for file in files) / 1e6:.0f}"
-
-
 def benchmarks_table(root: Path) -> str:
     """Results of every model below eval/results/benchmarks, beside the published scores."""
     suites = load_suites()
@@ -289,9 +225,6 @@ TABLES = {
     "retention": retention_table,
     "retention_answers": retention_answers_table,
     "language_price": language_price_table,
-    "smol_skills": smol_skills_table,
-    "smol_training": smol_training_table,
-    "smol_retention": smol_retention_table,
     "benchmarks": benchmarks_table,
     "paper_suite": paper_suite_table,
 }
@@ -327,8 +260,6 @@ VALUES: dict[str, Callable[[Path], str]] = {
     "demo_minutes_alone": demo_minutes_alone,
     "demo_processor": demo_processor,
     "kept_language": kept_language,
-    "smol_megabytes": smol_megabytes,
-    "smol_hours": lambda root: f"{sum(map(hours, smol_runs(root))):.1f}",
     "yes_no_share": lambda root: f"{_of_questions('yes_no_share')(root):.0%}",
     "guessed_share": lambda root: f"{_of_questions('guessed_share')(root):.0%}",
     **{

@@ -18,7 +18,6 @@ from PIL import Image
 from places import ROOT
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import hovle
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
 
 README = (ROOT / "README.md").read_text()
@@ -26,7 +25,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.M)
 COMMANDS = re.findall(r"^hovle .*$", README, re.M)
 RUN_HERE = re.compile("hovle (chat .* -q|tiles|doctor)")
 """Commands that end by themselves and within seconds; of the others only the options are read."""
-MODEL, SAVED, LANGUAGE_MODEL = "smol", "path/to/model", "HuggingFaceTB/SmolLM2-135M-Instruct"
+MODEL, LANGUAGE_MODEL = "runs/demo/instruction_tuning/model", "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +39,8 @@ def workplace(tmp_path_factory, make_tokenizer):
     make_tokenizer().save_pretrained(folder / LANGUAGE_MODEL)
     model = HoVLEForConditionalGeneration.from_language_model(folder / LANGUAGE_MODEL, 1, image_size=56)
     processor = HoVLEProcessor.from_language_model(folder / LANGUAGE_MODEL, model.config, max_tiles=4)
-    for name in (MODEL, SAVED):
-        model.save_pretrained(folder / name)
-        processor.save_pretrained(folder / name)
+    model.save_pretrained(folder / MODEL)
+    processor.save_pretrained(folder / MODEL)
     for name in ("picture", "a", "b"):
         Image.effect_noise((64, 64), 50).convert("RGB").save(folder / f"{name}.png")
     return folder
@@ -86,7 +84,6 @@ def test_the_readme_shows_every_use():
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_the_code_of_the_readme_runs(block, workplace, monkeypatch, capsys, whole_graph):
     monkeypatch.chdir(workplace)
-    monkeypatch.setattr(hovle, "pretrained", workplace.joinpath)
     # The default backend would call a C++ compiler for a minute.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     around, port = contextlib.nullcontext(), free_port()

@@ -125,7 +125,7 @@ FAMILIES: dict[str, dict[str, Variant]] = {
         "internvl2": internvl(INTERNLM2, VISION_300M, 24, 24, 448),
     },
     "smol": {
-        "base": hovle(SMOLLM2, 6, 30, "pre", 112),
+        "base": hovle(SMOLLM2, 8, 30, "pre", 112),
         "smolvlm": Variant(smolvlm, lambda side: (side // 64) ** 2, joins_rows=False),
     },
     "tiny": {

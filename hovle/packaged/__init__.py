@@ -7,17 +7,32 @@ and weights together, once, into a plain model folder of the cache.
 """
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from .assembling import Assembler
 
-__all__ = ["NAMES", "SHIPPED", "pretrained", "resolve_model"]
+__all__ = ["MAKE_ONE", "NAMES", "SHIPPED", "STARTS", "pretrained", "resolve_model", "shipped_names"]
 
 SHIPPED = Path(__file__).parent
 """Folder whose subfolders are the shipped models."""
 
 NAMES = ("smol",)
-"""Names that stand for shipped models."""
+"""Names that stand for shipped models, whether or not this version ships them."""
+
+STARTS = ("smol-distilled",)
+"""Shipped models that training goes on from (`model.checkpoint`, `model.lower_layers`), not made to be asked."""
+
+MAKE_ONE = (
+    "train one (`hovle train smol/letters`, then smol/lines, smol/distillation, smol/alignment and "
+    "smol/instruction_tuning) and name its folder, such as runs/smol/instruction_tuning/model"
+)
+"""Advice where a name has no weights yet."""
+
+
+def shipped_names() -> list[str]:
+    """Names of the models whose weights are in this package."""
+    return [name for name in (*NAMES, *STARTS) if (SHIPPED / name / "package.json").is_file()]
 
 
 def pretrained(name: str) -> Path:
@@ -27,23 +42,27 @@ def pretrained(name: str) -> Path:
     later ones find the folder there.
 
     Args:
-        name: Of a shipped model: `smol`.
+        name: Of a shipped model: `smol`; or of one that training goes on from: `smol-distilled`.
 
     Raises:
-        ValueError: For a name that is none, and for shipped files that are damaged.
+        ValueError: For a name that is none, for a model whose weights are not in this package, and for shipped files
+            that are damaged.
     """
-    if name not in NAMES:
-        raise ValueError(f"There is no shipped model named {name!r}; there are {', '.join(NAMES)}.")
+    if name not in (*NAMES, *STARTS):
+        raise ValueError(f"There is no shipped model named {name!r}; there are {', '.join((*NAMES, *STARTS))}.")
+    if name not in shipped_names():
+        raise ValueError(f"{name}: no trained weights are in this package yet; make one: {MAKE_ONE}.")
     return Assembler(SHIPPED / name).assemble()
 
 
-def resolve_model(name: str | os.PathLike) -> str | os.PathLike:
+def resolve_model(name: str | os.PathLike, names: Sequence[str] = NAMES) -> str | os.PathLike:
     """Turn the name of a shipped model into its folder; paths and Hub ids stay, a folder of that name first of all.
 
     Args:
         name: What someone calls a model.
+        names: Those that stand for what ships.
 
     Raises:
         ValueError: As `pretrained`.
     """
-    return pretrained(os.fspath(name)) if name in NAMES and not Path(name).is_dir() else name
+    return pretrained(os.fspath(name)) if name in names and not Path(name).is_dir() else name

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageColor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli
+from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, cli, packaged
 from hovle.charts import load_pyplot
 from hovle.demo import command
 from hovle.demo.answers import RIGHT, WRONG, Answer, draw_answers
@@ -88,6 +88,16 @@ def test_whatever_a_model_says_is_shown_on_a_line_and_drawn(text, tmp_path):
     assert answer.said.isprintable()
     draw_answers(load_pyplot(), tmp_path / "demo.png", [answer], "one")
     assert has_color(tmp_path / "demo.png", WRONG)
+
+
+def test_without_shipped_weights_the_advice_is_how_to_make_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packaged, "SHIPPED", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["demo"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("hovle demo: smol: no trained weights are in this package yet")
+    assert "hovle train smol/letters" in said
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaConfig
 import hovle
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor, assets, packaged
 from hovle.cli import main
-from hovle.demo.command import ask
-from hovle.demo.questions import load_questions
 from hovle.loading import load_config, load_model
 from hovle.packaged.packing import pack
 from hovle.packaged.storage import restore, store
 from hovle.train import load_stage
-from hovle.train.model.start import with_shipped_model
+from hovle.train.model.start import start_model, with_shipped_model
 from hovle.train.run.handoff import HANDOFF_PROBE
 
 RANK = 2
@@ -167,19 +165,29 @@ def test_loaders_commands_and_recipes_take_the_name(shipped, tmp_path, monkeypat
     assert main(["tiles", "--model", "smol", str(_picture(tmp_path))]) == 0, capsys.readouterr().err
     config = load_stage("smol/alignment", ["model.checkpoint=smol"])
     assert with_shipped_model(config).model.checkpoint == str(folder)
-    config = load_stage("smol/distillation", ["model.lower_layers=smol"])
-    assert with_shipped_model(config).model.lower_layers == str(folder)
     assert with_shipped_model(load_stage("smol/alignment")) == load_stage("smol/alignment")
+
+
+def test_a_shipped_start_is_there_to_train_from_and_is_no_model_to_ask(shipped, trained, language_model, monkeypatch):
+    pack(trained, language_model, "tiny", "smol-distilled", shipped.with_name("smol-distilled"), rank=0)
+    assert packaged.shipped_names() == ["smol", "smol-distilled"]
+    config = with_shipped_model(load_stage("smol/distillation", ["model.lower_layers=smol-distilled"]))
+    assert config.model.lower_layers == str(hovle.pretrained("smol-distilled"))
+    config = with_shipped_model(load_stage("smol/alignment", ["model.checkpoint=smol-distilled"]))
+    assert config.model.checkpoint == str(hovle.pretrained("smol-distilled"))
+    assert packaged.resolve_model("smol-distilled") == "smol-distilled"
+    named_as_a_model = load_stage("smol/distillation", ["model.lower_layers=smol"])
+    assert with_shipped_model(named_as_a_model).model.lower_layers == "smol"
 
 
 def test_whose_work_the_weights_were_made_from_ships_and_lies_in_the_assembled_folder(
     shipped, trained, language_model, monkeypatch
 ):
     monkeypatch.setattr(assets, "language_model", lambda name: language_model)
-    shutil.rmtree(shipped)
+    folder = shipped.with_name("smol-distilled")
     learnt_from = ["easy-vqa", "emoji-datasource-twitter", "easy-vqa"]
-    pack(trained, language_model, "smollm2-135m-instruct", "smol", shipped, RANK, learnt_from)
-    told = (hovle.pretrained("smol") / "ATTRIBUTION.md").read_text()
+    pack(trained, language_model, "smollm2-135m-instruct", folder.name, folder, RANK, learnt_from)
+    told = (hovle.pretrained(folder.name) / "ATTRIBUTION.md").read_text()
     assert told.count("Copyright (c) 2019 Victor Zhou. License: MIT. pypi package `easy-vqa` 1.0") == 1
     assert all(part in told for part in ("SmolLM2 by", "Twemoji by Twitter", "CC-BY-4.0"))
     with pytest.raises(ValueError, match="No asset of `hovle fetch` is called photographs, paintings"):
@@ -192,16 +200,19 @@ def test_neither_code_nor_the_makers_folders_ship(shipped, language_model):
     assert all(str(language_model.parent) not in path.read_text() for path in shipped.glob("*.json"))
 
 
-def test_what_ships_is_whole_small_and_answers():
-    folder = packaged.SHIPPED / "smol"
+def test_the_start_that_ships_is_whole_and_is_what_the_recipe_makes():
+    folder = packaged.SHIPPED / "smol-distilled"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 40e6
     told = [path.read_text(encoding="utf-8") for path in folder.glob("*.json")]
     assert not any(place in text for text in told for place in ("/root", "/home", "/tmp", ".cache"))
-    assert "Licen" in (folder / "ATTRIBUTION.md").read_text(encoding="utf-8")
-    assembled = hovle.pretrained("smol")
-    answers = ask(str(assembled), load_questions())
-    assert len({answer.said for answer in answers}) > len(answers) // 2  # it looks at what it is shown
-    assert any(answer.is_right for answer in answers)
+    stage = load_stage("smol/distillation", ["model.lower_layers=smol-distilled"])
+    model, processor = start_model(with_shipped_model(stage))
+    start = load_model(hovle.pretrained("smol-distilled"), dtype=torch.float32)
+    assert start.config.num_embedding_layers == model.config.num_embedding_layers
+    for taken, shipped in zip(model.model.embedding_layers, start.model.embedding_layers, strict=True):
+        assert torch.equal(taken.mlp.down_proj.weight, shipped.mlp.down_proj.weight)
+        assert taken.mlp.down_proj.weight.any()
+    assert processor.chat_template == (folder / "chat_template.jinja").read_text(encoding="utf-8")
 
 
 def test_clients_name_a_served_model_as_the_command_does(shipped, monkeypatch):
@@ -227,6 +238,14 @@ def test_a_folder_of_that_name_comes_first(shipped, trained, tmp_path, monkeypat
 
 
 # --- what cannot work -----------------------------------------------------------------------------------------------
+
+
+def test_while_no_weights_ship_the_name_says_so_and_how_to_make_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(packaged, "SHIPPED", tmp_path)
+    with pytest.raises(ValueError, match=r"smol: no trained weights are in this package yet; make one: train one"):
+        hovle.pretrained("smol")
+    assert main(["chat", "--model", "smol", "-q", "Hello?"]) == 1
+    assert "no trained weights are in this package yet" in capsys.readouterr().err
 
 
 def test_an_unknown_name_is_refused():

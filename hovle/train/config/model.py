@@ -44,7 +44,8 @@ class ModelConfig(Architecture):
     """Hub id or folder of a causal language model to build a new HoVLE around; `asset:NAME` is fetched."""
     lower_layers: str | None = None
     """HoVLE whose stem and holistic layers become the lowest of the new model's; those above start as the identity. So
-    a shallow one, which costs less to train, grows; those of `smol` ship with hovle."""
+    a shallow one, which costs less to train, grows. `smol-distilled` ships with hovle, to be used
+    here or as `checkpoint`."""
     max_tiles: Annotated[int, Field(ge=1, le=MOST_TILES)] = 12
     """Most tiles a picture is cut into."""
     chat_template: str | None = None

@@ -17,16 +17,20 @@ from ...model.language_model import load_language_config
 from ...model.modeling_hovle import HoVLEForConditionalGeneration
 from ...model.processing_hovle import HoVLEProcessor
 from ...model.rotary import embedding_rope_config, same_rotation
-from ...packaged import resolve_model
+from ...packaged import NAMES, STARTS, resolve_model
 from ..config import Architecture, Geometry, ModelConfig, StageConfig
 
 
 def with_shipped_model(config: StageConfig) -> StageConfig:
     """The stage with the folder of a shipped model, where it starts from one by its name."""
     start = config.model
-    named = {"checkpoint": start.checkpoint, "lower_layers": start.lower_layers}
-    folders = {field: os.fspath(resolve_model(name)) for field, name in named.items() if name is not None}
-    return dataclasses.replace(config, model=dataclasses.replace(start, **folders))
+    checkpoint, lower = (
+        None if name is None else os.fspath(resolve_model(name, names))
+        for name, names in ((start.checkpoint, (*NAMES, *STARTS)), (start.lower_layers, STARTS))
+    )
+    if (checkpoint, lower) == (start.checkpoint, start.lower_layers):
+        return config
+    return dataclasses.replace(config, model=dataclasses.replace(start, checkpoint=checkpoint, lower_layers=lower))
 
 
 def start_model(config: StageConfig) -> tuple[HoVLEForConditionalGeneration, HoVLEProcessor]:
