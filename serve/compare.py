@@ -99,10 +99,11 @@ def with_mlx(folder: str, prompts: list[list[int]], pictures: list[Image.Image],
 
 
 def with_export(engine: str, folder: str, prompts: list[dict], num_tokens: int) -> list[list[int]]:
-    """Tokens of each answer in an engine of `hovle chat`; prompts are what the processor made of words and picture."""
-    from hovle.chat.engines import load_in_engine
+    """Tokens of each answer in an engine of `hovle chat`, in float32 where it can; prompts are what the processor
+    made of words and picture."""
+    from hovle.export.engines import load_exported
 
-    model = load_in_engine(folder, engine, "f16" if engine == "llama.cpp" else None, compiled=False)
+    model = load_exported(folder, engine, dtype="float32" if engine == "openvino" else "auto")
     answers = []
     for inputs in prompts:
         model.forget()

@@ -24,6 +24,13 @@ STEM, WORDS, DECODER = (
 )
 """Graphs of tiles, of ids, and of the sequence."""
 
+NUMBER_FORMATS: dict[str, dict[str, str]] = {
+    "auto": {},
+    "float32": {"INFERENCE_PRECISION_HINT": "f32"},
+    "bfloat16": {"INFERENCE_PRECISION_HINT": "bf16"},
+}
+"""What it can compute in; `auto` is OpenVINO's own choice, bfloat16 where the processor is fast in it."""
+
 
 class OpenVinoForConditionalGeneration(EngineForConditionalGeneration):
     """A decoder and its stem in OpenVINO, one prompt at a time; made by `load`."""
@@ -31,25 +38,28 @@ class OpenVinoForConditionalGeneration(EngineForConditionalGeneration):
     engine = "OpenVINO"
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> "OpenVinoForConditionalGeneration":
+    def load(cls, folder: str | os.PathLike, dtype: str = "auto") -> "OpenVinoForConditionalGeneration":
         """Load what `hovle export --to openvino` wrote.
 
         Args:
             folder: Its folder.
+            dtype: One of `NUMBER_FORMATS`.
 
         Raises:
-            ValueError: Without openvino, and for a folder that lacks the files.
+            ValueError: Without openvino, for a folder that lacks the files, and for another number format.
         """
+        if dtype not in NUMBER_FORMATS:
+            raise ValueError(f"OpenVINO computes in {', '.join(NUMBER_FORMATS)} here, not in {dtype!r:.40}.")
         need("The engine openvino", "hovle[openvino]", "openvino")
         folder = Path(folder)
         check_exported(folder, (STEM, WORDS, DECODER, HOVLE_CONFIG), cls.engine, "openvino")
-        stem = _compile(folder / STEM)
+        stem = _compile(folder / STEM, dtype)
 
         def embed(tiles: np.ndarray) -> np.ndarray:
             # One by one, as the graph of a model of single tiles takes the last one of a picture only.
             return np.concatenate([stem(tile[None])["image_features"] for tile in tiles])
 
-        model = cls(HoVLEConfig.from_json_file(folder / HOVLE_CONFIG), Decoder(folder), embed)
+        model = cls(HoVLEConfig.from_json_file(folder / HOVLE_CONFIG), Decoder(folder, dtype), embed)
         return model.with_settings_of(folder)
 
 
@@ -58,11 +68,12 @@ class Decoder:
 
     Args:
         folder: What `hovle export --to openvino` wrote.
+        dtype: One of `NUMBER_FORMATS`.
     """
 
-    def __init__(self, folder: Path):
-        self.words = _compile(folder / WORDS)
-        self.layers = _compile(folder / DECODER, last_logits=True).create_infer_request()
+    def __init__(self, folder: Path, dtype: str = "auto"):
+        self.words = _compile(folder / WORDS, dtype)
+        self.layers = _compile(folder / DECODER, dtype, last_logits=True).create_infer_request()
         self.hidden_size = int(self.words.output(0).partial_shape[-1].get_length())
         self.forget()
 
@@ -93,8 +104,8 @@ class Decoder:
         return outputs["logits"][0, -1].copy()
 
 
-def _compile(path: Path, last_logits: bool = False) -> "openvino.CompiledModel":
-    """A graph, ready to run on as many threads as torch uses."""
+def _compile(path: Path, dtype: str, last_logits: bool = False) -> "openvino.CompiledModel":
+    """A graph, ready to run in a number format on as many threads as torch uses."""
     import openvino
 
     core = openvino.Core()
@@ -102,7 +113,7 @@ def _compile(path: Path, last_logits: bool = False) -> "openvino.CompiledModel":
     if last_logits:
         _keep_last_logits(model)
     threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
-    return core.compile_model(model, "CPU", threads)
+    return core.compile_model(model, "CPU", {**threads, **NUMBER_FORMATS[dtype]})
 
 
 def _keep_last_logits(model: "openvino.Model") -> None:

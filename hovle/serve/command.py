@@ -51,7 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="localhost", help="address to listen at (default: localhost)")
     parser.add_argument("--port", type=port, default=8000, help="port to listen at (default: 8000)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ... (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="number format, for instance bfloat16 (default: as saved)")
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        help="number format: for torch for instance bfloat16 (default: as saved), for openvino float32 or bfloat16 "
+        "(default: what it finds faster)",
+    )
     parser.add_argument("--attn-implementation", help="sdpa, eager, flex_attention or flash_attention_2")
     parser.add_argument("--served-model-name", metavar="NAME", help="what clients call the model")
     parser.add_argument(
@@ -175,7 +180,6 @@ def _load_exported(args: argparse.Namespace) -> tuple[Any, HoVLEProcessor]:
     limits = BatchLimits()
     usual = {
         "device": "auto",
-        "dtype": "auto",
         "attn_implementation": None,
         "max_batch": limits.num_rows,
         "cache_gib": limits.cache_bytes,
@@ -184,7 +188,7 @@ def _load_exported(args: argparse.Namespace) -> tuple[Any, HoVLEProcessor]:
     for name, value in usual.items():
         if getattr(args, name) != value:
             raise ValueError(f"--{name.replace('_', '-')} is of no use with --engine {args.engine}; leave it out.")
-    return load_exported(args.model, args.engine, args.quantization), load_processor(args.model)
+    return load_exported(args.model, args.engine, args.quantization, args.dtype), load_processor(args.model)
 
 
 def _bytes_of_gib(text: str) -> int:

@@ -10,6 +10,7 @@ import torch
 from hovle import HoVLEForConditionalGeneration, HoVLEProcessor
 from hovle.chat import Conversation
 from hovle.export.command import export
+from hovle.export.engines import load_exported
 from hovle.export.flat import load_flat
 from hovle.export.openvino import write
 
@@ -66,6 +67,20 @@ def test_genai_answers_as_the_model_where_nothing_is_resized(backend, exported, 
     )
     ids = model.generate(**inputs, min_new_tokens=8, max_new_tokens=8, do_sample=False)
     assert found == processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_a_number_format_that_is_asked_for_is_what_all_graphs_compute_in(exported, model_folder, pictures):
+    import openvino
+
+    ours = load_exported(exported, "openvino", dtype="float32")
+    graphs = (ours.decoder.words, ours.decoder.layers.get_compiled_model())
+    assert {graph.get_property("INFERENCE_PRECISION_HINT") for graph in graphs} == {openvino.Type.f32}
+    processor = HoVLEProcessor.from_pretrained(model_folder)
+    inputs = processor(text=f"{processor.image_token}What is it?", images=pictures[1], return_tensors="pt")
+    theirs = HoVLEForConditionalGeneration.from_pretrained(model_folder).eval()
+    expected = theirs(**inputs).logits[0, -1]
+    torch.testing.assert_close(ours(**inputs).logits[0, -1], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow

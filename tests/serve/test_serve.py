@@ -474,6 +474,7 @@ def test_without_prometheus_the_message_names_the_extra(saved, monkeypatch, caps
         (["--engine", "onnx", "--quantization", "q8_0"], "--quantization is for --engine llama.cpp, not for onnx"),
         (["--engine", "llama.cpp", "--max-batch", "4"], "--max-batch is of no use with --engine llama.cpp"),
         (["--engine", "llama.cpp", "--dtype", "bfloat16"], "--dtype is of no use with --engine llama.cpp"),
+        (["--engine", "openvino", "--dtype", "float16"], "computes in auto, float32, bfloat16 here, not in 'float16'"),
         (["--engine", "llama.cpp"], "llama.cpp"),  # no files of it there, or the package is missing
         (["--engine", "onnx", "--device", "cpu"], "--device is of no use with --engine onnx"),
         (["--engine", "onnx"], "onnx"),
